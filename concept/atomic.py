@@ -1,0 +1,48 @@
+"""Files that are complete or absent: written beside their place, flushed to disk, then renamed."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import ConceptFileError
+
+
+def write_atomically(path: Path, write: Callable[[Path], object], expected_bytes: int = 0) -> None:
+    """Calls `write` with a temporary path in the same folder and renames the result to `path`.
+
+    Whatever happens, `path` holds either its old content or the complete new one, and no temporary
+    file is left. Raises ConceptFileError when the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        _flush_to_disk(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConceptFileError(
+            f"{path} could not be written ({error.strerror or error}): about "
+            f"{expected_bytes / 1e6:.1f} MB were needed, {_free_bytes(path.parent) / 1e6:.1f} MB "
+            "are free on that disk. Free some space or choose another folder; nothing "
+            "half-written was left."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """`write_atomically` for a UTF-8 text."""
+    content = text.encode()
+    write_atomically(path, lambda temporary: temporary.write_bytes(content), len(content))
+
+
+def _flush_to_disk(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _free_bytes(folder: Path) -> int:
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    return shutil.disk_usage(existing).free

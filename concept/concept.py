@@ -1,0 +1,172 @@
+"""`Concept`: what was learnt. Training, merging and importing make one; applying and saving take
+one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import TokenError
+from .layers import FAMILIES, Family, sort_layers
+from .prompts import check_modifier_token
+
+
+@dataclass(frozen=True)
+class DenseDelta:
+    """The change of one projection, `weight` (out, in)."""
+
+    weight: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def dense(self) -> Tensor:
+        return self.weight
+
+    def map_rows(self, rows: Tensor) -> Tensor:
+        """rows (s, in) → (s, out): what the change adds to the projection of each row."""
+        return rows @ self.weight.to(rows.dtype).T
+
+    def to(self, dtype: torch.dtype) -> DenseDelta:
+        return DenseDelta(self.weight.to(dtype))
+
+    def scaled(self, factor: float) -> DenseDelta:
+        return DenseDelta(self.weight * factor)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Named as stock LoRA loaders read them."""
+        return {"diff": self.weight}
+
+
+@dataclass(frozen=True)
+class LowRankDelta:
+    """The change of one projection as `up` (out, rank) times `down` (rank, in)."""
+
+    up: Tensor
+    down: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.up.shape[0], self.down.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return self.up.shape[1]
+
+    def dense(self) -> Tensor:
+        return self.up.float() @ self.down.float()
+
+    def map_rows(self, rows: Tensor) -> Tensor:
+        """rows (s, in) → (s, out), without building the dense matrix."""
+        return (rows @ self.down.to(rows.dtype).T) @ self.up.to(rows.dtype).T
+
+    def to(self, dtype: torch.dtype) -> LowRankDelta:
+        return LowRankDelta(self.up.to(dtype), self.down.to(dtype))
+
+    def scaled(self, factor: float) -> LowRankDelta:
+        return LowRankDelta(self.up * factor, self.down)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Named as stock LoRA loaders read them; alpha = rank makes their scale exactly one."""
+        return {
+            "lora_up.weight": self.up,
+            "lora_down.weight": self.down,
+            "alpha": torch.tensor(float(self.rank)),
+        }
+
+
+Delta = DenseDelta | LowRankDelta
+
+
+@dataclass(frozen=True)
+class ModifierToken:
+    """A new word and what it means to each text encoder."""
+
+    name: str
+    class_noun: str
+    embeddings: Mapping[str, Tensor]
+    """Text encoder name → (vectors, width); a modifier token of Custom Diffusion has one vector."""
+    initializer: str = ""
+
+    def __post_init__(self) -> None:
+        check_modifier_token(self.name)
+
+    def to(self, dtype: torch.dtype) -> ModifierToken:
+        return replace(self, embeddings={k: v.to(dtype) for k, v in self.embeddings.items()})
+
+
+@dataclass(frozen=True)
+class Concept:
+    """KV deltas by layer, modifier tokens, and where they came from."""
+
+    family: Family
+    deltas: Mapping[str, Delta]
+    tokens: tuple[ModifierToken, ...] = ()
+    base_hash: str = ""
+    """`hash_projections` of the base model's key and value projections."""
+    constraint_prompts: tuple[str, ...] = ()
+    """Prompts that a merge must keep, `<new1> cat` and the like."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """What made it, as plain JSON values: method, steps, configuration, losses, parents."""
+
+    def __post_init__(self) -> None:
+        names = [token.name for token in self.tokens]
+        for name in names:
+            if names.count(name) > 1:
+                raise TokenError(
+                    f"Two concepts use the modifier token {name}; every token needs one meaning. "
+                    "Rename one of them (LoadConcept has an input for it), or train it with "
+                    "another token."
+                )
+
+    @property
+    def layers(self) -> list[str]:
+        return sort_layers(self.deltas)
+
+    def embeddings(self) -> dict[str, dict[str, Tensor]]:
+        """Text encoder name → token name → (vectors, width)."""
+        return {
+            encoder: {token.name: token.embeddings[encoder] for token in self.tokens}
+            for encoder in self.family.text_encoders
+        }
+
+    def to(self, dtype: torch.dtype) -> Concept:
+        return replace(
+            self,
+            deltas={layer: delta.to(dtype) for layer, delta in self.deltas.items()},
+            tokens=tuple(token.to(dtype) for token in self.tokens),
+        )
+
+    def with_token(self, name: str) -> Concept:
+        """The same concept with its one modifier token called `name`, in its prompts too."""
+        if len(self.tokens) != 1:
+            raise TokenError(
+                f"Only a concept with one modifier token can be renamed to {name}; this is "
+                f"{self.describe()}. Rename the concepts before merging them."
+            )
+        (token,) = self.tokens
+        prompts = tuple(prompt.replace(token.name, name) for prompt in self.constraint_prompts)
+        return replace(self, tokens=(replace(token, name=name),), constraint_prompts=prompts)
+
+    def describe(self) -> str:
+        """One line for messages and lists."""
+        tokens = ", ".join(f"{t.name} {t.class_noun}".strip() for t in self.tokens) or "no token"
+        return f"{tokens} ({FAMILIES[self.family.name].title}, {len(self.deltas)} projections)"
+
+
+def hash_projections(weights: Mapping[str, Tensor]) -> str:
+    """Fingerprint of a base model: its key and value projections, rounded to half precision."""
+    digest = hashlib.blake2b(digest_size=16)
+    for layer in sort_layers(weights):
+        digest.update(layer.encode())
+        digest.update(
+            weights[layer].detach().to("cpu", torch.float16).contiguous().numpy().tobytes()
+        )
+    return digest.hexdigest()

@@ -1,0 +1,33 @@
+"""The errors users can meet. Each message says what was given, what was needed and what to do."""
+
+
+class CustomDiffusionError(Exception):
+    """Base of every error that this pack raises on purpose."""
+
+
+class ConceptFileError(CustomDiffusionError):
+    """A concept file cannot be read or written."""
+
+
+class IncompatibleModelError(CustomDiffusionError):
+    """A concept, a model and a text encoder do not belong together."""
+
+
+class TokenError(CustomDiffusionError):
+    """A modifier token is malformed, already a word, or used twice."""
+
+
+class DataError(CustomDiffusionError):
+    """Training images, captions or folders cannot be used."""
+
+
+class ConfigError(CustomDiffusionError):
+    """Settings contradict each other or lie outside their range."""
+
+
+class MergeError(CustomDiffusionError):
+    """Concepts cannot be merged as asked."""
+
+
+class TrainingError(CustomDiffusionError):
+    """A training run cannot go on."""

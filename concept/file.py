@@ -1,0 +1,237 @@
+"""The concept file: one `.safetensors` that this pack reads whole and stock LoRA loaders can apply.
+
+docs/concept-format.md describes it for other tools. Reading never unpickles.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .atomic import write_atomically
+from .concept import Concept, Delta, DenseDelta, LowRankDelta, ModifierToken
+from .errors import ConceptFileError, CustomDiffusionError
+from .layers import FAMILIES, is_projection
+
+FORMAT = "custom-diffusion-concept"
+FORMAT_VERSION = "1.0"
+
+_WEIGHT_PREFIX = "diffusion_model."
+_EMBEDDING_PREFIX = "bundle_emb."
+_SINGLE_ENCODER_SUFFIX = "string_to_param.*"
+
+
+def write_concept(
+    concept: Concept, path: str | os.PathLike[str], dtype: torch.dtype = torch.float16
+) -> Path:
+    """Writes the concept, in half precision unless asked otherwise; the file is complete or absent.
+
+    Raises ConceptFileError when the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    tensors = {
+        k: v.detach().to("cpu").contiguous() for k, v in concept_tensors(concept.to(dtype)).items()
+    }
+    metadata = _metadata(concept, path.stem)
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    write_atomically(path, write, expected_bytes=sum(t.nbytes for t in tensors.values()))
+    return path
+
+
+def read_concept(path: str | os.PathLike[str]) -> Concept:
+    """Reads a concept file. Raises ConceptFileError saying what is wrong with it."""
+    path = Path(path)
+    tensors, metadata = _read_safetensors(path)
+    _check_format(path, metadata)
+    try:
+        concept = Concept(
+            family=FAMILIES[metadata["base_family"]],
+            deltas=_deltas(tensors),
+            tokens=_tokens(tensors, metadata),
+            base_hash=metadata.get("base_hash", ""),
+            constraint_prompts=tuple(json.loads(metadata.get("constraint_prompts", "[]"))),
+            provenance=json.loads(metadata.get("provenance", "{}")),
+        )
+        _check_shapes(concept)
+        return concept
+    except CustomDiffusionError as error:
+        raise ConceptFileError(f"{path.name}: {error}") from error
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ConceptFileError(
+            f"{path.name} calls itself a concept file but is damaged ({type(error).__name__}: "
+            f"{error}). Save the concept again, or take another copy of the file."
+        ) from error
+
+
+def concept_tensors(concept: Concept) -> dict[str, Tensor]:
+    """The tensors of the file, under the names that stock LoRA and embedding loaders read."""
+    tensors = {
+        f"{_WEIGHT_PREFIX}{layer}.{name}": tensor
+        for layer in concept.layers
+        for name, tensor in concept.deltas[layer].tensors().items()
+    }
+    for token in concept.tokens:
+        for encoder, embedding in token.embeddings.items():
+            tensors[_embedding_key(token.name, encoder, len(token.embeddings))] = embedding
+    return tensors
+
+
+def _embedding_key(token: str, encoder: str, encoders: int) -> str:
+    return f"{_EMBEDDING_PREFIX}{token}.{encoder if encoders > 1 else _SINGLE_ENCODER_SUFFIX}"
+
+
+def _metadata(concept: Concept, title: str) -> dict[str, str]:
+    tokens = [
+        {"name": t.name, "class_noun": t.class_noun, "initializer": t.initializer}
+        for t in concept.tokens
+    ]
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "base_family": concept.family.name,
+        "base_hash": concept.base_hash,
+        "tokens": json.dumps(tokens, ensure_ascii=False),
+        "constraint_prompts": json.dumps(concept.constraint_prompts, ensure_ascii=False),
+        "provenance": json.dumps(concept.provenance, ensure_ascii=False),
+        "created": now,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{concept.family.architecture}/lora",
+        "modelspec.implementation": "custom-diffusion",
+        "modelspec.title": title,
+        "modelspec.date": now,
+        "modelspec.trigger_phrase": ", ".join(
+            f"{t.name} {t.class_noun}".strip() for t in concept.tokens
+        ),
+    }
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise ConceptFileError(
+            f"There is no concept file {path}. Check the name, or train and save the concept first."
+        )
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return tensors, dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ConceptFileError(
+            f"{path.name} is not a readable concept file: {_diagnosis(path)} ({error})."
+        ) from error
+
+
+def _diagnosis(path: Path) -> str:
+    with open(path, "rb") as file:
+        start = file.read(8)
+    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04"):
+        return (
+            "it is a pickle with another name, and pickles can run code when opened, so it was "
+            "not. Ask for the concept as .safetensors"
+        )
+    size = path.stat().st_size
+    header = int.from_bytes(start, "little")
+    if len(start) < 8 or header > size - 8:
+        return (
+            f"it is truncated, or not a .safetensors file at all: it has {size} bytes. "
+            "Copy or download it again, or save the concept again"
+        )
+    return "its header is damaged or its end is missing. Copy it again, or save the concept again"
+
+
+def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise ConceptFileError(
+            f"{path.name} is a .safetensors file but not a concept: its metadata has no 'format: "
+            f"{FORMAT}'. An ordinary LoRA belongs in a LoRA loader; a concept comes from "
+            "CustomDiffusionTrain or ConceptMerge."
+        )
+    version = metadata.get("format_version", "")
+    if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
+        raise ConceptFileError(
+            f"{path.name} has concept format {version or 'without a version'}; this version of the "
+            f"pack reads {FORMAT_VERSION.split('.')[0]}.x. Update the pack."
+        )
+    if metadata.get("base_family") not in FAMILIES:
+        raise ConceptFileError(
+            f"{path.name} was trained on the unknown model family {metadata.get('base_family')!r}; "
+            f"known are {', '.join(FAMILIES)}. Update the pack."
+        )
+
+
+def _deltas(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith(_WEIGHT_PREFIX):
+            layer, _, name = key.removeprefix(_WEIGHT_PREFIX).partition(".to_")
+            projection, _, name = name.partition(".")
+            groups.setdefault(f"{layer}.to_{projection}", {})[name] = tensor
+    deltas: dict[str, Delta] = {}
+    for layer, parts in groups.items():
+        if not is_projection(layer):
+            raise ValueError(f"{layer} is no key or value projection of a cross-attention layer")
+        if parts.keys() == {"diff"}:
+            deltas[layer] = DenseDelta(parts["diff"])
+        elif parts.keys() == {"lora_up.weight", "lora_down.weight", "alpha"}:
+            delta = LowRankDelta(parts["lora_up.weight"], parts["lora_down.weight"])
+            scale = float(parts["alpha"]) / delta.rank
+            deltas[layer] = delta if scale == 1.0 else delta.scaled(scale)
+        else:
+            raise ValueError(f"{layer} has {sorted(parts)}, needed 'diff' or up, down and alpha")
+    return deltas
+
+
+def _tokens(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> tuple[ModifierToken, ...]:
+    encoders = FAMILIES[metadata["base_family"]].text_encoders
+    described: list[dict[str, Any]] = json.loads(metadata.get("tokens", "[]"))
+    return tuple(
+        ModifierToken(
+            name=token["name"],
+            class_noun=token["class_noun"],
+            initializer=token.get("initializer", ""),
+            embeddings={
+                encoder: torch.atleast_2d(
+                    tensors[_embedding_key(token["name"], encoder, len(encoders))]
+                )
+                for encoder in encoders
+            },
+        )
+        for token in described
+    )
+
+
+def _check_shapes(concept: Concept) -> None:
+    width = concept.family.context_width
+    if not concept.deltas and not concept.tokens:
+        raise ValueError("it holds neither projections nor tokens")
+    for layer, delta in concept.deltas.items():
+        tensors = delta.tensors()
+        tensors.pop("alpha", None)
+        if any(t.ndim != 2 or not t.is_floating_point() for t in tensors.values()):
+            raise ValueError(f"{layer} is not a matrix of floating-point numbers")
+        if isinstance(delta, LowRankDelta) and delta.up.shape[1] != delta.down.shape[0]:
+            raise ValueError(
+                f"{layer}: up {tuple(delta.up.shape)} and down {tuple(delta.down.shape)} do not "
+                "chain"
+            )
+        if delta.shape[1] != width:
+            raise ValueError(
+                f"{layer} reads width {delta.shape[1]}, {concept.family.title} has {width}"
+            )
+        if not all(torch.isfinite(t).all() for t in tensors.values()):
+            raise ValueError(f"{layer} holds values that are not finite")

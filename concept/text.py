@@ -1,0 +1,70 @@
+"""Text features: the contract a text encoder fulfils, and encoding many prompts without padding."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class TextEncoder(Protocol):
+    """Turns prompts into the features that cross-attention reads.
+
+    The encoder is causal: the features of a word do not depend on what follows it.
+    """
+
+    context_width: int
+    context_length: int
+    """Positions of a padded prompt, 77 for CLIP."""
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """Start token, words, end token; unpadded; at most `context_length`."""
+        ...
+
+    def tokenize_words(self, text: str) -> list[int]:
+        """The words alone, without start and end tokens."""
+        ...
+
+    def pad(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
+        """Ids (b, context_length), padded as the model was trained."""
+        ...
+
+    def encode(self, token_ids: Tensor) -> Tensor:
+        """Ids (b, n) → features (b, n, context_width), float32."""
+        ...
+
+    def with_tokens(self, embeddings: Mapping[str, Mapping[str, Tensor]]) -> "TextEncoder":
+        """The same encoder, knowing more words (encoder name → token → (vectors, width)).
+
+        Tensors that require a gradient receive it from `encode`.
+        """
+        ...
+
+    def vocabulary_row(self, token_id: int) -> dict[str, Tensor]:
+        """The embedding of a known word: encoder name → (1, width), a copy in float32."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Identifies weights and settings; equal fingerprints give equal features."""
+        ...
+
+
+@torch.no_grad()
+def encode_unpadded(
+    encoder: TextEncoder, token_ids: Sequence[Sequence[int]], batch_size: int = 32
+) -> list[Tensor]:
+    """Features (n_i, context_width) of each prompt, computed in batches of equal length.
+
+    Exact for a causal encoder, and several times cheaper than padding every prompt.
+    """
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for index, ids in enumerate(token_ids):
+        by_length[len(ids)].append(index)
+    features: dict[int, Tensor] = {}
+    for indices in by_length.values():
+        for start in range(0, len(indices), batch_size):
+            chunk = indices[start : start + batch_size]
+            encoded = encoder.encode(torch.tensor([list(token_ids[i]) for i in chunk]))
+            features.update(zip(chunk, encoded, strict=True))
+    return [features[index] for index in range(len(token_ids))]

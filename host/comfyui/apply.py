@@ -1,0 +1,68 @@
+"""A concept on ComfyUI's loaded model: weight patches on a cloned MODEL, new words on a cloned
+CLIP.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.lora
+
+from ...concept.concept import Concept
+from ...concept.errors import IncompatibleModelError
+from ...concept.file import concept_tensors
+from .models import cross_attention_unet, unet_family
+from .tokenizer import with_concept_tokens
+
+
+def apply_concept(model: Any, clip: Any, concept: Concept, strength: float) -> tuple[Any, Any]:
+    """Clones of MODEL and CLIP with the concept; at strength 0 the inputs themselves.
+
+    The patches are the ones that a stock LoRA loader makes of the concept's file, so other patches,
+    hooks and low-memory modes treat them alike.
+    """
+    if clip is None:
+        raise IncompatibleModelError(
+            "No CLIP was given: the checkpoint has no text encoder. Connect the CLIP of the "
+            "concept's base model, which learns the concept's modifier tokens."
+        )
+    _check_fit(model, concept)
+    if strength == 0:
+        return model, clip
+    keys = {
+        f"diffusion_model.{layer}": f"diffusion_model.{layer}.weight" for layer in concept.deltas
+    }
+    tensors = {
+        k: t for k, t in concept_tensors(concept).items() if k.startswith("diffusion_model.")
+    }
+    patched = model.clone()
+    patched.add_patches(comfy.lora.load_lora(tensors, keys), strength)
+    knowing = clip.clone()
+    knowing.tokenizer = with_concept_tokens(clip.tokenizer, concept)
+    return patched, knowing
+
+
+def _check_fit(model: Any, concept: Concept) -> None:
+    network = cross_attention_unet(model)
+    family = unet_family(network)
+    if family != concept.family:
+        raise IncompatibleModelError(
+            f"The concept {concept.describe()} was trained on {concept.family.title} (text width "
+            f"{concept.family.context_width}); this model is {family.title} "
+            f"({family.context_width}). Load a checkpoint of {concept.family.title}, or train the "
+            "concept again on this one."
+        )
+    shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
+    wrong = [
+        layer
+        for layer in concept.layers
+        if shapes.get(f"{layer}.weight") != concept.deltas[layer].shape
+    ]
+    if wrong:
+        layer = wrong[0]
+        raise IncompatibleModelError(
+            f"The concept {concept.describe()} does not fit this model in {len(wrong)} of "
+            f"{len(concept.deltas)} projections: {layer} is {concept.deltas[layer].shape} in the "
+            f"concept and {shapes.get(f'{layer}.weight', 'absent')} in the model. Load the base "
+            "model it was trained on."
+        )

@@ -1,0 +1,111 @@
+"""From node inputs to the pack's own types: pictures, captions, folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import comfy.utils
+import folder_paths
+import torch
+from PIL import Image
+
+from ...concept.concept import Concept
+from ...concept.errors import DataError
+from ...merge.captions import read_captions
+from ...merge.compose import MergeReport, merge_concepts
+from ...trainer.data import CaptionedImage, TrainingConcept, instance_caption, load_folder
+from .models import text_encoder
+from .paths import NO_FOLDER, cache_folder, input_folder
+
+BUILT_IN_CAPTIONS = "built-in"
+
+
+def training_concept(
+    images: Sequence[torch.Tensor],
+    captions: Sequence[str],
+    folder: str,
+    class_noun: str,
+    token: str,
+    regularization_folder: str,
+    initializer: str,
+) -> TrainingConcept:
+    """What to teach, from connected images (b, h, w, c) in 0..1 or a folder of `input/`."""
+    default = instance_caption(token, class_noun)
+    if images and folder != NO_FOLDER:
+        raise DataError(
+            f"Both images and the folder {folder!r} were given. Disconnect the images, or set the "
+            f"folder to {NO_FOLDER!r}."
+        )
+    if images:
+        instances = _from_tensors(images, captions, default)
+    elif folder != NO_FOLDER:
+        instances = load_folder(input_folder(folder), default)
+    else:
+        instances = ()
+    regularization: tuple[CaptionedImage, ...] = ()
+    if regularization_folder != NO_FOLDER:
+        ordinary = instance_caption("", class_noun)
+        regularization = load_folder(input_folder(regularization_folder), ordinary)
+    return TrainingConcept(instances, class_noun, token, initializer, regularization)
+
+
+def merge_in_comfyui(
+    clip: Any,
+    concepts: Sequence[Concept],
+    strengths: Sequence[float],
+    captions: str,
+    relative_ridge: float,
+) -> tuple[Concept, MergeReport]:
+    """`merge_concepts` with a CLIP's text encoder, the user's cache folder, and progress on the
+    node.
+    """
+    progress = comfy.utils.ProgressBar(100)
+    return merge_concepts(
+        concepts,
+        text_encoder(clip),
+        strengths=strengths,
+        captions=None if captions == BUILT_IN_CAPTIONS else read_captions(input_folder(captions)),
+        relative_ridge=relative_ridge,
+        cache_folder=cache_folder(),
+        on_progress=lambda fraction: progress.update_absolute(int(100 * fraction), 100),
+    )
+
+
+def caption_files() -> list[str]:
+    """Text files in `input/`, for a drop-down; first our own captions."""
+    root = Path(folder_paths.get_input_directory())
+    return [BUILT_IN_CAPTIONS, *sorted(path.name for path in root.glob("*.txt"))]
+
+
+def file_fingerprint(path: Path) -> str:
+    """Changes when the file does."""
+    status = path.stat()
+    return f"{path}:{status.st_size}:{status.st_mtime_ns};"
+
+
+def folder_fingerprint(*folders: Any) -> str:
+    """Changes when a file in one of the folders does. Values arrive in lists from list inputs."""
+    names = [name[0] if isinstance(name, list) else name for name in folders]
+    chosen = [input_folder(name) for name in names if name and name != NO_FOLDER]
+    files = [file for folder in chosen if folder.is_dir() for file in sorted(folder.iterdir())]
+    return "".join(file_fingerprint(file) for file in files)
+
+
+def _from_tensors(
+    images: Sequence[torch.Tensor], captions: Sequence[str], default: str
+) -> tuple[CaptionedImage, ...]:
+    pictures = [_picture(picture) for batch in images for picture in batch]
+    if captions and len(captions) != len(pictures):
+        raise DataError(
+            f"{len(captions)} captions were given for {len(pictures)} pictures. Give one for each, "
+            "or none."
+        )
+    texts = list(captions) or [default] * len(pictures)
+    return tuple(CaptionedImage(p, text) for p, text in zip(pictures, texts, strict=True))
+
+
+def _picture(image_hwc: torch.Tensor) -> Image.Image:
+    pixels = (image_hwc[..., :3].clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels.cpu().numpy())

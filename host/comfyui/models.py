@@ -1,0 +1,228 @@
+"""ComfyUI's MODEL, CLIP and VAE as the trainer's protocols: private copies, made outside inference
+mode.
+
+Nodes run in inference mode, and tensors made there cannot be trained through; and another prompt
+may move or patch the loaded model at any time. So a job gets copies of its own, with the model's
+patches in them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.latent_formats
+import comfy.ldm.modules.attention
+import comfy.lora
+import comfy.model_management
+import comfy.model_sampling
+import comfy.ops
+import comfy.sd1_clip
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from ...concept.errors import CustomDiffusionError, IncompatibleModelError
+from ...concept.layers import Family, family_of_width, is_projection
+from ...trainer.protocols import Prediction
+from ..clip_text import ClipTextEncoder, text_transformer
+from .tokenizer import known_tokens
+
+_UNET_PREFIX = "diffusion_model."
+_HEAD_WIDTH = 64  # of every CLIP text model
+
+
+def cross_attention_unet(model: Any) -> UNetModel:
+    """The UNet of a MODEL; raises IncompatibleModelError when it has no cross-attention."""
+    network = model.model.diffusion_model
+    if not isinstance(network, UNetModel) or not _projections(network):
+        raise IncompatibleModelError(
+            f"This model is a {type(network).__name__} ({type(model.model).__name__}), which has "
+            "no cross-attention with key and value projections. Custom Diffusion needs a Stable "
+            "Diffusion UNet: load an SD 1.x or 2.x checkpoint."
+        )
+    return network
+
+
+def unet_family(network: UNetModel) -> Family:
+    """The family of a UNet, from the width of the text features it reads."""
+    path = next(iter(_projections(network).values()))
+    return family_of_width(network.get_submodule(path).weight.shape[1])
+
+
+class ComfyDenoiser:
+    """A private, frozen copy of a MODEL's UNet; fulfils `trainer.protocols.Denoiser`."""
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        network = cross_attention_unet(model)
+        self.family = unet_family(network)
+        if network.num_classes is not None or network.in_channels != 4:
+            raise IncompatibleModelError(
+                f"Training needs an ordinary SD 1.x or 2.x text-to-image model; this one is "
+                f"{type(model.model).__name__} ({self.family.title}, {network.in_channels} input "
+                f"channels). Load an SD 1.x or 2.x checkpoint that is not for inpainting."
+            )
+        sampling = model.get_model_object("model_sampling")
+        self.prediction = _prediction(sampling)
+        self.device, self.dtype = torch.device("cpu"), dtype
+        self._rgb = torch.tensor(model.model.latent_format.latent_rgb_factors)
+        with torch.inference_mode(False), torch.no_grad():
+            self.alphas_cumprod = 1 / (1 + sampling.sigmas.float().cpu().clone().square())
+            weights = patched_weights(model, _UNET_PREFIX)
+            self.network: nn.Module = _empty_unet(model, dtype)
+            self.projections = _projections(self.network)
+            # The projections are trained from their own precision, everything else is cast.
+            exact = {f"{path}.weight" for path in self.projections.values()}
+            weights = {k: w if k in exact else w.to(dtype) for k, w in weights.items()}
+            self.network.load_state_dict(weights, assign=True)
+            self.network.requires_grad_(False).eval()
+
+    def to(self, device: torch.device) -> None:
+        """Moves the copy to the device that trains it."""
+        self.network.to(device)
+        self.device = device
+
+    def predict(self, noisy_latents_bchw: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        output = self.network(
+            noisy_latents_bchw.to(self.dtype),
+            timesteps.float(),
+            context=context.to(self.dtype),
+            transformer_options={"optimized_attention_override": _pytorch_attention},
+        )
+        return output.float()  # type: ignore[no-any-return]
+
+    def preview(self, latents_bchw: Tensor) -> Tensor:
+        images = latents_bchw.float().permute(0, 2, 3, 1) @ self._rgb.to(latents_bchw.device)
+        return (images / 2 + 0.5).clamp(0, 1)
+
+
+class ComfyLatentEncoder:
+    """A VAE's encoder as `trainer.protocols.LatentEncoder`; for the prompt thread only."""
+
+    def __init__(self, vae: Any, scale_factor: float) -> None:
+        if vae is None or not hasattr(vae.first_stage_model, "encoder"):
+            raise IncompatibleModelError(
+                "No VAE that can encode pictures was given. Connect the VAE of the checkpoint, or "
+                "a VAE Loader."
+            )
+        self._vae, self._scale = vae, scale_factor
+
+    def moments(self, image_chw: Tensor) -> tuple[Tensor, Tensor]:
+        vae, model = self._vae, self._vae.first_stage_model
+        comfy.model_management.load_models_gpu([vae.patcher])
+        with torch.inference_mode(False), torch.no_grad():
+            moments = model.encoder(image_chw[None].to(vae.device, vae.vae_dtype))
+            if hasattr(model, "quant_conv"):
+                moments = model.quant_conv(moments)
+            mean, log_variance = moments[0].float().cpu().chunk(2)
+            deviation = (0.5 * log_variance.clamp(-30, 20)).exp()
+            return mean * self._scale, deviation * self._scale
+
+
+def text_encoder(clip: Any) -> ClipTextEncoder:
+    """A private copy of a CLIP's text model that can learn words and be differentiated."""
+    if clip is None:
+        raise IncompatibleModelError(
+            "No CLIP was given: the checkpoint has no text encoder. Connect the CLIP of an SD 1.x "
+            "or 2.x checkpoint, or a CLIP Loader."
+        )
+    wrapper = clip.cond_stage_model
+    name = getattr(wrapper, "clip", None)
+    source = getattr(wrapper, name, None) if isinstance(name, str) else None
+    if not isinstance(source, comfy.sd1_clip.SDClipModel) or name not in ("clip_l", "clip_h"):
+        raise IncompatibleModelError(
+            f"This CLIP is a {type(wrapper).__name__}; needed is the text encoder of SD 1.x or "
+            "2.x. Connect the CLIP of the same checkpoint as the model."
+        )
+    tokenizer = getattr(clip.tokenizer, name)
+    return ClipTextEncoder(
+        name,
+        _text_model(clip, name),
+        tokenizer.tokenizer,
+        pad_id=tokenizer.pad_token,
+        hidden_layer=_hidden_layer(clip, source),
+        embeddings=known_tokens(tokenizer),
+    )
+
+
+def patched_weights(patcher: Any, prefix: str) -> dict[str, Tensor]:
+    """Copies of the weights below `prefix`, on the CPU, with the patches (LoRAs) applied."""
+    weights = {}
+    for key, (original, *patches) in patcher.get_key_patches(prefix).items():
+        weight, convert = original
+        copy = weight.detach().to("cpu", copy=True)
+        if patches:
+            exact = convert(copy.float(), inplace=True)
+            copy = comfy.lora.calculate_weight(patches, exact, key).to(weight.dtype)
+        weights[key.removeprefix(prefix)] = copy
+    return weights
+
+
+def training_dtype(device: torch.device) -> torch.dtype:
+    """What frozen weights compute in: bfloat16 on a GPU that has it, else float32."""
+    has_bf16 = device.type == "cuda" and comfy.model_management.should_use_bf16(device)
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def _projections(network: nn.Module) -> dict[str, str]:
+    return {path: path for path, _ in network.named_modules() if is_projection(path)}
+
+
+def _prediction(sampling: Any) -> Prediction:
+    kinds = comfy.model_sampling
+    if isinstance(sampling, (kinds.EDM, kinds.X0)) or not isinstance(sampling, kinds.EPS):
+        raise IncompatibleModelError(
+            f"The model's sampling is {type(sampling).__mro__[2].__name__}; training needs a model "
+            f"that predicts noise (epsilon) or velocity (v)."
+        )
+    return "v" if isinstance(sampling, kinds.V_PREDICTION) else "epsilon"
+
+
+def _empty_unet(model: Any, dtype: torch.dtype) -> nn.Module:
+    config = {**model.model.model_config.unet_config, "dtype": dtype}
+    config.pop("disable_unet_model_creation", None)
+    return UNetModel(**config, device="meta", operations=comfy.ops.disable_weight_init)
+
+
+def _pytorch_attention(_chosen: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Attention that is the same in forward and backward, whatever ComfyUI chose for sampling."""
+    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)  # type: ignore[no-any-return]
+
+
+def _text_model(clip: Any, name: str) -> Any:
+    with torch.inference_mode(False), torch.no_grad():
+        prefix = f"{name}.transformer.text_model."
+        weights = {k: w.float() for k, w in patched_weights(clip.patcher, prefix).items()}
+        vocabulary, width = weights["embeddings.token_embedding.weight"].shape
+        config = CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=len(weights["encoder.layers.0.mlp.fc1.weight"]),
+            num_hidden_layers=sum(k.endswith("mlp.fc1.weight") for k in weights),
+            num_attention_heads=width // _HEAD_WIDTH,
+            max_position_embeddings=len(weights["embeddings.position_embedding.weight"]),
+            hidden_act="quick_gelu" if name == "clip_l" else "gelu",
+            projection_dim=width,
+        )
+        with torch.device("meta"):
+            model = CLIPTextModel(config)
+        inner = text_transformer(model)
+        missing, unexpected = inner.load_state_dict(weights, strict=False, assign=True)
+        if missing or unexpected:
+            raise CustomDiffusionError(
+                f"The CLIP's weights do not fit a CLIP text model: {len(missing)} are missing "
+                f"({missing[:2]}), {len(unexpected)} are unknown ({unexpected[:2]})."
+            )
+        positions = torch.arange(config.max_position_embeddings)[None]
+        inner.embeddings.register_buffer("position_ids", positions, persistent=False)
+        return model.requires_grad_(False).eval()
+
+
+def _hidden_layer(clip: Any, source: Any) -> int | None:
+    """The layer whose features ComfyUI reads: the model's own, or that of CLIP Set Last Layer."""
+    layer, index = source.options_default[:2]
+    if clip.layer_idx is not None:
+        layer, index = "hidden", clip.layer_idx
+    if layer == "last" or abs(index) > source.num_layers:
+        return None
+    return int(index)

@@ -1,0 +1,67 @@
+"""Where ComfyUI keeps what the pack reads and writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+
+from ...concept.errors import ConceptFileError, DataError
+
+MODEL_FOLDER = "custom_diffusion"
+NO_FOLDER = "none"
+
+
+def register_model_folder() -> None:
+    """Makes `models/custom_diffusion` known, beside what extra_model_paths.yaml says."""
+    default = Path(folder_paths.models_dir) / MODEL_FOLDER
+    folder_paths.add_model_folder_path(MODEL_FOLDER, str(default))
+    paths, extensions = folder_paths.folder_names_and_paths[MODEL_FOLDER]
+    folder_paths.folder_names_and_paths[MODEL_FOLDER] = (paths, {*extensions, ".safetensors"})
+
+
+def concept_folder() -> Path:
+    """Where new concepts are saved."""
+    return Path(folder_paths.get_folder_paths(MODEL_FOLDER)[0])
+
+
+def concept_files() -> list[str]:
+    """Names of the concepts that can be loaded."""
+    return folder_paths.get_filename_list(MODEL_FOLDER)  # type: ignore[no-any-return]
+
+
+def concept_path(name: str) -> Path:
+    path = folder_paths.get_full_path(MODEL_FOLDER, name)
+    if path is None:
+        folders = ", ".join(folder_paths.get_folder_paths(MODEL_FOLDER))
+        raise ConceptFileError(
+            f"There is no concept {name!r} in {folders}. Train and save one, or copy the file "
+            "there and press R to refresh the list."
+        )
+    return Path(path)
+
+
+def input_folders() -> list[str]:
+    """Folders of pictures below `input/`, for a drop-down; first the choice of none."""
+    root = Path(folder_paths.get_input_directory())
+    found = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_dir())
+    return [NO_FOLDER, *found]
+
+
+def input_folder(name: str) -> Path:
+    """The folder below `input/`; names that lead outside are refused."""
+    root = Path(folder_paths.get_input_directory()).resolve()
+    path = (root / name).resolve()
+    if not path.is_relative_to(root):
+        raise DataError(
+            f"The folder {name!r} is outside ComfyUI's input folder {root}. Move it there."
+        )
+    return path
+
+
+def jobs_folder() -> Path:
+    return Path(folder_paths.get_output_directory()) / MODEL_FOLDER / "jobs"
+
+
+def cache_folder() -> Path:
+    return Path(folder_paths.get_user_directory()) / MODEL_FOLDER / "cache"

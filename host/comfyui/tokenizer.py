@@ -1,0 +1,80 @@
+"""Modifier tokens in ComfyUI prompts: the tokenizer of a cloned CLIP hands out learnt embeddings.
+
+ComfyUI's prompt parser asks the tokenizer for the ids of each stretch of text and accepts
+embeddings among them. So weights such as `(<new1> cat:1.2)` and `embedding:` words keep working:
+they are parsed before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ...concept.concept import Concept
+from ...concept.errors import IncompatibleModelError, TokenError
+from ...concept.prompts import split_at_tokens
+
+
+class _TokenizerWithWords:
+    """A CLIP tokenizer that returns embeddings where the text has a modifier token."""
+
+    def __init__(self, tokenizer: Any, words: Mapping[str, Tensor]) -> None:
+        self._tokenizer = tokenizer
+        self.words = dict(words)
+
+    def __call__(self, text: str, *args: Any, **kwargs: Any) -> dict[str, list[Any]]:
+        start, *_, end = self._tokenizer("")["input_ids"]
+        ids: list[Any] = [start]
+        for piece in split_at_tokens(text, self.words):
+            rows = self.words.get(piece)
+            ids += (
+                self._tokenizer(piece, *args, **kwargs)["input_ids"][1:-1]
+                if rows is None
+                else list(rows)
+            )
+        return {"input_ids": [*ids, end]}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._tokenizer, name)
+
+
+def known_tokens(tokenizer: Any) -> dict[str, Tensor]:
+    """Modifier tokens that a ComfyUI tokenizer has learnt: token → (vectors, width)."""
+    inner = tokenizer.tokenizer
+    return dict(inner.words) if isinstance(inner, _TokenizerWithWords) else {}
+
+
+def with_concept_tokens(tokenizer: Any, concept: Concept) -> Any:
+    """A copy of a CLIP's tokenizer that knows the concept's modifier tokens; the original stays."""
+    result = copy.copy(tokenizer)
+    for encoder, words in concept.embeddings().items():
+        part = getattr(tokenizer, encoder, None)
+        if words and (part is None or part.embedding_size != next(iter(words.values())).shape[1]):
+            raise IncompatibleModelError(
+                f"The concept's tokens are for the text encoder {encoder} of "
+                f"{concept.family.title}; this CLIP ({type(tokenizer).__name__}) has none. Connect "
+                "the CLIP of the concept's own base model."
+            )
+        if words:
+            setattr(result, encoder, _with_words(part, words))
+    return result
+
+
+def _with_words(tokenizer: Any, words: Mapping[str, Tensor]) -> Any:
+    known = known_tokens(tokenizer)
+    for token in words:
+        if token in known:
+            raise TokenError(
+                f"The modifier token {token} is already taken by another concept on this CLIP. "
+                f"Rename one of the two with LoadConcept, or merge the concepts first."
+            )
+    inner = tokenizer.tokenizer
+    plain = inner._tokenizer if known else inner
+    result = copy.copy(tokenizer)
+    result.tokenizer = _TokenizerWithWords(plain, {**known, **words})
+    return result

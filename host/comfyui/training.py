@@ -1,0 +1,117 @@
+"""Starting a training from a node, and waiting for it with progress and a preview on the node."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy_execution.graph_utils import ExecutionBlocker
+from PIL import Image
+
+from ...concept.concept import Concept
+from ...concept.errors import TrainingError
+from ...concept.file import write_concept
+from ...trainer.config import TrainConfig
+from ...trainer.data import TrainingConcept, check_readable
+from ...trainer.jobs import Job, JobState, Snapshot, TrainingService, free_path
+from ...trainer.latents import encode_views
+from ...trainer.loop import train
+from .models import ComfyDenoiser, ComfyLatentEncoder, text_encoder, training_dtype
+from .paths import concept_folder, jobs_folder
+
+log = logging.getLogger("custom_diffusion")
+_POLL_S = 0.1
+_PREVIEW_PIXELS = 512
+
+
+@cache
+def training_service() -> TrainingService:
+    """The one service of this process."""
+    return TrainingService(jobs_folder())
+
+
+def start_training(
+    name: str, model: Any, clip: Any, vae: Any, concept: TrainingConcept, config: TrainConfig
+) -> Job:
+    """Encodes the pictures, copies the models and queues the job. Runs on the prompt thread.
+
+    Everything that needs ComfyUI's own models happens here; the job touches only its copies.
+    """
+    check_readable(concept.images)
+    device = comfy.model_management.get_torch_device()
+    scale_factor = model.model.latent_format.scale_factor
+    denoiser = ComfyDenoiser(model, training_dtype(device))
+    encoder = text_encoder(clip)
+    progress = comfy.utils.ProgressBar(1)
+    bank = encode_views(
+        concept,
+        ComfyLatentEncoder(vae, scale_factor),
+        config,
+        lambda done, total: progress.update_absolute(done, total),
+    )
+
+    def run(should_stop: Any, on_event: Any) -> Concept:
+        denoiser.to(device)
+        encoder.to(device)
+        return train(
+            config, concept, bank, denoiser, encoder, should_stop=should_stop, on_event=on_event
+        )
+
+    def save(result: Concept) -> Path:
+        return write_concept(result, free_path(concept_folder(), name))
+
+    settings = {
+        "token": concept.token,
+        "class_noun": concept.class_noun,
+        "config": config.as_json(),
+    }
+    return training_service().submit(name, config.steps, settings, run, save)
+
+
+def wait_for(job: Job) -> Snapshot:
+    """Shows the job's progress on the executing node until it ends.
+
+    Interrupting the prompt stops the job, saves what was learnt, and then interrupts. Raises
+    TrainingError when the job failed.
+    """
+    steps = job.snapshot().steps
+    progress = comfy.utils.ProgressBar(steps)
+    shown = 0
+    try:
+        while not job.wait(_POLL_S):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            snapshot = job.snapshot()
+            preview = None
+            if snapshot.preview_hwc is not None and snapshot.preview_step != shown:
+                shown = snapshot.preview_step
+                preview = ("JPEG", _picture(snapshot.preview_hwc), _PREVIEW_PIXELS)
+            progress.update_absolute(snapshot.step, steps, preview)
+    except comfy.model_management.InterruptProcessingException:
+        job.stop()
+        job.wait()
+        snapshot = job.snapshot()
+        log.info("stopped at step %d of %d, saved: %s", snapshot.step, steps, snapshot.concept_file)
+        raise
+    snapshot = job.snapshot()
+    if snapshot.state is JobState.FAILED:
+        raise TrainingError(snapshot.error)
+    return snapshot
+
+
+def training_outputs(job: Job, wait: bool) -> tuple[Any, Any, str]:
+    """(concept, loss map, job id); in the background the first two block what depends on them."""
+    if not wait:
+        return ExecutionBlocker(None), ExecutionBlocker(None), job.id
+    snapshot = wait_for(job)
+    return snapshot.concept, {"loss": list(snapshot.losses)}, job.id
+
+
+def _picture(image_hwc: torch.Tensor) -> Image.Image:
+    """A preview, enlarged so that its latents can be seen."""
+    picture = Image.fromarray((image_hwc * 255).to(torch.uint8).numpy())
+    return picture.resize((_PREVIEW_PIXELS, _PREVIEW_PIXELS), Image.Resampling.BICUBIC)

@@ -1,0 +1,82 @@
+"""Combining concepts that were taught apart."""
+
+from comfy_api.latest import io, ui
+
+from ..host.comfyui.inputs import BUILT_IN_CAPTIONS, caption_files, merge_in_comfyui
+from ..merge.compose import DEFAULT_RELATIVE_RIDGE
+from .types import CATEGORY, Concept
+
+MOST_CONCEPTS = 8
+
+
+def _concept_inputs(count: int) -> list[io.Input]:
+    inputs: list[io.Input] = []
+    for number in range(1, count + 1):
+        inputs.append(Concept.Input(f"concept_{number}"))
+        inputs.append(
+            io.Float.Input(f"strength_{number}", default=1.0, min=-4.0, max=4.0, step=0.05)
+        )
+    return inputs
+
+
+class ConceptMerge(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptMerge",
+            display_name="Concept Merge",
+            category=CATEGORY,
+            description="Merges concepts into one that knows them all, by constrained least "
+            "squares: each keeps its own words, everything else stays near the base model.",
+            search_aliases=["combine concepts", "merge lora", "composition"],
+            inputs=[
+                io.Clip.Input(
+                    "clip", tooltip="The text encoder of the base model, without concepts."
+                ),
+                io.DynamicCombo.Input(
+                    "concepts",
+                    options=[
+                        io.DynamicCombo.Option(str(count), _concept_inputs(count))
+                        for count in range(2, MOST_CONCEPTS + 1)
+                    ],
+                    tooltip="How many concepts to merge.",
+                ),
+                io.Combo.Input(
+                    "regularization_captions",
+                    options=caption_files(),
+                    default=BUILT_IN_CAPTIONS,
+                    advanced=True,
+                    tooltip="What the merged model must keep drawing as the base model does: "
+                    "ours, or a .txt file in ComfyUI's input folder with one caption a line.",
+                ),
+                io.Float.Input(
+                    "relative_ridge",
+                    default=DEFAULT_RELATIVE_RIDGE,
+                    min=0.0,
+                    max=1.0,
+                    step=1e-5,
+                    round=False,
+                    advanced=True,
+                    tooltip="Keeps the change small where the captions say little.",
+                ),
+            ],
+            outputs=[
+                Concept.Output(display_name="concept"),
+                io.String.Output(display_name="report"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip, concepts, regularization_captions, relative_ridge) -> io.NodeOutput:
+        numbers = range(1, int(concepts["concepts"]) + 1)
+        merged, report = merge_in_comfyui(
+            clip,
+            [concepts[f"concept_{number}"] for number in numbers],
+            [concepts[f"strength_{number}"] for number in numbers],
+            regularization_captions,
+            relative_ridge,
+        )
+        return io.NodeOutput(merged, report.text(), ui=ui.PreviewText(report.text()))
+
+
+NODES = [ConceptMerge]

@@ -1,0 +1,209 @@
+"""Teaching a concept: what to teach, and the training itself."""
+
+from typing import get_args
+
+from comfy_api.latest import io
+
+from ..host.comfyui.inputs import folder_fingerprint, training_concept
+from ..host.comfyui.paths import NO_FOLDER, input_folders
+from ..host.comfyui.training import start_training, training_outputs
+from ..trainer.config import GradientCut, TrainConfig
+from .types import CATEGORY, Concept, TrainingConcept
+
+DEFAULTS = TrainConfig()
+
+
+class CustomDiffusionConcept(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CustomDiffusionConcept",
+            display_name="Custom Diffusion Concept",
+            category=CATEGORY,
+            description="What to teach: 4 to 20 pictures of one thing, and the words for it.",
+            search_aliases=["dreambooth images", "training images", "instance images"],
+            is_input_list=True,
+            inputs=[
+                io.Image.Input(
+                    "images",
+                    optional=True,
+                    tooltip="Pictures of the concept. Leave it open to use a folder instead.",
+                ),
+                io.String.Input(
+                    "captions",
+                    optional=True,
+                    force_input=True,
+                    tooltip="One caption a picture, with the modifier token in it. Without: "
+                    "'photo of a <new1> cat'.",
+                ),
+                io.Combo.Input(
+                    "folder",
+                    options=input_folders(),
+                    default=NO_FOLDER,
+                    tooltip="A folder of pictures in ComfyUI's input folder, used when no images "
+                    "are connected. A .txt file beside a picture is its caption.",
+                ),
+                io.String.Input(
+                    "class_noun",
+                    default="cat",
+                    tooltip="The everyday word for the thing: cat, mug, chair.",
+                ),
+                io.String.Input(
+                    "modifier_token",
+                    default="<new1>",
+                    tooltip="The new word, in angle brackets. Prompts then say '<new1> cat'. Give "
+                    "every concept its own.",
+                ),
+                io.Combo.Input(
+                    "regularization_folder",
+                    options=input_folders(),
+                    default=NO_FOLDER,
+                    tooltip="About 200 ordinary pictures of the class, which keep the model from "
+                    "drifting. A .txt file beside a picture is its caption.",
+                ),
+                io.String.Input(
+                    "initializer",
+                    default="",
+                    advanced=True,
+                    tooltip="A word the token starts from. Empty: a rare one, as in the paper.",
+                ),
+            ],
+            outputs=[TrainingConcept.Output(display_name="training concept")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: object) -> str:
+        return folder_fingerprint(inputs.get("folder"), inputs.get("regularization_folder"))
+
+    @classmethod
+    def execute(
+        cls,
+        folder,
+        class_noun,
+        modifier_token,
+        regularization_folder,
+        initializer,
+        images=None,
+        captions=None,
+    ) -> io.NodeOutput:
+        concept = training_concept(
+            images=images or [],
+            captions=captions or [],
+            folder=folder[0],
+            class_noun=class_noun[0],
+            token=modifier_token[0],
+            regularization_folder=regularization_folder[0],
+            initializer=initializer[0],
+        )
+        return io.NodeOutput(concept)
+
+
+class CustomDiffusionTrain(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CustomDiffusionTrain",
+            display_name="Custom Diffusion Train",
+            category=CATEGORY,
+            description="Teaches the model a concept on a thread of its own, and saves it in "
+            "models/custom_diffusion. Interrupting saves what was learnt so far.",
+            search_aliases=["train", "finetune", "dreambooth", "textual inversion"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="SD 1.x or 2.x. It is copied, never changed."),
+                io.Clip.Input("clip", tooltip="The text encoder of the same checkpoint."),
+                io.Vae.Input("vae"),
+                io.Autogrow.Input(
+                    "concepts",
+                    template=io.Autogrow.TemplatePrefix(
+                        TrainingConcept.Input("concept"), prefix="concept", min=1, max=1
+                    ),
+                ),
+                io.String.Input(
+                    "name", default="my-concept", tooltip="Name of the concept's file."
+                ),
+                io.Int.Input("steps", default=DEFAULTS.steps, min=1, max=100_000),
+                io.Int.Input(
+                    "batch_size",
+                    default=DEFAULTS.batch_size,
+                    min=1,
+                    max=256,
+                    tooltip="Pictures a step; half of them regularization, when there are any.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=DEFAULTS.learning_rate,
+                    min=1e-7,
+                    max=0.1,
+                    step=1e-6,
+                    round=False,
+                ),
+                io.Int.Input(
+                    "resolution",
+                    default=DEFAULTS.resolution,
+                    min=64,
+                    max=2048,
+                    step=8,
+                    tooltip="512 for SD 1.x and 2.x base, 768 for SD 2.1 768.",
+                ),
+                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False),
+                io.Boolean.Input(
+                    "wait",
+                    default=True,
+                    label_on="until trained",
+                    label_off="no, in the background",
+                    tooltip="Wait, and hand the concept on; or return at once with the job's id.",
+                ),
+                io.Boolean.Input(
+                    "augment",
+                    default=DEFAULTS.augment,
+                    advanced=True,
+                    tooltip="Random sizes with words that say so, as in the paper.",
+                ),
+                io.Boolean.Input(
+                    "flip",
+                    default=DEFAULTS.flip,
+                    advanced=True,
+                    tooltip="Mirror half of the pictures. Off for writing and faces.",
+                ),
+                io.Float.Input(
+                    "prior_weight",
+                    default=DEFAULTS.prior_weight,
+                    min=0,
+                    max=10,
+                    step=0.1,
+                    advanced=True,
+                    tooltip="Weight of the regularization pictures.",
+                ),
+                io.Combo.Input(
+                    "gradient_cut",
+                    options=list(get_args(GradientCut)),
+                    default=DEFAULTS.gradient_cut,
+                    advanced=True,
+                    tooltip="Positions of the prompt whose keys and values pass no gradient. "
+                    "'start and padding' keeps the concept in its own words, which helps merging.",
+                ),
+                io.Int.Input(
+                    "preview_every_steps",
+                    default=DEFAULTS.preview_every_steps,
+                    min=0,
+                    max=10_000,
+                    advanced=True,
+                    tooltip="A picture of '<new1> cat' is drawn this often; 0 draws none.",
+                ),
+            ],
+            outputs=[
+                Concept.Output(display_name="concept"),
+                io.LossMap.Output(display_name="loss map"),
+                io.String.Output(display_name="job id"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, vae, concepts, name, wait, **settings) -> io.NodeOutput:
+        (concept,) = concepts.values()
+        job = start_training(name, model, clip, vae, concept, TrainConfig(**settings))
+        return io.NodeOutput(*training_outputs(job, wait))
+
+
+NODES = [CustomDiffusionConcept, CustomDiffusionTrain]

@@ -1,0 +1,80 @@
+"""Settings of a training run, checked when they are made."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from ..concept.errors import ConfigError
+
+GradientCut = Literal["none", "start", "start and padding"]
+LATENT_PIXELS = 8
+"""Edge of the square of pixels that one latent stands for."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Custom Diffusion's recipe: 250 steps of 8 images at a learning rate of 8e-5."""
+
+    steps: int = 250
+    """Optimiser steps."""
+    batch_size: int = 8
+    """Images a step; half of them are regularization images when there is a regularization set."""
+    learning_rate: float = 8e-5
+    """Effective rate, for keys, values and modifier token alike (the reference's 1e-5 times 8
+    images).
+    """
+    weight_decay: float = 1e-2
+    """Of AdamW."""
+    max_gradient_norm: float | None = 1.0
+    """Gradients are scaled down to this norm; None leaves them."""
+    prior_weight: float = 1.0
+    """Weight of the regularization images' loss."""
+    gradient_cut: GradientCut = "start"
+    """Positions of the prompt whose keys and values pass no gradient."""
+    resolution: int = 512
+    """Edge of the training pictures, in pixels."""
+    augment: bool = True
+    """Random resize with matching prompt prefixes, as in the paper."""
+    flip: bool = True
+    """Mirror half of the views; turn it off for writing and faces."""
+    views_per_image: int = 16
+    """Augmented views of each instance image that are encoded before training."""
+    preview_every_steps: int = 50
+    """A sample picture is drawn this often; 0 draws none."""
+    seed: int = 0
+    """Of everything random: data order, views, noise, timesteps and previews."""
+
+    def __post_init__(self) -> None:
+        _at_least("steps", self.steps, 1)
+        _at_least("batch_size", self.batch_size, 1)
+        _at_least("views_per_image", self.views_per_image, 1)
+        _at_least("preview_every_steps", self.preview_every_steps, 0)
+        _at_least("resolution", self.resolution, LATENT_PIXELS * 2)
+        if self.resolution % LATENT_PIXELS:
+            raise ConfigError(
+                f"resolution={self.resolution} is no multiple of {LATENT_PIXELS}. "
+                f"Use {round(self.resolution / LATENT_PIXELS) * LATENT_PIXELS}."
+            )
+        if not 0 < self.learning_rate < 1:
+            raise ConfigError(
+                f"learning_rate={self.learning_rate} is outside 0..1; the paper's is 8e-5."
+            )
+        if self.prior_weight < 0 or self.weight_decay < 0:
+            raise ConfigError(
+                f"prior_weight={self.prior_weight} and weight_decay={self.weight_decay} "
+                f"must not be negative."
+            )
+        if self.gradient_cut not in get_args(GradientCut):
+            raise ConfigError(
+                f"gradient_cut={self.gradient_cut!r} is unknown; "
+                f"choose one of {', '.join(map(repr, get_args(GradientCut)))}."
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{name}={value} is too small; it must be at least {least}.")

@@ -1,0 +1,125 @@
+"""What a concept is taught from: captioned pictures, checked before any time is spent on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..concept.errors import DataError
+from ..concept.prompts import DEFAULT_TEMPLATE, check_modifier_token, subject
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """A picture, in memory or still on disk, and its caption."""
+
+    source: Image.Image | Path
+    caption: str
+
+    @property
+    def name(self) -> str:
+        return self.source.name if isinstance(self.source, Path) else "an image in memory"
+
+    def open(self) -> Image.Image:
+        """The picture upright and in RGB. Raises DataError naming a file that cannot be read."""
+        if isinstance(self.source, Image.Image):
+            return self.source.convert("RGB")
+        try:
+            with Image.open(self.source) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+        except (
+            OSError,
+            UnidentifiedImageError,
+            SyntaxError,
+            Image.DecompressionBombError,
+        ) as error:
+            raise DataError(
+                f"{self.source} cannot be read as a picture ({error}). "
+                f"Remove it from the folder, or export it again as PNG or JPEG."
+            ) from error
+
+
+@dataclass(frozen=True)
+class TrainingConcept:
+    """One thing to teach: its pictures, its words, and what must not change meanwhile."""
+
+    images: tuple[CaptionedImage, ...]
+    class_noun: str
+    token: str
+    initializer: str = ""
+    """Word whose embedding the token starts from; empty for a rare token."""
+    regularization: tuple[CaptionedImage, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_modifier_token(self.token)
+        if not self.images:
+            raise DataError(
+                "No instance images were given. Connect 4 to 20 pictures of the concept."
+            )
+        if not self.class_noun.strip():
+            raise DataError(
+                "The class noun is empty. Write the everyday word for the thing, 'cat' for a cat."
+            )
+        for image in self.images:
+            if self.token not in image.caption:
+                raise DataError(
+                    f"The caption {image.caption!r} of {image.name} does not contain the modifier "
+                    f"token {self.token}, so nothing could be learnt from it. Write it like "
+                    f"'{instance_caption(self.token, self.class_noun)}'."
+                )
+        for image in self.regularization:
+            if self.token in image.caption:
+                raise DataError(
+                    f"The regularization caption {image.caption!r} of {image.name} contains the "
+                    f"modifier token {self.token}. Regularization images show the ordinary class: "
+                    f"remove the token from their captions."
+                )
+
+
+def instance_caption(token: str, class_noun: str) -> str:
+    """`photo of a <new1> cat`"""
+    return DEFAULT_TEMPLATE.format(subject(token, class_noun))
+
+
+def load_folder(folder: Path, default_caption: str) -> tuple[CaptionedImage, ...]:
+    """Every picture of a folder, by name, with the caption in the `.txt` beside it where there is
+    one.
+
+    Raises DataError when the folder is missing or holds no picture.
+    """
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {folder}. Make it and put the pictures in.")
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise DataError(
+            f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)}). Put 4 to 20 pictures of "
+            "the concept there."
+        )
+    return tuple(CaptionedImage(path, _caption_beside(path) or default_caption) for path in paths)
+
+
+def check_readable(images: Sequence[CaptionedImage]) -> None:
+    """Opens every picture; raises one DataError that names all that cannot be read."""
+    broken = []
+    for image in images:
+        try:
+            image.open()
+        except DataError as error:
+            broken.append(str(error))
+    if broken:
+        raise DataError("\n".join(broken))
+
+
+def _caption_beside(path: Path) -> str:
+    text_file = path.with_suffix(".txt")
+    if not text_file.is_file():
+        return ""
+    try:
+        return " ".join(text_file.read_text(encoding="utf-8").split())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{text_file} is not a UTF-8 text file. Save it as UTF-8 text.") from error

@@ -1,0 +1,224 @@
+"""The training loop, to be read from top to bottom; no threads, no server, no ComfyUI."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..concept.concept import Concept, ModifierToken
+from ..concept.errors import TrainingError
+from ..concept.prompts import CONSTRAINT_TEMPLATES, subject
+from ..concept.text import TextEncoder
+from .config import GradientCut, TrainConfig
+from .data import TrainingConcept, instance_caption
+from .latents import LatentBank, batches
+from .objective import add_noise, concept_loss, sample_losses, target
+from .parameters import KeyValueProjections
+from .protocols import Denoiser
+from .sampling import ddim_sample
+from .tokens import initial_embedding
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One optimiser step: how many are done, and the loss before it."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class PreviewDrawn:
+    """A sample of the model as it is, (h, w, 3) in 0..1, on the CPU."""
+
+    step: int
+    image_hwc: Tensor
+
+
+Event = StepDone | PreviewDrawn
+
+
+def train(
+    config: TrainConfig,
+    training_concept: TrainingConcept,
+    bank: LatentBank,
+    denoiser: Denoiser,
+    text_encoder: TextEncoder,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Concept:
+    """Teaches one concept by Custom Diffusion and returns what was learnt.
+
+    `should_stop` is asked before every step; stopping returns what was learnt so far. The models
+    are only borrowed: afterwards, however it ends, they are as before. Random numbers come from the
+    seed alone. Raises TrainingError when the loss is not finite.
+    """
+    rng = random.Random(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+
+    # What is trained: the embedding of V*, and all keys and values; both in float32.
+    token = training_concept.token
+    start = initial_embedding(text_encoder, training_concept.initializer)
+    rows = {name: nn.Parameter(row.to(denoiser.device)) for name, row in start.items()}
+    prompts = _Prompts(
+        text_encoder.with_tokens({name: {token: row} for name, row in rows.items()}),
+        token,
+        config.gradient_cut,
+    )
+    projections = KeyValueProjections(denoiser)
+    parameters = [projections.weight, *rows.values()]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=denoiser.device.type in ("cpu", "cuda"),
+    )
+
+    losses: list[float] = []
+    stream = batches(bank, config, rng, generator)
+    with projections.installed():
+        while len(losses) < config.steps and not should_stop():
+            # Data: latents, noise, timesteps.
+            batch = next(stream)
+            noise = torch.randn(batch.latents_bchw.shape, generator=generator)
+            timesteps = torch.randint(
+                len(denoiser.alphas_cumprod), (config.batch_size,), generator=generator
+            )
+            latents, noise, timesteps, masks = (
+                t.to(denoiser.device)
+                for t in (batch.latents_bchw, noise, timesteps, batch.masks_bhw)
+            )
+
+            # Forward: text, then the UNet with the trained projections.
+            context, keep = prompts.encode(batch.prompts)
+            noisy = add_noise(latents, noise, timesteps, denoiser.alphas_cumprod)
+            prediction = projections.predict(noisy, timesteps, context, keep)
+
+            # Loss: denoising in the valid region, and prior preservation.
+            wanted = target(latents, noise, timesteps, denoiser.alphas_cumprod, denoiser.prediction)
+            loss = concept_loss(
+                sample_losses(prediction, wanted, masks), batch.prior, config.prior_weight
+            )
+            _check_finite(float(loss.detach()), len(losses) + 1, config, denoiser)
+
+            # Update.
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if config.max_gradient_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, config.max_gradient_norm)
+            optimizer.step()
+
+            # Report.
+            losses.append(float(loss.detach()))
+            on_event(StepDone(len(losses), losses[-1]))
+            if config.preview_every_steps and len(losses) % config.preview_every_steps == 0:
+                picture = _preview(config, training_concept, prompts, projections, denoiser)
+                on_event(PreviewDrawn(len(losses), picture))
+
+    return _concept(config, training_concept, denoiser, projections, rows, losses)
+
+
+class _Prompts:
+    """Features of prompts: with the token at every step, without it once."""
+
+    def __init__(self, encoder: TextEncoder, token: str, cut: GradientCut) -> None:
+        self._encoder, self._token, self._cut = encoder, token, cut
+        self._fixed: dict[str, Tensor] = {}
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Features (b, n, d) and where their keys and values may pass gradients (b, n)."""
+        unique = list(dict.fromkeys(prompts))
+        learnt = [p for p in unique if self._token in p]
+        missing = [p for p in unique if self._token not in p and p not in self._fixed]
+        if missing:
+            with torch.no_grad():
+                self._fixed.update(self._features(missing))
+        features = {**self._fixed, **(self._features(learnt) if learnt else {})}
+        context = torch.stack([features[prompt] for prompt in prompts])
+        return context, self._keep(prompts, context)
+
+    def _features(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        ids = self._encoder.pad([self._encoder.tokenize(prompt) for prompt in prompts])
+        return dict(zip(prompts, self._encoder.encode(ids), strict=True))
+
+    def _keep(self, prompts: Sequence[str], context: Tensor) -> Tensor | None:
+        if self._cut == "none":
+            return None
+        keep = torch.ones(context.shape[:2], device=context.device)
+        keep[:, 0] = 0
+        if self._cut == "start and padding":
+            for row, prompt in zip(keep, prompts, strict=True):
+                row[len(self._encoder.tokenize(prompt)) :] = 0
+        return keep
+
+
+def _concept(
+    config: TrainConfig,
+    training_concept: TrainingConcept,
+    denoiser: Denoiser,
+    projections: KeyValueProjections,
+    rows: Mapping[str, Tensor],
+    losses: Sequence[float],
+) -> Concept:
+    token = ModifierToken(
+        name=training_concept.token,
+        class_noun=training_concept.class_noun,
+        initializer=training_concept.initializer,
+        embeddings={name: row.detach().cpu() for name, row in rows.items()},
+    )
+    words = subject(token.name, token.class_noun)
+    return Concept(
+        family=denoiser.family,
+        deltas=projections.deltas(),
+        tokens=(token,),
+        base_hash=projections.base_hash,
+        constraint_prompts=tuple(template.format(words) for template in CONSTRAINT_TEMPLATES),
+        provenance={
+            "method": "custom diffusion",
+            "steps": len(losses),
+            "losses": list(losses),
+            "instance_images": len(training_concept.images),
+            "regularization_images": len(training_concept.regularization),
+            "config": config.as_json(),
+        },
+    )
+
+
+def _preview(
+    config: TrainConfig,
+    training_concept: TrainingConcept,
+    prompts: _Prompts,
+    projections: KeyValueProjections,
+    denoiser: Denoiser,
+) -> Tensor:
+    """A sample at a fixed seed, so that previews of one run can be compared."""
+    edge = config.resolution // 8
+    noise = torch.randn(1, 4, edge, edge, generator=torch.Generator().manual_seed(config.seed))
+    with torch.no_grad():
+        caption = instance_caption(training_concept.token, training_concept.class_noun)
+        context, _ = prompts.encode([caption, ""])
+        latents = ddim_sample(
+            projections.predict,
+            noise.to(denoiser.device),
+            context[:1],
+            context[1:],
+            denoiser.alphas_cumprod,
+            denoiser.prediction,
+        )
+        return denoiser.preview(latents)[0].float().cpu()
+
+
+def _check_finite(loss: float, step: int, config: TrainConfig, denoiser: Denoiser) -> None:
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"The loss became {loss} at step {step} (learning rate {config.learning_rate:g}, "
+            f"weights in {str(denoiser.dtype).removeprefix('torch.')}). A finite number was "
+            "needed, so training stopped and nothing was saved. Lower the learning rate, or train "
+            "in float32."
+        )

@@ -1,0 +1,57 @@
+"""The denoising loss, with valid regions and prior preservation (Custom Diffusion, §3.1)."""
+
+from torch import Tensor
+
+from .protocols import Prediction
+
+
+def add_noise(
+    latents_bchw: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor
+) -> Tensor:
+    """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε"""
+    signal, sigma = _signal_and_noise(timesteps, alphas_cumprod, latents_bchw)
+    return signal * latents_bchw + sigma * noise
+
+
+def target(
+    latents_bchw: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    alphas_cumprod: Tensor,
+    prediction: Prediction,
+) -> Tensor:
+    """What the network should predict: ε, or v = √ᾱ_t ε − √(1 − ᾱ_t) x_0."""
+    if prediction == "epsilon":
+        return noise
+    signal, sigma = _signal_and_noise(timesteps, alphas_cumprod, latents_bchw)
+    return signal * noise - sigma * latents_bchw
+
+
+def denoised(
+    noisy: Tensor, output: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, prediction: Prediction
+) -> tuple[Tensor, Tensor]:
+    """The x_0 and ε that a network's output stands for; the inverse of `target`."""
+    signal, sigma = _signal_and_noise(timesteps, alphas_cumprod, noisy)
+    if prediction == "epsilon":
+        return (noisy - sigma * output) / signal, output
+    return signal * noisy - sigma * output, sigma * noisy + signal * output
+
+
+def sample_losses(prediction: Tensor, target: Tensor, masks_bhw: Tensor) -> Tensor:
+    """Mean squared error of each sample (b,) over its valid region and all channels."""
+    error = (prediction.float() - target.float()).square().mean(1)
+    return (error * masks_bhw).sum((1, 2)) / masks_bhw.sum((1, 2)).clamp_min(1)
+
+
+def concept_loss(losses: Tensor, prior: int, prior_weight: float) -> Tensor:
+    """Instance loss plus `prior_weight` times the loss of the last `prior` samples (b,)."""
+    if prior == 0:
+        return losses.mean()
+    return losses[:-prior].mean() + prior_weight * losses[-prior:].mean()
+
+
+def _signal_and_noise(
+    timesteps: Tensor, alphas_cumprod: Tensor, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    alpha = alphas_cumprod.to(like.device)[timesteps].view(-1, 1, 1, 1)
+    return alpha.sqrt(), (1 - alpha).sqrt()

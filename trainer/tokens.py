@@ -1,0 +1,26 @@
+"""Where a modifier token starts: at a rare word piece, or at a word the user names."""
+
+from torch import Tensor
+
+from ..concept.errors import TokenError
+from ..concept.text import TextEncoder
+
+# Pieces of CLIP's vocabulary that mean next to nothing: 'ktn' and 'pll', which only occur inside
+# words, and the word 'ucd'. The paper's choice (Fig. 15): rarer than random vectors drift.
+RARE_TOKEN_IDS = (42170, 47629, 43514)
+
+
+def initial_embedding(encoder: TextEncoder, initializer: str, index: int = 0) -> dict[str, Tensor]:
+    """Start of the `index`-th modifier token of a run: encoder name → (1, width), float32.
+
+    Raises TokenError when the initializer is not one word of the vocabulary.
+    """
+    if not initializer.strip():
+        return encoder.vocabulary_row(RARE_TOKEN_IDS[index % len(RARE_TOKEN_IDS)])
+    ids = encoder.tokenize_words(initializer)
+    if len(ids) != 1:
+        raise TokenError(
+            f"The initializer {initializer!r} is {len(ids)} pieces in CLIP's vocabulary; one whole "
+            f"word is needed. Use a common word, the class noun for example, or leave it empty."
+        )
+    return encoder.vocabulary_row(ids[0])
