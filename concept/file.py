@@ -36,8 +36,10 @@ def write_concept(
     Raises ConceptFileError when the disk is full or the folder cannot be written.
     """
     path = Path(path)
+    # Copies: the layers of a merged concept share their `down`, which safetensors refuses to write.
     tensors = {
-        k: v.detach().to("cpu").contiguous() for k, v in concept_tensors(concept.to(dtype)).items()
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in concept_tensors(concept.to(dtype)).items()
     }
     metadata = _metadata(concept, path.stem)
 

@@ -58,7 +58,7 @@ def caption_factor(features: Tensor, captions: int, relative_ridge: float) -> Ca
             f"The {captions} regularization captions do not span all {width} dimensions of the "
             "text features. Give more, and more varied, captions, or a relative ridge above 0."
         )
-    return CaptionFactor(upper, captions)
+    return CaptionFactor(upper.contiguous(), captions)
 
 
 @dataclass(frozen=True)

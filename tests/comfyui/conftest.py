@@ -15,10 +15,9 @@ from support.comfy_server import ComfyServer, find_comfyui
 NO_COMFYUI = "NO COMFYUI: set COMFYUI_PATH to a ComfyUI work tree to run this test"
 
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
-    "sd15": partial(builders.write_sd15, vae="tiny"),
-    "sd2_eps": partial(builders.write_sd2, v_prediction=False, vae="tiny"),
-    "sd2_v": partial(builders.write_sd2, v_prediction=True, vae="tiny"),
-    "sd15_kl": partial(builders.write_sd15, levels=1, vae="kl"),
+    "sd15": partial(builders.write_sd15, vae="kl"),
+    "sd2_eps": partial(builders.write_sd2, v_prediction=False, vae="kl"),
+    "sd2_v": partial(builders.write_sd2, v_prediction=True, vae="kl"),
     "dit": builders.write_dit,
 }
 
