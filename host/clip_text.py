@@ -83,7 +83,8 @@ class ClipTextEncoder:
         if self._hidden_layer is None:
             return output.last_hidden_state.float()  # type: ignore[no-any-return]
         hidden = output.hidden_states[self._hidden_layer]
-        return text_transformer(model).final_layer_norm(hidden).float()  # type: ignore[no-any-return]
+        final_norm: nn.LayerNorm = text_transformer(model).final_layer_norm
+        return final_norm(hidden).float()  # type: ignore[no-any-return]
 
     def with_tokens(self, embeddings: Mapping[str, Mapping[str, Tensor]]) -> ClipTextEncoder:
         new = embeddings.get(self.name, {})
@@ -120,9 +121,9 @@ class ClipTextEncoder:
         return self._model.get_input_embeddings()  # type: ignore[no-any-return]
 
 
-def text_transformer(model: Any) -> nn.Module:
+def text_transformer(model: Any) -> Any:
     """The module with embeddings, layers and final norm; in older releases one level down."""
-    return getattr(model, "text_model", model)  # type: ignore[no-any-return]
+    return getattr(model, "text_model", model)
 
 
 class _ExtendedEmbedding(nn.Module):

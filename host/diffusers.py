@@ -11,17 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ..concept.concept import Concept
 from ..concept.errors import IncompatibleModelError
 from ..concept.layers import (
+    Family,
     family_of_width,
     is_projection,
     layer_from_diffusers,
     layer_to_diffusers,
 )
+from ..trainer.config import LATENT_PIXELS
 from ..trainer.protocols import Prediction
+from ..trainer.sampling import ddim_sample
 from .clip_text import ClipTextEncoder
 
 _PREDICTIONS: Mapping[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v"}
@@ -31,7 +35,7 @@ class DiffusersDenoiser:
     """A `UNet2DConditionModel` with its schedule; fulfils `trainer.protocols.Denoiser`."""
 
     def __init__(self, unet: Any, scheduler: Any, vae: Any) -> None:
-        self.projections = {
+        self.projections: Mapping[str, str] = {
             layer_from_diffusers(path): path
             for path, _ in unet.named_modules()
             if is_projection(path)
@@ -149,11 +153,15 @@ def borrowed_models(pipeline: Any) -> Iterator[DiffusersModels]:
             module.train(mode)
 
 
+def text_family(pipeline: Any) -> Family:
+    """The model family, from the width of the text encoder."""
+    return family_of_width(pipeline.text_encoder.config.hidden_size)
+
+
 def text_encoder(pipeline: Any) -> ClipTextEncoder:
     """The pipeline's text encoder with its tokenizer."""
-    family = family_of_width(pipeline.text_encoder.config.hidden_size)
     return ClipTextEncoder(
-        family.text_encoders[0],
+        text_family(pipeline).text_encoders[0],
         pipeline.text_encoder,
         pipeline.tokenizer,
         pad_id=pipeline.tokenizer.pad_token_id,
@@ -186,3 +194,42 @@ def applied_concept(
     finally:
         for path, weight in own.items():
             known[path].weight.data = weight
+
+
+@torch.no_grad()
+def sample(
+    pipeline: Any,
+    prompt: str,
+    concept: Concept | None = None,
+    *,
+    strength: float = 1.0,
+    count: int = 1,
+    resolution: int = 512,
+    seed: int = 0,
+    steps: int = 50,
+    guidance: float = 6.0,
+) -> Image.Image:
+    """`count` pictures of a prompt side by side, with the concept or without."""
+    empty = Concept(family=text_family(pipeline), deltas={})
+    with (
+        applied_concept(pipeline, concept or empty, strength) as encoder,
+        borrowed_models(pipeline) as models,
+    ):
+        context, nothing = (
+            encoder.encode(encoder.pad([encoder.tokenize(text)])).expand(count, -1, -1)
+            for text in (prompt, "")
+        )
+        edge = resolution // LATENT_PIXELS
+        noise = torch.randn(count, 4, edge, edge, generator=torch.Generator().manual_seed(seed))
+        latents = ddim_sample(
+            models.denoiser.predict,
+            noise.to(models.denoiser.device),
+            context,
+            nothing,
+            models.denoiser.alphas_cumprod,
+            models.denoiser.prediction,
+            steps,
+            guidance,
+        )
+        images_bhwc = (models.denoiser.preview(latents) * 255).round().byte().cpu()
+    return Image.fromarray(torch.cat(list(images_bhwc), dim=1).numpy())

@@ -48,8 +48,9 @@ def constrained_least_squares(
             f"Only {rank} of {len(c)} constraint rows are independent, so they cannot all be met "
             "exactly. Remove duplicate rows, or give every concept its own modifier token."
         )
-    v_transposed = torch.linalg.solve(inner.T, v - c @ w0.T).T
-    return (w0 + v_transposed @ d).to(weight.dtype)
+    v_transposed: Tensor = torch.linalg.solve(inner.T, v - c @ w0.T).T
+    merged: Tensor = w0 + v_transposed @ d
+    return merged.to(weight.dtype)
 
 
 def _check_shapes(

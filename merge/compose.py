@@ -5,6 +5,7 @@ a layer.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -326,7 +327,7 @@ def _norm(concept: Concept) -> float:
             total += float(((up.T @ up) * (down @ down.T)).sum())
         else:
             total += float(delta.weight.float().square().sum())
-    return total**0.5
+    return math.sqrt(total)
 
 
 def _check(concepts: Sequence[Concept], encoder: TextEncoder, strengths: Sequence[float]) -> None:

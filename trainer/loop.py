@@ -109,7 +109,7 @@ def train(
 
             # Update.
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             if config.max_gradient_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, config.max_gradient_norm)
             optimizer.step()

@@ -1,0 +1,258 @@
+"""The pack without ComfyUI: `custom-diffusion train | merge | sample | inspect | demo`.
+
+diffusers is imported when a command needs a model, so that `inspect` works without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import get_args
+
+import torch
+from tqdm import tqdm
+
+from .concept.concept import Concept, LowRankDelta
+from .concept.errors import ConceptFileError, CustomDiffusionError
+from .concept.file import read_concept, write_concept
+from .merge.captions import read_captions
+from .merge.compose import DEFAULT_RELATIVE_RIDGE, merge_concepts
+from .trainer.config import GradientCut, TrainConfig
+from .trainer.data import TrainingConcept, check_readable, instance_caption, load_folder
+from .trainer.latents import encode_views
+from .trainer.loop import Event, StepDone, train
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DEFAULTS = TrainConfig()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; errors that users can mend are one message and exit status 1."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except CustomDiffusionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train_command(options: argparse.Namespace) -> None:
+    from .host.diffusers import borrowed_models, load_pipeline
+
+    _check_new(options.output)
+    config = TrainConfig(
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        resolution=options.resolution,
+        gradient_cut=options.gradient_cut,
+        augment=not options.no_augment,
+        flip=not options.no_flip,
+        preview_every_steps=0,
+        seed=options.seed,
+    )
+    regularization = options.regularization
+    concept = TrainingConcept(
+        images=load_folder(options.images, instance_caption(options.token, options.class_noun)),
+        class_noun=options.class_noun,
+        token=options.token,
+        initializer=options.initializer,
+        regularization=load_folder(regularization, instance_caption("", options.class_noun))
+        if regularization
+        else (),
+    )
+    check_readable(concept.images)
+    pipeline = load_pipeline(options.model, options.device, DTYPES[options.precision])
+    with borrowed_models(pipeline) as models:
+        with tqdm(desc="encoding pictures", unit="view") as bar:
+            bank = encode_views(concept, models.latent_encoder, config, _progress(bar))
+        with (
+            tqdm(total=config.steps, desc="training", unit="step") as bar,
+            _stop_on_interrupt() as stopped,
+        ):
+            result = train(
+                config,
+                concept,
+                bank,
+                models.denoiser,
+                models.text_encoder,
+                should_stop=stopped,
+                on_event=lambda event: _show(event, bar),
+            )
+    if result.provenance["steps"] == 0:
+        print("stopped before the first step: nothing was learnt, nothing was saved")
+        return
+    _report_saved(result, write_concept(result, options.output))
+
+
+def merge_command(options: argparse.Namespace) -> None:
+    from .host.diffusers import load_pipeline, text_encoder
+
+    _check_new(options.output)
+    concepts = [read_concept(path) for path in options.concepts]
+    if options.tokens:
+        renamed = zip(concepts, options.tokens, strict=True)
+        concepts = [concept.with_token(token) for concept, token in renamed]
+    merged, report = merge_concepts(
+        concepts,
+        text_encoder(load_pipeline(options.model)),
+        strengths=options.strengths,
+        captions=read_captions(options.captions) if options.captions else None,
+        relative_ridge=options.ridge,
+        cache_folder=options.cache,
+    )
+    print(report.text())
+    _report_saved(merged, write_concept(merged, options.output))
+
+
+def sample_command(options: argparse.Namespace) -> None:
+    from .host.diffusers import load_pipeline, sample
+
+    pipeline = load_pipeline(options.model, options.device, DTYPES[options.precision])
+    concept = read_concept(options.concept) if options.concept else None
+    image = sample(
+        pipeline,
+        options.prompt,
+        concept,
+        strength=options.strength,
+        count=options.count,
+        resolution=options.resolution,
+        seed=options.seed,
+    )
+    image.save(options.output)
+    print(f"saved {options.output}")
+
+
+def inspect_command(options: argparse.Namespace) -> None:
+    concept = read_concept(options.file)
+    ranks = sorted({d.rank for d in concept.deltas.values() if isinstance(d, LowRankDelta)})
+    print(f"{options.file}: {options.file.stat().st_size / 1e6:.1f} MB")
+    print(f"base model: {concept.family.title}, projections {concept.base_hash or 'unknown'}")
+    for token in concept.tokens:
+        start = token.initializer or "a rare token"
+        print(f"token: {token.name} {token.class_noun} (started from {start})")
+    print(f"projections: {len(concept.deltas)}, {f'rank {ranks}' if ranks else 'dense'}")
+    print(f"kept by a merge: {', '.join(concept.constraint_prompts) or 'nothing'}")
+    for fact in ("method", "steps", "instance_images", "regularization_images", "strengths"):
+        if fact in concept.provenance:
+            print(f"{fact.replace('_', ' ')}: {concept.provenance[fact]}")
+
+
+def demo_command(options: argparse.Namespace) -> None:
+    from .miniature.demo import run_demo
+
+    run_demo(options.output)
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C asks once for an orderly stop, which saves; a second one interrupts as usual."""
+    asked = threading.Event()
+
+    def ask(_signal: int, _frame: FrameType | None) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _progress(bar: tqdm[None]) -> Callable[[int, int], None]:
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return show
+
+
+def _show(event: Event, bar: tqdm[None]) -> None:
+    if isinstance(event, StepDone):
+        bar.set_postfix(loss=f"{event.loss:.4f}", refresh=False)
+        bar.update(event.step - bar.n)
+
+
+def _check_new(output: Path) -> None:
+    if output.exists():
+        raise ConceptFileError(
+            f"{output} exists already. Choose another --output, or move it away."
+        )
+
+
+def _report_saved(concept: Concept, path: Path) -> None:
+    print(f"saved {path} ({path.stat().st_size / 1e6:.1f} MB): {concept.describe()}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="custom-diffusion", description="Teach Stable Diffusion concepts, and merge them."
+    )
+    commands = parser.add_subparsers(required=True)
+
+    demo = commands.add_parser("demo", help="the main job end to end on a small random model")
+    demo.add_argument("--output", type=Path, default=Path("demo"), metavar="FOLDER")
+    demo.set_defaults(command=demo_command)
+
+    teach = commands.add_parser("train", help="teach one concept from a folder of pictures")
+    _model_options(teach)
+    teach.add_argument("--images", type=Path, required=True, help="folder of 4 to 20 pictures")
+    teach.add_argument("--class-noun", required=True, help="everyday word for the thing: cat")
+    teach.add_argument("--token", default="<new1>", help="its new word")
+    teach.add_argument("--initializer", default="", help="word the token starts from")
+    teach.add_argument("--regularization", type=Path, help="folder of ordinary class pictures")
+    teach.add_argument("--steps", type=int, default=DEFAULTS.steps)
+    teach.add_argument("--batch-size", type=int, default=DEFAULTS.batch_size)
+    teach.add_argument("--learning-rate", type=float, default=DEFAULTS.learning_rate)
+    teach.add_argument("--resolution", type=int, default=DEFAULTS.resolution)
+    teach.add_argument(
+        "--gradient-cut", choices=get_args(GradientCut), default=DEFAULTS.gradient_cut
+    )
+    teach.add_argument("--no-augment", action="store_true", help="no random sizes")
+    teach.add_argument("--no-flip", action="store_true", help="no mirrored views")
+    teach.add_argument("--seed", type=int, default=DEFAULTS.seed)
+    teach.add_argument("--output", type=Path, default=Path("concept.safetensors"))
+    teach.set_defaults(command=train_command)
+
+    merge = commands.add_parser("merge", help="merge concepts by constrained least squares")
+    merge.add_argument("concepts", type=Path, nargs="+", metavar="CONCEPT")
+    merge.add_argument("--model", required=True, help="base model; its text encoder is used")
+    merge.add_argument("--strengths", type=float, nargs="+", help="one for each concept")
+    merge.add_argument("--tokens", nargs="+", help="new names of the concepts' tokens")
+    merge.add_argument("--captions", type=Path, help="your own captions, one a line")
+    merge.add_argument("--ridge", type=float, default=DEFAULT_RELATIVE_RIDGE)
+    merge.add_argument("--cache", type=Path, help="folder that keeps the captions' factor")
+    merge.add_argument("--output", type=Path, default=Path("merged.safetensors"))
+    merge.set_defaults(command=merge_command)
+
+    draw = commands.add_parser("sample", help="draw pictures, with a concept or without")
+    _model_options(draw)
+    draw.add_argument("--prompt", required=True)
+    draw.add_argument("--concept", type=Path)
+    draw.add_argument("--strength", type=float, default=1.0)
+    draw.add_argument("--count", type=int, default=1)
+    draw.add_argument("--resolution", type=int, default=DEFAULTS.resolution)
+    draw.add_argument("--seed", type=int, default=0)
+    draw.add_argument("--output", type=Path, default=Path("sample.png"))
+    draw.set_defaults(command=sample_command)
+
+    look = commands.add_parser("inspect", help="what a concept file holds")
+    look.add_argument("file", type=Path)
+    look.set_defaults(command=inspect_command)
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="folder in diffusers' layout")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=DTYPES, default="float32", help="of frozen weights")
