@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from support import checkpoints as builders
 from support.comfy_server import ComfyServer, find_comfyui
 
@@ -69,3 +73,48 @@ def server(
     base = tmp_path_factory.mktemp("comfy")
     with ComfyServer(comfyui_path, base, checkpoints=[checkpoints / "sd15.safetensors"]) as running:
         yield running
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """MODEL, CLIP and VAE as CheckpointLoaderSimple hands them out."""
+
+    model: Any
+    clip: Any
+    vae: Any
+
+
+@pytest.fixture(scope="session")
+def comfy(comfyui_path: Path) -> Any:
+    """ComfyUI's `comfy` package in this process, on the CPU."""
+    sys.path.append(str(comfyui_path))
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+    import comfy.lora
+    import comfy.sd
+    import comfy.utils
+
+    return comfy
+
+
+@pytest.fixture(scope="session")
+def embeddings_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("embeddings")
+
+
+@pytest.fixture(scope="module")
+def load(
+    comfy: Any, checkpoint_file: Callable[[str], Path], embeddings_folder: Path
+) -> Callable[[str], Loaded]:
+    """Loads a random checkpoint in inference mode, as a prompt does; once a module."""
+
+    @cache
+    def load_checkpoint(name: str) -> Loaded:
+        with torch.inference_mode():
+            model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
+                str(checkpoint_file(name)), embedding_directory=[str(embeddings_folder)]
+            )
+        return Loaded(model, clip, vae)
+
+    return load_checkpoint

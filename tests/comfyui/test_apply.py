@@ -1,0 +1,190 @@
+"""A concept on ComfyUI's own MODEL and CLIP, judged by ComfyUI's stock loaders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from custom_diffusion.concept.concept import Concept
+from custom_diffusion.concept.errors import IncompatibleModelError, TokenError
+from custom_diffusion.concept.file import concept_tensors, read_concept, write_concept
+from safetensors.torch import save_file
+from support.made_concepts import made_concept
+
+PREFIX = "diffusion_model."
+
+
+@pytest.fixture(scope="module")
+def sd15(load: Any) -> Any:
+    return load("sd15")
+
+
+@pytest.fixture(scope="module")
+def shapes(sd15: Any) -> dict[str, tuple[int, int]]:
+    weights = sd15.model.model.diffusion_model.named_parameters()
+    return {
+        name.removesuffix(".weight"): tuple(weight.shape)
+        for name, weight in weights
+        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
+    }
+
+
+def apply(model: Any, clip: Any, concept: Concept, strength: float) -> tuple[Any, Any]:
+    from custom_diffusion.host.comfyui.apply import apply_concept
+
+    with torch.inference_mode():
+        return apply_concept(model, clip, concept, strength)
+
+
+def patched(model: Any) -> dict[str, torch.Tensor]:
+    from custom_diffusion.host.comfyui.models import patched_weights
+
+    return patched_weights(model, PREFIX)
+
+
+def encode(clip: Any, text: str) -> torch.Tensor:
+    with torch.inference_mode():
+        return clip.encode_from_tokens(clip.tokenize(text)).clone()
+
+
+def snapshot(loaded: Any) -> list[torch.Tensor]:
+    modules = (loaded.model.model, loaded.clip.cond_stage_model)
+    return [t.detach().clone() for module in modules for t in module.state_dict().values()]
+
+
+@pytest.mark.parametrize("rank", [None, 6], ids=["dense", "low rank"])
+def test_stock_lora_loader_changes_the_same_weights_by_the_same_amount(
+    comfy: Any, sd15: Any, shapes: Any, rank: int | None, tmp_path: Path
+) -> None:
+    concept = made_concept(shapes, rank=rank)
+    path = write_concept(concept, tmp_path / "cat.safetensors")
+    lora = comfy.utils.load_torch_file(str(path), safe_load=True)
+    stock, _ = comfy.sd.load_lora_for_models(sd15.model, sd15.clip, lora, 0.7, 0.7)
+    ours, _ = apply(sd15.model, sd15.clip, concept, 0.7)
+
+    assert ours.patches.keys() == stock.patches.keys()
+    base, by_us, by_stock = patched(sd15.model), patched(ours), patched(stock)
+    changed = {name for name in base if not torch.equal(base[name], by_us[name])}
+    assert changed == {f"{layer}.weight" for layer in shapes}
+    largest = max(float((by_us[n] - by_stock[n]).abs().max()) for n in base)
+    change = max(float((by_us[n] - base[n]).abs().max()) for n in base)
+    print(f"ApplyKVDelta and LoraLoader differ by at most {largest:.1e} of {change:.1e}")
+    assert largest < 2**-10 * change  # half precision of the file
+
+    from_file, _ = apply(sd15.model, sd15.clip, read_concept(path), 0.7)
+    for name, weight in patched(from_file).items():
+        assert torch.equal(weight, by_stock[name])
+
+
+def test_inputs_are_bit_identical_afterwards(sd15: Any, shapes: Any) -> None:
+    before = snapshot(sd15)
+    model, clip = apply(sd15.model, sd15.clip, made_concept(shapes), 1.0)
+    encode(clip, "photo of a <new1> cat")
+    assert not sd15.model.patches
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(sd15), strict=True))
+    assert model is not sd15.model and clip is not sd15.clip
+
+
+def test_strength_zero_is_the_base_model(sd15: Any, shapes: Any) -> None:
+    model, clip = apply(sd15.model, sd15.clip, made_concept(shapes), 0.0)
+    assert not model.patches
+    text = "photo of a <new1> cat"
+    assert torch.equal(encode(clip, text), encode(sd15.clip, text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{new1}",
+        "photo of a {new1} cat",
+        "a ({new1} cat:1.2), on a table",
+        "((a {new1} cat)) and [{new1}]",
+        "a {new1} cat embedding:other on a chair",
+        "embedding:other {new1} cat",
+        "a {new1} cat and a {new2} dog, ({new2} dog:0.8)",
+        "word " * 80 + "{new1} cat",
+    ],
+)
+def test_token_in_a_prompt_means_what_a_stock_embedding_file_means(
+    sd15: Any, shapes: Any, embeddings_folder: Path, text: str
+) -> None:
+    concepts = [
+        made_concept(shapes, "<new1>", "cat", seed=1),
+        made_concept(shapes, "<new2>", "dog", seed=2),
+    ]
+    save_file({"clip_l": torch.randn(2, 768) * 0.02}, embeddings_folder / "other.safetensors")
+    clip = sd15.clip
+    for concept in concepts:
+        row = concept.tokens[0].embeddings["clip_l"]
+        name = concept.tokens[0].name.strip("<>")
+        save_file({"clip_l": row}, embeddings_folder / f"{name}.safetensors")
+        _, clip = apply(sd15.model, clip, concept, 1.0)
+    ours = encode(clip, text.format(new1="<new1>", new2="<new2>"))
+    stock_text = text.format(new1=" embedding:new1 ", new2=" embedding:new2 ")
+    assert torch.equal(ours, encode(sd15.clip, stock_text))
+
+
+def test_bundled_embedding_is_read_by_the_stock_loader(
+    sd15: Any, shapes: Any, embeddings_folder: Path
+) -> None:
+    concept = made_concept(shapes, seed=3)
+    write_concept(concept, embeddings_folder / "whole.safetensors", torch.float32)
+    _, clip = apply(sd15.model, sd15.clip, concept, 1.0)
+    stock = encode(sd15.clip, "photo of a embedding:whole cat")
+    assert torch.equal(encode(clip, "photo of a <new1> cat"), stock)
+
+
+def test_same_token_twice_is_refused(sd15: Any, shapes: Any) -> None:
+    _, clip = apply(sd15.model, sd15.clip, made_concept(shapes), 1.0)
+    with pytest.raises(TokenError, match=r"<new1> is already taken.*Rename"):
+        apply(sd15.model, clip, made_concept(shapes, seed=5), 1.0)
+
+
+def test_concept_of_another_family_is_refused(sd15: Any) -> None:
+    layer = "input_blocks.4.1.transformer_blocks.0.attn2.to_k"
+    concept = made_concept({layer: (640, 2048)}, family="sdxl")
+    with pytest.raises(IncompatibleModelError, match=r"XL.*2048.*1\.x \(768\)\. Load"):
+        apply(sd15.model, sd15.clip, concept, 1.0)
+
+
+def test_concept_with_layers_that_the_model_lacks_is_refused(sd15: Any) -> None:
+    layer = "input_blocks.8.1.transformer_blocks.0.attn2.to_k"
+    with pytest.raises(IncompatibleModelError, match=r"absent in the model"):
+        apply(sd15.model, sd15.clip, made_concept({layer: (1280, 768)}), 1.0)
+
+
+def test_missing_clip_is_explained(sd15: Any, shapes: Any) -> None:
+    with pytest.raises(IncompatibleModelError, match=r"No CLIP was given.*Connect"):
+        apply(sd15.model, None, made_concept(shapes), 1.0)
+
+
+def test_clip_of_another_family_is_refused(sd15: Any, load: Any, shapes: Any) -> None:
+    with pytest.raises(IncompatibleModelError, match=r"clip_l.*Connect"):
+        apply(sd15.model, load("sd2_v").clip, made_concept(shapes), 1.0)
+
+
+def test_a_diffusion_transformer_is_refused(load: Any, sd15: Any, shapes: Any) -> None:
+    with pytest.raises(IncompatibleModelError, match=r"no cross-attention.*load an SD 1"):
+        apply(load("dit").model, sd15.clip, made_concept(shapes), 1.0)
+
+
+def test_a_loras_patches_are_part_of_the_model_that_is_trained(sd15: Any, shapes: Any) -> None:
+    from custom_diffusion.host.comfyui.models import ComfyDenoiser
+
+    concept = made_concept(shapes)
+    model, _ = apply(sd15.model, sd15.clip, concept, 1.0)
+    layer = next(iter(shapes))
+    copy = ComfyDenoiser(model, torch.float32).network.get_parameter(f"{layer}.weight")
+    base = sd15.model.model.diffusion_model.get_parameter(f"{layer}.weight")
+    assert torch.allclose(copy, base.clone() + concept.deltas[layer].dense(), atol=1e-6)
+    assert not copy.is_inference()
+
+
+def test_every_tensor_of_the_file_is_known_to_the_stock_loader(
+    comfy: Any, sd15: Any, shapes: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = {k: t for k, t in concept_tensors(made_concept(shapes)).items() if PREFIX in k}
+    comfy.sd.load_lora_for_models(sd15.model, sd15.clip, tensors, 1.0, 1.0)
+    assert "not loaded" not in caplog.text

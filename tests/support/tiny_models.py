@@ -1,0 +1,200 @@
+"""A Stable Diffusion pipeline small enough for unit tests: real diffusers parts, random weights.
+
+Only widths and depths are small. What the pack depends on is as in Stable Diffusion 1.x: the text
+width of 768, CLIP's whole vocabulary, an autoencoder that divides by 8, SD's noise schedule.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
+from custom_diffusion.trainer.latents import EncodedView, LatentBank
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+CONTEXT_WIDTH = 768
+VOCABULARY_SIZE = 49408
+LATENT_EDGE = 8
+"""Edge of the latents that the helpers make: pictures of 64 pixels."""
+RESOLUTION = LATENT_EDGE * 8
+
+
+def tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusionPipeline:
+    """A whole pipeline on the CPU in float32; the same seed gives the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = StableDiffusionPipeline(
+            vae=tiny_vae(),
+            text_encoder=tiny_text_model(),
+            tokenizer=clip_tokenizer(),
+            unet=tiny_unet(),
+            scheduler=sd_scheduler(prediction_type),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_unet() -> UNet2DConditionModel:
+    """Two levels, one with cross-attention: six layers, twelve key and value projections."""
+    return UNet2DConditionModel(
+        sample_size=LATENT_EDGE,
+        block_out_channels=(32, 64),
+        layers_per_block=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=CONTEXT_WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+
+
+def tiny_unet_without_cross_attention() -> UNet2DModel:
+    return UNet2DModel(
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    )
+
+
+def tiny_text_model(layers: int = 2) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=CONTEXT_WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        max_position_embeddings=77,
+        hidden_act="quick_gelu",
+        bos_token_id=49406,
+        eos_token_id=49407,
+    )
+    return CLIPTextModel(config).eval()
+
+
+def tiny_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=0.18215,
+    ).eval()
+
+
+def sd_scheduler(prediction_type: str = "epsilon") -> DDPMScheduler:
+    return DDPMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+
+
+@cache
+def clip_tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer, built from the merges that open_clip ships; padded as SD 1.x is."""
+    import open_clip
+
+    archive = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
+    lines = gzip.decompress(archive.read_bytes()).decode("utf-8").split("\n")
+    merges = lines[1 : VOCABULARY_SIZE - 2 - 512 + 1]
+    characters = _byte_characters()
+    words = [*characters, *(character + "</w>" for character in characters)]
+    words += ["".join(merge.split()) for merge in merges]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary = {word: index for index, word in enumerate(words)}
+        (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        (Path(folder) / "merges.txt").write_text(
+            "#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8"
+        )
+        return CLIPTokenizer.from_pretrained(folder)
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that stands for each byte, in the order of CLIP's vocabulary."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(code) for code in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+
+
+def state(*modules: nn.Module) -> list[dict[str, Tensor]]:
+    """A deep copy of the modules' weights, for `same_state`."""
+    return [{k: v.clone() for k, v in module.state_dict().items()} for module in modules]
+
+
+def same_state(before: list[dict[str, Tensor]], *modules: nn.Module) -> bool:
+    """Whether the modules have the same weights as before, in order and to the bit."""
+    return all(
+        list(old) == list(new) and all(torch.equal(old[k], new[k]) for k in old)
+        for old, new in zip(before, (m.state_dict() for m in modules), strict=True)
+    )
+
+
+def requires_grad_map(*modules: nn.Module) -> list[dict[str, bool]]:
+    return [{n: p.requires_grad for n, p in module.named_parameters()} for module in modules]
+
+
+def training_map(*modules: nn.Module) -> list[dict[str, bool]]:
+    return [{n: m.training for n, m in module.named_modules()} for module in modules]
+
+
+def cat_concept(images: int = 2, regularization: int = 0, **changes: Any) -> TrainingConcept:
+    """`<new1> cat` with plain pictures."""
+    picture = Image.new("RGB", (RESOLUTION, RESOLUTION), (200, 120, 40))
+    return TrainingConcept(
+        images=tuple(CaptionedImage(picture, "photo of a <new1> cat") for _ in range(images)),
+        class_noun="cat",
+        token="<new1>",
+        regularization=tuple(
+            CaptionedImage(picture, f"cat number {n}") for n in range(regularization)
+        ),
+        **changes,
+    )
+
+
+def random_bank(concept: TrainingConcept, views: int = 2, seed: int = 1) -> LatentBank:
+    """Random latents for the pictures of a concept; every second view is a small one."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (4, LATENT_EDGE, LATENT_EDGE)
+
+    def view(prompt: str, small: bool) -> EncodedView:
+        mask = torch.ones(shape[1:])
+        if small:
+            mask[:3], mask[:, 5:] = 0, 0
+        mean = torch.randn(shape, generator=generator)
+        deviation = 0.1 * torch.rand(shape, generator=generator)
+        return EncodedView(mean, deviation, mask, f"far away {prompt}" if small else prompt)
+
+    return LatentBank(
+        instances=tuple(
+            tuple(view(image.caption, small=n % 2 == 1) for n in range(views))
+            for image in concept.images
+        ),
+        regularization=tuple(view(image.caption, small=False) for image in concept.regularization),
+    )

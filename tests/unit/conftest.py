@@ -1,0 +1,50 @@
+"""Fixtures of the unit tests. The pipelines are shared by all tests: a test that changes a weight
+copies the model first.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from custom_diffusion.host.diffusers import DiffusersModels, borrowed_models
+from diffusers import StableDiffusionPipeline
+from support import tiny_models
+from transformers import CLIPTokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny matrices are quicker on one thread, and sums always come out in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> CLIPTokenizer:
+    return tiny_models.clip_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def pipeline() -> StableDiffusionPipeline:
+    """A tiny Stable Diffusion 1.x that predicts the noise."""
+    return tiny_models.tiny_pipeline()
+
+
+@pytest.fixture(scope="session")
+def v_pipeline(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    """The same models with a schedule that predicts the velocity."""
+    result = copy.copy(pipeline)
+    result.scheduler = tiny_models.sd_scheduler("v_prediction")
+    return result
+
+
+@pytest.fixture
+def models(pipeline: StableDiffusionPipeline) -> Iterator[DiffusersModels]:
+    """The pipeline's models, borrowed for one test."""
+    with borrowed_models(pipeline) as borrowed:
+        yield borrowed

@@ -1,0 +1,216 @@
+"""Random resize: how often, how large, with which words, and where the loss may look."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from custom_diffusion.trainer.augmentation import (
+    LARGE_PREFIXES,
+    SMALL_PREFIXES,
+    View,
+    _random_edge,
+    random_view,
+    whole_view,
+)
+from PIL import Image, ImageDraw
+
+WHITE = Image.new("RGB", (24, 24), "white")
+
+
+def views(
+    size: int, count: int, image: Image.Image = WHITE, *, seed: int = 0, flip: bool = False
+) -> list[View]:
+    rng = random.Random(seed)
+    return [random_view(image, size, rng, flip) for _ in range(count)]
+
+
+def small_views(size: int, count: int, image: Image.Image = WHITE) -> list[View]:
+    return [view for view in views(size, count, image) if view.prefix in SMALL_PREFIXES]
+
+
+def large_views(size: int, count: int, image: Image.Image = WHITE) -> list[View]:
+    return [view for view in views(size, count, image) if view.prefix in LARGE_PREFIXES]
+
+
+def box_of(view: View) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of the white picture that was pasted on grey."""
+    rows, columns = np.nonzero(view.image_chw[0].numpy() > 0.5)
+    return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+
+
+def red_disc(width: int, height: int) -> Image.Image:
+    image = Image.new("RGB", (width, height), "white")
+    x, y = width // 2, height // 2
+    ImageDraw.Draw(image).ellipse((x - 60, y - 60, x + 60, y + 60), fill="red")
+    return image
+
+
+def disc_extent(view: View) -> tuple[int, int]:
+    """Width and height of the red disc in a view."""
+    red = (view.image_chw[0] > 0.5) & (view.image_chw[1] < -0.5)
+    rows, columns = np.nonzero(red.numpy())
+    return int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1
+
+
+def red_left_blue_right() -> Image.Image:
+    image = Image.new("RGB", (64, 64), "red")
+    image.paste("blue", (32, 0, 64, 64))
+    return image
+
+
+def test_kinds_of_view_come_with_the_frequencies_of_the_reference() -> None:
+    rng = random.Random(0)
+    edges = [_random_edge(512, rng) for _ in range(30_000)]
+    kinds = Counter("small" if e < 0.6 * 512 else "large" if e > 512 else "whole" for e in edges)
+    assert kinds["small"] / len(edges) == pytest.approx(0.266, abs=0.01)
+    assert kinds["whole"] / len(edges) == pytest.approx(0.400, abs=0.01)
+    assert kinds["large"] / len(edges) == pytest.approx(0.333, abs=0.01)
+
+
+def test_views_carry_the_words_of_their_kind_equally_often() -> None:
+    drawn = Counter(view.prefix for view in views(64, 3000))
+    small, large = 18 / 44 * 2 / 3, 1 / 3  # edges 21..38 of 21..64 are below 0.6 of 64
+    for prefix in SMALL_PREFIXES:
+        assert drawn[prefix] / 3000 == pytest.approx(small / 2, abs=0.025)
+    for prefix in LARGE_PREFIXES:
+        assert drawn[prefix] / 3000 == pytest.approx(large / 2, abs=0.025)
+    assert drawn[""] / 3000 == pytest.approx(1 - small - large, abs=0.03)
+    assert set(drawn) == {*SMALL_PREFIXES, *LARGE_PREFIXES, ""}
+
+
+def test_edges_are_even_and_inside_the_ranges_of_the_reference() -> None:
+    rng = random.Random(0)
+    edges = {_random_edge(512, rng) for _ in range(30_000)}
+    assert all(edge % 2 == 0 for edge in edges)
+    assert min(edges) == 170
+    assert max(edges) == 716
+    assert max(edge for edge in edges if edge <= 512) == 512
+    assert min(edge for edge in edges if edge > 512) == 614
+
+
+@pytest.mark.parametrize("size", [64, 128, 512])
+def test_mask_of_a_small_view_is_its_box_less_one_latent_cell_a_side(size: int) -> None:
+    found = small_views(size, 120 if size < 512 else 20)
+    assert found
+    for view in found:
+        left, top, right, bottom = box_of(view)
+        wanted = torch.zeros(size // 8, size // 8)
+        rows = slice(top // 8 + 1, max(bottom // 8 - 1, top // 8 + 2))
+        columns = slice(left // 8 + 1, max(right // 8 - 1, left // 8 + 2))
+        wanted[rows, columns] = 1
+        assert torch.equal(view.mask, wanted)
+
+
+@pytest.mark.parametrize("size", [48, 64, 128])
+def test_every_valid_cell_of_a_small_view_lies_inside_the_pasted_picture(size: int) -> None:
+    for view in small_views(size, 300):
+        pixels = view.mask.repeat_interleave(8, 0).repeat_interleave(8, 1).bool()
+        assert (view.image_chw[:, pixels] > 0.9).all()
+
+
+def test_small_pictures_come_in_the_size_that_was_drawn_and_anywhere() -> None:
+    boxes = [box_of(view) for view in small_views(128, 300)]
+    sizes = {(right - left, bottom - top) for left, top, right, bottom in boxes}
+    assert all(width == height and 42 <= width < 0.6 * 128 for width, height in sizes)
+    assert len({box[0] for box in boxes}) > 20
+    assert len({box[1] for box in boxes}) > 20
+
+
+def test_grey_around_a_small_view_is_zero() -> None:
+    for view in small_views(64, 60):
+        left, top, right, bottom = box_of(view)
+        grey = torch.ones(64, 64, dtype=torch.bool)
+        grey[top:bottom, left:right] = False
+        assert view.image_chw[:, grey].abs().max() <= 1 / 255 + 1e-6
+
+
+def test_whole_and_large_views_count_everywhere_and_have_no_grey() -> None:
+    for view in views(64, 200):
+        if view.prefix not in SMALL_PREFIXES:
+            assert view.mask.equal(torch.ones(8, 8))
+            assert (view.image_chw > 0.99).all()
+
+
+def test_large_views_show_a_part_of_the_picture_at_1_2_to_1_4_of_its_size() -> None:
+    ramp = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (256, 1))).convert("RGB")
+    shown = []
+    for view in large_views(128, 300, ramp):
+        row = view.image_chw[0, 64]
+        shown.append(float(row.max() - row.min()) / 2)
+    assert 1 / 1.42 <= min(shown) < 1 / 1.35
+    assert 1 / 1.25 < max(shown) <= 1 / 1.17
+
+
+def test_views_are_float_pictures_between_minus_one_and_one() -> None:
+    noise = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8), "RGB"
+    )
+    for view in [whole_view(noise, 64), *views(64, 60, noise)]:
+        assert view.image_chw.shape == (3, 64, 64)
+        assert view.image_chw.dtype == torch.float32
+        assert view.mask.shape == (8, 8)
+        assert -1 <= view.image_chw.min() < -0.5 < 0.5 < view.image_chw.max() <= 1
+
+
+@pytest.mark.parametrize("width, height", [(512, 256), (256, 512), (300, 300), (1000, 128)])
+def test_a_disc_stays_round_in_every_view(width: int, height: int) -> None:
+    image = red_disc(width, height)
+    for view in [whole_view(image, 128), *small_views(128, 20, image)]:
+        across, down = disc_extent(view)
+        assert abs(across - down) <= 1
+
+
+def test_the_centre_of_a_wide_picture_is_shown() -> None:
+    image = Image.new("RGB", (300, 100), "black")
+    image.paste("white", (100, 0, 200, 100))
+    assert (whole_view(image, 64).image_chw > 0.95).all()
+
+
+def test_flipping_mirrors_left_and_right_only() -> None:
+    noise = Image.fromarray(
+        np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8), "RGB"
+    )
+    plain, flipped = whole_view(noise, 64), whole_view(noise, 64, flip=True)
+    assert torch.equal(flipped.image_chw, plain.image_chw.flip(-1))
+    assert not torch.equal(flipped.image_chw, plain.image_chw)
+
+
+def test_every_kind_of_view_can_be_flipped() -> None:
+    """Red is left in the picture; green is missing in both halves, so grey is told apart."""
+    for flip in (False, True):
+        for view in views(64, 60, red_left_blue_right(), flip=flip):
+            inside = view.image_chw[1] < -0.5
+            columns = torch.nonzero(inside.any(0)).flatten()
+            row = int(torch.nonzero(inside.any(1)).flatten()[0])
+            first, last = int(columns[0]), int(columns[-1])
+            red_is_left = view.image_chw[0, row, first] > view.image_chw[0, row, last]
+            assert bool(red_is_left) is not flip
+
+
+@pytest.mark.parametrize("size", [16, 24, 32, 40, 48, 64])
+def test_the_loss_always_sees_at_least_one_cell(size: int) -> None:
+    for view in views(size, 500):
+        assert view.mask.shape == (size // 8, size // 8)
+        assert view.mask.sum() >= 1
+
+
+def test_the_same_generator_draws_the_same_views() -> None:
+    image = red_disc(200, 150)
+    for one, other in zip(views(64, 20, image, seed=5), views(64, 20, image, seed=5), strict=True):
+        assert torch.equal(one.image_chw, other.image_chw)
+        assert torch.equal(one.mask, other.mask)
+        assert one.prefix == other.prefix
+    prefixes = [[view.prefix for view in views(64, 20, seed=seed)] for seed in (5, 6)]
+    assert prefixes[0] != prefixes[1]
+
+
+def test_drawing_views_leaves_the_global_generators_alone() -> None:
+    before = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()
+    views(64, 10)
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert (np.random.get_state()[1] == before[2]).all()

@@ -1,0 +1,204 @@
+"""Folders, captions and pictures of every make, and messages for those that cannot be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from custom_diffusion.concept.errors import DataError, TokenError
+from custom_diffusion.trainer.data import (
+    CaptionedImage,
+    TrainingConcept,
+    check_readable,
+    instance_caption,
+    load_folder,
+)
+from PIL import Image
+
+RED = Image.new("RGB", (20, 10), "red")
+GOOD = CaptionedImage(RED, "photo of a <new1> cat")
+
+
+def concept(**changes: object) -> TrainingConcept:
+    settings: dict[str, object] = {"images": (GOOD,), "class_noun": "cat", "token": "<new1>"}
+    return TrainingConcept(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def saved(image: Image.Image, path: Path, **options: object) -> CaptionedImage:
+    image.save(path, **options)
+    return CaptionedImage(path, "photo of a <new1> cat")
+
+
+def test_a_folder_is_read_by_name_with_captions_beside_its_pictures(tmp_path: Path) -> None:
+    for name in ("b.png", "a.JPG", "c.webp", "d.bmp"):
+        RED.save(tmp_path / name)
+    (tmp_path / "b.txt").write_text("a <new1> cat\n  on a   sofa\n", encoding="utf-8")
+    (tmp_path / "c.txt").write_text(" \n", encoding="utf-8")
+    (tmp_path / "notes.md").write_text("not a picture")
+    images = load_folder(tmp_path, "photo of a <new1> cat")
+    assert [image.name for image in images] == ["a.JPG", "b.png", "c.webp", "d.bmp"]
+    assert [image.caption for image in images] == [
+        "photo of a <new1> cat",
+        "a <new1> cat on a sofa",
+        "photo of a <new1> cat",
+        "photo of a <new1> cat",
+    ]
+
+
+def test_captions_may_be_in_any_script(tmp_path: Path) -> None:
+    RED.save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("<new1> Käse 猫", encoding="utf-8")
+    assert load_folder(tmp_path, "default")[0].caption == "<new1> Käse 猫"
+
+
+def test_the_mark_that_windows_editors_put_before_utf8_is_not_part_of_a_caption(
+    tmp_path: Path,
+) -> None:
+    RED.save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("photo of a <new1> cat", encoding="utf-8-sig")
+    assert load_folder(tmp_path, "default")[0].caption == "photo of a <new1> cat"
+
+
+def test_a_caption_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    RED.save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes("Käse".encode("latin-1"))
+    with pytest.raises(DataError, match=r"a\.txt is not a UTF-8 text file\. Save it as UTF-8"):
+        load_folder(tmp_path, "default")
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"There is no folder .*nowhere\. Make it and put"):
+        load_folder(tmp_path / "nowhere", "default")
+
+
+def test_a_file_instead_of_a_folder_is_named(tmp_path: Path) -> None:
+    RED.save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"There is no folder .*a\.png"):
+        load_folder(tmp_path / "a.png", "default")
+
+
+def test_a_folder_without_pictures_says_what_belongs_there(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a caption alone")
+    with pytest.raises(DataError, match=r"holds no pictures \(\.png, .*Put 4 to 20 pictures"):
+        load_folder(tmp_path, "default")
+
+
+def test_a_picture_is_turned_upright_as_its_camera_noted(tmp_path: Path) -> None:
+    image = Image.new("RGB", (40, 20), "blue")
+    image.paste("red", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it a quarter to the right
+    opened = saved(image, tmp_path / "turned.png", exif=exif).open()
+    assert opened.size == (20, 40)
+    assert opened.getpixel((10, 5)) == (255, 0, 0)
+    assert opened.getpixel((10, 35)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "1", "P", "PA", "CMYK"])
+def test_every_kind_of_picture_opens_in_rgb_with_its_colours(mode: str, tmp_path: Path) -> None:
+    image = Image.new("RGB", (12, 8), "white").convert(mode.replace("PA", "P"))
+    image = image.convert(mode)
+    in_memory = CaptionedImage(image, "a <new1> cat").open()
+    suffix = "tif" if mode in ("CMYK", "PA") else "png"
+    pictures = [in_memory]
+    if mode != "PA":
+        pictures.append(saved(image, tmp_path / f"a.{suffix}").open())
+    for opened in pictures:
+        assert opened.mode == "RGB"
+        assert opened.size == (12, 8)
+        assert min(opened.getpixel((6, 4))) >= 250
+
+
+def test_a_palette_picture_keeps_its_colours(tmp_path: Path) -> None:
+    image = RED.convert("P", palette=Image.Palette.ADAPTIVE)
+    assert saved(image, tmp_path / "a.gif").open().getpixel((5, 5)) == (255, 0, 0)
+
+
+def test_greyscale_of_sixteen_bits_keeps_its_shades(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0)
+    opened = saved(Image.fromarray(ramp), tmp_path / "scan.png").open()
+    assert opened.mode == "RGB"
+    shades = np.asarray(opened)[0, :, 0].astype(int)
+    assert abs(shades - np.arange(256)).max() <= 1
+
+
+def test_opening_does_not_change_the_picture_it_was_given() -> None:
+    image = Image.new("RGBA", (4, 4), (1, 2, 3, 4))
+    CaptionedImage(image, "a <new1> cat").open()
+    assert image.mode == "RGBA"
+
+
+def test_corrupt_pictures_are_named_and_only_they(tmp_path: Path) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    for name in ("good.png", "cut.png", "fine.jpg", "short.jpg"):
+        noise.save(tmp_path / name)
+    for name in ("cut.png", "short.jpg"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
+    (tmp_path / "empty.webp").write_bytes(b"")
+    (tmp_path / "text.png").write_text("this is no picture")
+    images = load_folder(tmp_path, "a <new1> cat")
+    with pytest.raises(DataError) as caught:
+        check_readable(images)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 4
+    for name in ("cut.png", "short.jpg", "empty.webp", "text.png"):
+        assert f"{tmp_path / name} cannot be read as a picture" in message
+    assert "good.png" not in message
+    assert "fine.jpg" not in message
+    assert "Remove it from the folder, or export it again as PNG or JPEG" in message
+
+
+def test_readable_pictures_pass(tmp_path: Path) -> None:
+    check_readable([GOOD, saved(RED, tmp_path / "a.png")])
+
+
+def test_an_open_file_is_closed_again(tmp_path: Path) -> None:
+    image = saved(RED, tmp_path / "a.png")
+    image.open()
+    (tmp_path / "a.png").unlink()  # Windows refuses while it is open
+    with pytest.raises(DataError, match=r"a\.png cannot be read"):
+        image.open()
+
+
+def test_instance_captions_are_written_as_in_the_paper() -> None:
+    assert instance_caption("<new1>", "cat") == "photo of a <new1> cat"
+
+
+def test_no_instance_images_says_how_many_to_connect() -> None:
+    with pytest.raises(DataError, match=r"No instance images were given\. Connect 4 to 20"):
+        concept(images=())
+
+
+@pytest.mark.parametrize("noun", ["", "  "])
+def test_an_empty_class_noun_says_what_to_write(noun: str) -> None:
+    with pytest.raises(DataError, match=r"The class noun is empty\. Write the everyday word"):
+        concept(class_noun=noun)
+
+
+def test_a_caption_without_the_token_is_quoted_with_an_example() -> None:
+    with pytest.raises(DataError) as caught:
+        concept(images=(GOOD, CaptionedImage(Path("some") / "b.png", "photo of a cat")))
+    message = str(caught.value)
+    assert "'photo of a cat' of b.png does not contain the modifier token <new1>" in message
+    assert "Write it like 'photo of a <new1> cat'" in message
+
+
+def test_a_regularization_caption_with_the_token_is_quoted() -> None:
+    with pytest.raises(DataError) as caught:
+        concept(regularization=(CaptionedImage(RED, "a <new1> cat"),))
+    message = str(caught.value)
+    assert "'a <new1> cat' of an image in memory contains the modifier token <new1>" in message
+    assert "remove the token from their captions" in message
+
+
+@pytest.mark.parametrize("token", ["new1", "<new 1>", "", "<>", "<new1> cat", "<new1>\n"])
+def test_a_malformed_token_says_how_to_write_it(token: str) -> None:
+    with pytest.raises(TokenError, match=r"name in angle brackets .* Write '<[\w-]+>'"):
+        concept(token=token)
+
+
+def test_a_good_concept_is_accepted() -> None:
+    made = concept(regularization=(CaptionedImage(RED, "a cat"),), initializer="cat")
+    assert made.images == (GOOD,)

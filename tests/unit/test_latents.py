@@ -1,0 +1,227 @@
+"""The latent bank and the batches drawn from it."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from custom_diffusion.trainer.augmentation import LARGE_PREFIXES, SMALL_PREFIXES
+from custom_diffusion.trainer.config import TrainConfig
+from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
+from custom_diffusion.trainer.latents import (
+    Batch,
+    EncodedView,
+    LatentBank,
+    batches,
+    encode_views,
+)
+from PIL import Image
+from torch import Tensor
+
+CAPTION = "photo of a <new1> cat"
+
+
+class AveragingEncoder:
+    """Latents are the averages of 8 × 8 pixels: the picture can be recognised in them."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def moments(self, image_chw: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        mean = torch.nn.functional.avg_pool2d(image_chw, 8)
+        return torch.cat([mean, mean[:1]]), torch.full((4, *mean.shape[1:]), 0.5)
+
+
+def picture() -> Image.Image:
+    """Red on the left, blue on the right."""
+    image = Image.new("RGB", (64, 64), "blue")
+    image.paste("red", (0, 0, 32, 64))
+    return image
+
+
+def concept(images: int = 1, regularization: int = 0) -> TrainingConcept:
+    return TrainingConcept(
+        images=tuple(CaptionedImage(picture(), CAPTION) for _ in range(images)),
+        class_noun="cat",
+        token="<new1>",
+        regularization=tuple(CaptionedImage(picture(), f"cat {n}") for n in range(regularization)),
+    )
+
+
+def config(**changes: Any) -> TrainConfig:
+    return TrainConfig(**{"resolution": 64, "batch_size": 4, "views_per_image": 8, **changes})
+
+
+def bank_of(images: int, regularization: int = 0, deviation: float = 0.0) -> LatentBank:
+    """One view an image; the mean of instance n is n, of regularization image n it is -1 - n."""
+
+    def view(value: float, prompt: str) -> EncodedView:
+        shape = (4, 8, 8)
+        mean, spread = torch.full(shape, value), torch.full(shape, deviation)
+        return EncodedView(mean, spread, torch.full((8, 8), value), prompt)
+
+    return LatentBank(
+        tuple((view(float(n), f"instance {n}"),) for n in range(images)),
+        tuple(view(-1.0 - n, f"regularization {n}") for n in range(regularization)),
+    )
+
+
+def draw(bank: LatentBank, settings: TrainConfig, count: int, seed: int = 0) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    return list(islice(batches(bank, settings, random.Random(seed), generator), count))
+
+
+def red_is_left(view: EncodedView) -> bool:
+    inside = view.mean[1] < -0.5  # neither half has green, the grey around has
+    columns = torch.nonzero(inside.all(0) if inside.any(1).all() else inside.any(0)).flatten()
+    row = int(torch.nonzero(inside.any(1)).flatten()[0])
+    return bool(view.mean[0, row, columns[0]] > view.mean[0, row, columns[-1]])
+
+
+def test_the_bank_depends_on_the_seed_alone() -> None:
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    one, same, other = (
+        encode_views(concept(2, 1), AveragingEncoder(), config(seed=seed)) for seed in (3, 3, 4)
+    )
+    for views, same_views in zip(one.instances, same.instances, strict=True):
+        for view, same_view in zip(views, same_views, strict=True):
+            assert torch.equal(view.mean, same_view.mean)
+            assert torch.equal(view.mask, same_view.mask)
+            assert view.prompt == same_view.prompt
+    assert any(
+        not torch.equal(view.mean, other_view.mean)
+        for view, other_view in zip(one.instances[0], other.instances[0], strict=True)
+    )
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert random.getstate() == python_state
+
+
+@pytest.mark.parametrize(
+    "augment, flip, views", [(True, True, 8), (True, False, 8), (False, True, 2), (False, False, 1)]
+)
+def test_every_instance_image_has_its_views_and_progress_is_told(
+    augment: bool, flip: bool, views: int
+) -> None:
+    encoder, progress = AveragingEncoder(), []
+    bank = encode_views(
+        concept(2, 3),
+        encoder,
+        config(augment=augment, flip=flip),
+        lambda done, total: progress.append((done, total)),
+    )
+    assert [len(image) for image in bank.instances] == [views, views]
+    assert len(bank.regularization) == 3
+    total = 2 * views + 3
+    assert encoder.calls == total
+    assert progress == [(n, total) for n in range(1, total + 1)]
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_exactly_half_of_the_views_are_mirrored(augment: bool) -> None:
+    (views,) = encode_views(concept(), AveragingEncoder(), config(augment=augment)).instances
+    assert sum(red_is_left(view) for view in views) == len(views) // 2
+
+
+def test_no_view_is_mirrored_when_flipping_is_off() -> None:
+    (views,) = encode_views(concept(), AveragingEncoder(), config(flip=False)).instances
+    assert all(red_is_left(view) for view in views)
+
+
+def test_prompts_say_how_the_picture_was_resized() -> None:
+    (views,) = encode_views(concept(), AveragingEncoder(), config(views_per_image=60)).instances
+    small = {f"{prefix} {CAPTION}" for prefix in SMALL_PREFIXES}
+    large = {f"{prefix} {CAPTION}" for prefix in LARGE_PREFIXES}
+    assert {view.prompt for view in views} == {CAPTION, *small, *large}
+    for view in views:
+        assert (view.prompt in small) == bool((view.mask == 0).any())
+
+
+def test_without_augmentation_views_are_whole_and_prompts_plain() -> None:
+    (views,) = encode_views(concept(), AveragingEncoder(), config(augment=False)).instances
+    for view in views:
+        assert view.prompt == CAPTION
+        assert view.mask.equal(torch.ones(8, 8))
+
+
+def test_regularization_images_are_whole_unmirrored_and_keep_their_captions() -> None:
+    bank = encode_views(concept(1, 6), AveragingEncoder(), config())
+    assert [view.prompt for view in bank.regularization] == [f"cat {n}" for n in range(6)]
+    for view in bank.regularization:
+        assert red_is_left(view)
+        assert view.mask.equal(torch.ones(8, 8))
+
+
+def test_every_image_comes_up_equally_often() -> None:
+    prompts = Counter(p for batch in draw(bank_of(5, 3), config(), 30) for p in batch.prompts)
+    assert [prompts[f"instance {n}"] for n in range(5)] == [12] * 5
+    assert [prompts[f"regularization {n}"] for n in range(3)] == [20] * 3
+
+
+def test_no_image_comes_again_before_all_had_their_turn_and_the_order_changes() -> None:
+    drawn = [p for batch in draw(bank_of(4), config(), 10) for p in batch.prompts]
+    rounds = [tuple(drawn[n : n + 4]) for n in range(0, 40, 4)]
+    assert all(len(set(order)) == 4 for order in rounds)
+    assert len(set(rounds)) > 1
+
+
+@pytest.mark.parametrize("size, prior", [(8, 4), (5, 2), (2, 1)])
+def test_the_second_half_of_a_batch_is_regularization(size: int, prior: int) -> None:
+    for batch in draw(bank_of(3, 3), config(batch_size=size), 5):
+        assert batch.prior == prior
+        assert len(batch.prompts) == len(batch.latents_bchw) == len(batch.masks_bhw) == size
+        kinds = [prompt.split()[0] for prompt in batch.prompts]
+        assert kinds == ["instance"] * (size - prior) + ["regularization"] * prior
+
+
+def test_without_regularization_images_the_batch_is_all_instances() -> None:
+    (batch,) = draw(bank_of(2), config(batch_size=6), 1)
+    assert batch.prior == 0
+    assert Counter(batch.prompts) == {"instance 0": 3, "instance 1": 3}
+
+
+def test_latents_masks_and_prompts_of_a_sample_belong_together() -> None:
+    for batch in draw(bank_of(5, 5), config(batch_size=6), 10):
+        for latents, mask, prompt in zip(
+            batch.latents_bchw, batch.masks_bhw, batch.prompts, strict=True
+        ):
+            kind, number = prompt.split()
+            value = float(number) if kind == "instance" else -1.0 - float(number)
+            assert (latents == value).all()
+            assert (mask == value).all()
+
+
+def test_latents_are_drawn_afresh_with_the_mean_and_deviation_of_their_view() -> None:
+    drawn = torch.stack([b.latents_bchw for b in draw(bank_of(1, 0, 0.5), config(), 100)])
+    assert drawn.mean().item() == pytest.approx(0.0, abs=0.01)
+    assert drawn.std().item() == pytest.approx(0.5, rel=0.02)
+    samples = drawn.flatten(0, 1).flatten(1)
+    assert len(torch.unique(samples, dim=0)) == len(samples)
+
+
+def test_all_views_of_an_image_are_drawn() -> None:
+    views = encode_views(concept(), AveragingEncoder(), config(views_per_image=6))
+    numbered = tuple(
+        EncodedView(v.mean, v.deviation, v.mask, str(n)) for n, v in enumerate(views.instances[0])
+    )
+    drawn = Counter(
+        p for b in draw(LatentBank((numbered,), ()), config(), 150) for p in b.prompts
+    )
+    assert set(drawn) == {str(n) for n in range(6)}
+    assert min(drawn.values()) > 60
+
+
+def test_batches_depend_on_their_generators_alone() -> None:
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    bank = bank_of(4, 2, 1.0)
+    one, same, other = (draw(bank, config(), 5, seed=seed) for seed in (1, 1, 2))
+    for batch, same_batch in zip(one, same, strict=True):
+        assert torch.equal(batch.latents_bchw, same_batch.latents_bchw)
+        assert batch.prompts == same_batch.prompts
+    assert any(b.prompts != o.prompts for b, o in zip(one, other, strict=True))
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert random.getstate() == python_state
