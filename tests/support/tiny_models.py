@@ -6,14 +6,11 @@ width of 768, CLIP's whole vocabulary, an autoencoder that divides by 8, SD's no
 
 from __future__ import annotations
 
-import gzip
-import json
-import tempfile
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
+from custom_diffusion.host import open_clip_vocabulary
 from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
 from custom_diffusion.trainer.latents import EncodedView, LatentBank
 from diffusers import (
@@ -118,29 +115,8 @@ def sd_scheduler(prediction_type: str = "epsilon") -> DDPMScheduler:
 
 @cache
 def clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer, built from the merges that open_clip ships; padded as SD 1.x is."""
-    import open_clip
-
-    archive = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
-    lines = gzip.decompress(archive.read_bytes()).decode("utf-8").split("\n")
-    merges = lines[1 : VOCABULARY_SIZE - 2 - 512 + 1]
-    characters = _byte_characters()
-    words = [*characters, *(character + "</w>" for character in characters)]
-    words += ["".join(merge.split()) for merge in merges]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-    with tempfile.TemporaryDirectory() as folder:
-        vocabulary = {word: index for index, word in enumerate(words)}
-        (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-        (Path(folder) / "merges.txt").write_text(
-            "#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8"
-        )
-        return CLIPTokenizer.from_pretrained(folder)
-
-
-def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte, in the order of CLIP's vocabulary."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [chr(code) for code in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+    """CLIP's tokenizer, padded as SD 1.x is; built once, so nobody may change it."""
+    return open_clip_vocabulary.clip_tokenizer()
 
 
 def state(*modules: nn.Module) -> list[dict[str, Tensor]]:

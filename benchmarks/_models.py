@@ -1,0 +1,55 @@
+"""Models of true size with random weights: speed does not depend on what a model has learnt."""
+
+from typing import Any
+
+import torch
+from custom_diffusion.concept.layers import is_projection
+from custom_diffusion.host.clip_text import ClipTextEncoder
+from custom_diffusion.host.open_clip_vocabulary import clip_tokenizer
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+VOCABULARY = 49408
+HEAD_WIDTH = 64
+"""Of every CLIP text model."""
+
+
+def random_text_encoder(width: int = 768, layers: int = 12, seed: int = 0) -> ClipTextEncoder:
+    """CLIP's text model of this width, CLIP-L when not said otherwise.
+
+    Weights are scaled by fan-in and norms are not trivial, so that words mix as in a taught model:
+    with the usual start of training a word's features would hardly depend on the words before it.
+    """
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // HEAD_WIDTH,
+        hidden_act="quick_gelu" if width == 768 else "gelu",
+    )
+    model = CLIPTextModel(config).eval().requires_grad_(False)
+    for path, weight in model.named_parameters():
+        if weight.dim() == 2:
+            weight.normal_(0, 1 if "embedding" in path else weight.shape[1] ** -0.5)
+        elif "norm" in path:
+            weight.add_(0.1 * torch.randn(weight.shape))
+    tokenizer = clip_tokenizer()
+    name = "clip_l" if width == 768 else "clip_h"
+    return ClipTextEncoder(name, model, tokenizer, pad_id=tokenizer.pad_token_id)
+
+
+def random_unet(dtype: torch.dtype, seed: int = 0) -> Any:
+    """The UNet of SD 1.5, built in `dtype`; key and value projections in float32, as hosts do."""
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
+    finally:
+        torch.set_default_dtype(before)
+    for path, module in unet.named_modules():
+        if is_projection(path):
+            module.float()
+    return unet.eval().requires_grad_(False)

@@ -1,0 +1,492 @@
+"""Jobs: their states, what they leave on disk, and what other threads see of them."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from custom_diffusion.concept.concept import Concept
+from custom_diffusion.concept.errors import ConceptFileError, ConfigError, TrainingError
+from custom_diffusion.concept.layers import FAMILIES
+from custom_diffusion.trainer.jobs import (
+    Job,
+    JobState,
+    Snapshot,
+    TrainingService,
+    free_path,
+    safe_file_name,
+)
+from custom_diffusion.trainer.loop import Event, PreviewDrawn, StepDone
+
+CONCEPT = Concept(FAMILIES["sd15"], {})
+LONG_S = 20.0
+
+ShouldStop = Callable[[], bool]
+OnEvent = Callable[[Event], None]
+
+
+class ScriptedTraining:
+    """A training that does what the test allows it: every step waits for `allow`."""
+
+    def __init__(self, steps: int = 3) -> None:
+        self.steps = steps
+        self.started, self.thread_name = threading.Event(), ""
+        self._allowed, self._reached = threading.Semaphore(0), threading.Semaphore(0)
+
+    def __call__(self, should_stop: ShouldStop, on_event: OnEvent) -> Concept:
+        self.thread_name = threading.current_thread().name
+        self.started.set()
+        for step in range(1, self.steps + 1):
+            assert self._allowed.acquire(timeout=LONG_S)
+            if should_stop():
+                break
+            on_event(StepDone(step, 1 / step))
+            self._reached.release()
+        return CONCEPT
+
+    def allow(self, steps: int, wait: bool = True) -> None:
+        for _ in range(steps):
+            self._allowed.release()
+        for _ in range(steps if wait else 0):
+            assert self._reached.acquire(timeout=LONG_S)
+
+
+def instant(steps: int = 1) -> Callable[[ShouldStop, OnEvent], Concept]:
+    def train(should_stop: ShouldStop, on_event: OnEvent) -> Concept:
+        for step in range(1, steps + 1):
+            on_event(StepDone(step, 0.5))
+        return CONCEPT
+
+    return train
+
+
+def failing(error: Exception) -> Callable[[ShouldStop, OnEvent], Concept]:
+    def train(should_stop: ShouldStop, on_event: OnEvent) -> Concept:
+        raise error
+
+    return train
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> TrainingService:
+    return TrainingService(tmp_path / "jobs")
+
+
+@pytest.fixture
+def saved() -> list[Concept]:
+    """What was saved, in order."""
+    return []
+
+
+@pytest.fixture
+def save(tmp_path: Path, saved: list[Concept]) -> Callable[[Concept], Path]:
+    def write(concept: Concept) -> Path:
+        saved.append(concept)
+        path = free_path(tmp_path, "saved")
+        path.touch()
+        return path
+
+    return write
+
+
+@pytest.fixture
+def busy(
+    service: TrainingService, save: Callable[[Concept], Path]
+) -> Iterator[tuple[Job, ScriptedTraining]]:
+    """A job that keeps the trainer thread occupied until the test lets it go."""
+    training = ScriptedTraining(steps=1)
+    job = service.submit("busy", 1, {}, training, save)
+    assert training.started.wait(LONG_S)
+    yield job, training
+    training.allow(1, wait=False)
+    assert job.wait(LONG_S)
+
+
+def test_a_job_is_queued_prepared_run_and_finished(
+    service: TrainingService,
+    busy: tuple[Job, ScriptedTraining],
+    save: Callable[[Concept], Path],
+    saved: list[Concept],
+) -> None:
+    busy_job, busy_training = busy
+    training = ScriptedTraining(steps=3)
+    job = service.submit("cat", 3, {}, training, save)
+    assert job.snapshot().state is JobState.QUEUED
+    busy_training.allow(1)
+    assert training.started.wait(LONG_S)
+    assert job.snapshot().state is JobState.PREPARING
+    training.allow(2)
+    running = job.snapshot()
+    assert (running.state, running.step, running.steps) == (JobState.RUNNING, 2, 3)
+    assert running.losses == (1.0, 0.5)
+    assert not running.ended
+    training.allow(1, wait=False)
+    assert job.wait(LONG_S)
+    finished = job.snapshot()
+    assert (finished.state, finished.step, finished.error) == (JobState.FINISHED, 3, "")
+    assert finished.losses == (1.0, 0.5, 1 / 3)
+    assert finished.concept is CONCEPT
+    assert finished.concept_file is not None
+    assert finished.concept_file.is_file()
+    assert finished.ended
+    assert busy_job.wait(LONG_S)
+    assert len(saved) == 2
+
+
+def test_stopping_in_the_middle_saves_what_was_learnt(
+    service: TrainingService, save: Callable[[Concept], Path], saved: list[Concept]
+) -> None:
+    training = ScriptedTraining(steps=10)
+    job = service.submit("cat", 10, {}, training, save)
+    training.allow(4)
+    job.stop()
+    training.allow(1, wait=False)
+    assert job.wait(LONG_S)
+    stopped = job.snapshot()
+    assert (stopped.state, stopped.step) == (JobState.STOPPED, 4)
+    assert stopped.concept is CONCEPT
+    assert stopped.concept_file is not None
+    assert saved == [CONCEPT]
+
+
+def test_a_stop_that_comes_too_late_leaves_a_finished_job(
+    service: TrainingService, save: Callable[[Concept], Path]
+) -> None:
+    stop_asked = threading.Event()
+
+    def train(should_stop: ShouldStop, on_event: OnEvent) -> Concept:
+        on_event(StepDone(1, 0.5))
+        assert stop_asked.wait(LONG_S)
+        return CONCEPT
+
+    job = service.submit("cat", 1, {}, train, save)
+    while job.snapshot().step == 0:
+        pass
+    job.stop()
+    stop_asked.set()
+    assert job.wait(LONG_S)
+    assert job.snapshot().state is JobState.FINISHED
+
+
+def test_a_queued_job_that_is_stopped_ends_at_once_and_never_trains(
+    service: TrainingService,
+    busy: tuple[Job, ScriptedTraining],
+    save: Callable[[Concept], Path],
+    saved: list[Concept],
+) -> None:
+    training = ScriptedTraining(steps=1)
+    job = service.submit("cat", 1, {}, training, save)
+    job.stop()
+    assert job.wait(0)
+    assert job.snapshot().state is JobState.STOPPED
+    assert not busy[0].snapshot().ended
+    busy[1].allow(1)
+    after = service.submit("after", 1, {}, instant(), save)
+    assert after.wait(LONG_S)
+    assert not training.started.is_set()
+    stopped = job.snapshot()
+    assert (stopped.state, stopped.step, stopped.concept) == (JobState.STOPPED, 0, None)
+    assert len(saved) == 2  # the busy job's and the last one's
+
+
+def test_stopping_before_the_first_step_saves_nothing(
+    service: TrainingService, save: Callable[[Concept], Path], saved: list[Concept]
+) -> None:
+    training = ScriptedTraining(steps=3)
+    job = service.submit("cat", 3, {}, training, save)
+    assert training.started.wait(LONG_S)
+    job.stop()
+    training.allow(1, wait=False)
+    assert job.wait(LONG_S)
+    stopped = job.snapshot()
+    assert stopped.state is JobState.STOPPED
+    assert stopped.concept is None
+    assert stopped.concept_file is None
+    assert saved == []
+
+
+def test_stopping_an_ended_job_changes_nothing(
+    service: TrainingService, save: Callable[[Concept], Path]
+) -> None:
+    job = service.submit("cat", 1, {}, instant(), save)
+    assert job.wait(LONG_S)
+    before = job.snapshot()
+    job.stop()
+    assert job.snapshot() == before
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (TrainingError("The loss became nan at step 3."), "The loss became nan at step 3."),
+        (RuntimeError(), "RuntimeError"),
+    ],
+)
+def test_a_failure_is_told_logged_and_does_not_stop_the_next_job(
+    service: TrainingService,
+    save: Callable[[Concept], Path],
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    message: str,
+) -> None:
+    with caplog.at_level(logging.ERROR, "custom_diffusion"):
+        job = service.submit("bad", 5, {}, failing(error), save)
+        following = service.submit("good", 1, {}, instant(), save)
+        assert following.wait(LONG_S)
+    failed = job.snapshot()
+    assert job.wait(0)
+    assert (failed.state, failed.error) == (JobState.FAILED, message)
+    assert failed.ended
+    assert failed.concept is None
+    assert following.snapshot().state is JobState.FINISHED
+    (record,) = [r for r in caplog.records if r.levelno == logging.ERROR]
+    assert job.id in record.getMessage()
+    assert record.exc_info is not None
+    assert record.exc_info[1] is error
+
+
+def test_a_concept_that_cannot_be_saved_fails_with_the_reason(service: TrainingService) -> None:
+    def save(concept: Concept) -> Path:
+        raise ConceptFileError("cat.safetensors could not be written: the disk is full.")
+
+    job = service.submit("cat", 1, {}, instant(), save)
+    assert job.wait(LONG_S)
+    failed = job.snapshot()
+    assert failed.state is JobState.FAILED
+    assert "the disk is full" in failed.error
+    assert failed.losses == (0.5,)
+
+
+def test_jobs_run_one_by_one_in_order_on_the_trainer_thread(
+    service: TrainingService, save: Callable[[Concept], Path]
+) -> None:
+    order: list[tuple[str, str]] = []
+
+    def training(name: str) -> Callable[[ShouldStop, OnEvent], Concept]:
+        def train(should_stop: ShouldStop, on_event: OnEvent) -> Concept:
+            order.append((name, threading.current_thread().name))
+            return instant()(should_stop, on_event)
+
+        return train
+
+    jobs = [service.submit(name, 1, {}, training(name), save) for name in "abcdef"]
+    assert all(job.wait(LONG_S) for job in jobs)
+    assert order == [(name, "custom-diffusion-trainer") for name in "abcdef"]
+    assert [snapshot.name for snapshot in service.snapshots()] == list("abcdef")
+
+
+def test_the_trainer_thread_does_not_keep_the_program_alive(
+    service: TrainingService, save: Callable[[Concept], Path]
+) -> None:
+    daemons: list[bool] = []
+
+    def train(should_stop: ShouldStop, on_event: OnEvent) -> Concept:
+        daemons.append(threading.current_thread().daemon)
+        return CONCEPT
+
+    assert service.submit("cat", 1, {}, train, save).wait(LONG_S)
+    assert daemons == [True]
+
+
+def test_snapshots_are_consistent_while_the_job_runs(
+    service: TrainingService, save: Callable[[Concept], Path]
+) -> None:
+    steps, torn, seen = 4000, [], set()
+    interval = sys.getswitchinterval()
+    ready = threading.Event()
+
+    def train(should_stop: ShouldStop, on_event: OnEvent) -> Concept:
+        assert ready.wait(LONG_S)
+        for step in range(1, steps + 1):
+            on_event(StepDone(step, float(step)))
+            if step % 100 == 0:
+                on_event(PreviewDrawn(step, torch.full((2, 2, 3), float(step))))
+        return CONCEPT
+
+    def is_torn(snapshot: Snapshot) -> bool:
+        picture = snapshot.preview_hwc
+        return (
+            snapshot.losses != tuple(float(n) for n in range(1, snapshot.step + 1))
+            or (picture is not None and float(picture[0, 0, 0]) != snapshot.preview_step)
+            or (snapshot.state is JobState.FINISHED) != (snapshot.concept is not None)
+        )
+
+    job = service.submit("cat", steps, {}, train, save)
+
+    def read() -> None:
+        ready.set()
+        while True:
+            snapshot = job.snapshot()
+            seen.add(snapshot.step)
+            if is_torn(snapshot):
+                torn.append((snapshot.step, len(snapshot.losses)))
+            if snapshot.ended:
+                return
+
+    sys.setswitchinterval(1e-6)
+    try:
+        readers = [threading.Thread(target=read) for _ in range(2)]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join(LONG_S)
+    finally:
+        sys.setswitchinterval(interval)
+    assert job.wait(LONG_S)
+    assert len(seen) > 10
+    assert torn == []
+
+
+def test_previews_are_in_the_snapshot(
+    service: TrainingService, save: Callable[[Concept], Path]
+) -> None:
+    picture = torch.rand(4, 4, 3)
+
+    def train(should_stop: ShouldStop, on_event: OnEvent) -> Concept:
+        on_event(StepDone(1, 0.5))
+        on_event(PreviewDrawn(1, picture))
+        return CONCEPT
+
+    job = service.submit("cat", 1, {}, train, save)
+    assert job.wait(LONG_S)
+    snapshot = job.snapshot()
+    assert snapshot.preview_hwc is picture
+    assert snapshot.preview_step == 1
+
+
+def test_snapshots_cannot_be_changed_and_stay_as_they_were(
+    service: TrainingService, save: Callable[[Concept], Path]
+) -> None:
+    training = ScriptedTraining(steps=2)
+    job = service.submit("cat", 2, {}, training, save)
+    training.allow(1)
+    snapshot = job.snapshot()
+    training.allow(1, wait=False)
+    assert job.wait(LONG_S)
+    assert (snapshot.state, snapshot.step, snapshot.losses) == (JobState.RUNNING, 1, (1.0,))
+    with pytest.raises(AttributeError):
+        snapshot.step = 7  # type: ignore[misc]
+
+
+def test_an_ended_job_lets_go_of_its_models(
+    service: TrainingService, save: Callable[[Concept], Path]
+) -> None:
+    class Model:
+        pass
+
+    def submit() -> tuple[Job, weakref.ref[Model]]:
+        model = Model()
+
+        def train(should_stop: ShouldStop, on_event: OnEvent) -> Concept:
+            assert isinstance(model, Model)
+            return instant()(should_stop, on_event)
+
+        return service.submit("cat", 1, {}, train, save), weakref.ref(model)
+
+    job, model = submit()
+    assert job.wait(LONG_S)
+    assert service.submit("after", 1, {}, instant(), save).wait(LONG_S)
+    gc.collect()
+    assert model() is None
+
+
+def test_the_folder_of_a_job_holds_its_settings_and_one_line_a_step(
+    service: TrainingService, save: Callable[[Concept], Path], tmp_path: Path
+) -> None:
+    training = ScriptedTraining(steps=3)
+    job = service.submit("Käse", 3, {"config": {"seed": 7}}, training, save)
+    assert job.folder.parent == tmp_path / "jobs"
+    settings = json.loads((job.folder / "job.json").read_text(encoding="utf-8"))
+    assert settings == {"name": "Käse", "steps": 3, "config": {"seed": 7}}
+    training.allow(2)  # the lines are there while the job runs
+    lines = (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    metrics = [json.loads(line) for line in lines]
+    assert [(line["step"], line["loss"]) for line in metrics] == [(1, 1.0), (2, 0.5)]
+    assert metrics[0]["time"] <= metrics[1]["time"]
+    training.allow(1, wait=False)
+    assert job.wait(LONG_S)
+    text = (job.folder / "metrics.jsonl").read_text(encoding="utf-8")
+    assert len(text.splitlines()) == 3
+
+
+def test_jobs_of_one_name_have_folders_of_their_own(
+    service: TrainingService, save: Callable[[Concept], Path]
+) -> None:
+    jobs = [service.submit("cat", 1, {}, instant(), save) for _ in range(5)]
+    assert all(job.wait(LONG_S) for job in jobs)
+    assert len({job.folder for job in jobs}) == len({job.id for job in jobs}) == 5
+    assert all((job.folder / "job.json").is_file() for job in jobs)
+    assert all(service.job(job.id) is job for job in jobs)
+
+
+@pytest.mark.parametrize("name", ["../../evil", "", "猫" * 120, "a/b\\c:d*e?", "x" * 500])
+def test_job_folders_stay_inside_whatever_the_name(
+    service: TrainingService, save: Callable[[Concept], Path], tmp_path: Path, name: str
+) -> None:
+    job = service.submit(name, 1, {}, instant(), save)
+    assert job.wait(LONG_S)
+    assert job.folder.parent == tmp_path / "jobs"
+    assert job.snapshot().name == name
+
+
+def test_an_unknown_job_is_answered_with_the_known_ones(
+    service: TrainingService, save: Callable[[Concept], Path]
+) -> None:
+    with pytest.raises(ConfigError, match=r"no training job 'x'; known jobs: none"):
+        service.job("x")
+    job = service.submit("cat", 1, {}, instant(), save)
+    with pytest.raises(ConfigError, match=f"known jobs: {job.id}"):
+        service.job("x")
+    assert job.wait(LONG_S)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("my cat", "my-cat"),
+        ("  cat_v1.2 ", "cat_v1.2"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("..", "concept"),
+        ("", "concept"),
+        ("...hidden", "hidden"),
+        ("a/b\\c:d", "a-b-c-d"),
+        ("nul\0byte\n", "nul-byte"),
+        ("<new1> cat", "new1--cat"),
+        ("Käse 猫", "Käse-猫"),
+    ],
+)
+def test_file_names_keep_what_is_harmless(name: str, expected: str) -> None:
+    assert safe_file_name(name) == expected
+
+
+@pytest.mark.parametrize("name", ["x" * 500, "猫" * 500, "𓀀" * 500])
+def test_file_names_are_short_enough_for_every_file_system(name: str, tmp_path: Path) -> None:
+    """255 bytes; a temporary name and a number must fit in as well."""
+    safe = safe_file_name(name)
+    assert len(safe) <= 100
+    assert len(safe.encode()) <= 190
+
+
+def test_a_free_path_never_names_a_file_that_exists(tmp_path: Path) -> None:
+    names = []
+    for _ in range(3):
+        path = free_path(tmp_path, "my cat")
+        assert not path.exists()
+        path.touch()
+        names.append(path.name)
+    assert names == ["my-cat.safetensors", "my-cat-2.safetensors", "my-cat-3.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["../escaped", "/absolute", "..\\..\\x", ".."])
+def test_a_free_path_stays_in_its_folder(name: str, tmp_path: Path) -> None:
+    path = free_path(tmp_path, name)
+    assert path.parent == tmp_path
+    assert path.resolve().parent == tmp_path.resolve()

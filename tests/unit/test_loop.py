@@ -1,0 +1,453 @@
+"""The training loop against a naive one, its promises about seeds and borrowed models, its events.
+
+The naive loop shares nothing with the pack but the order in which random numbers are drawn.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from custom_diffusion.concept.concept import Concept
+from custom_diffusion.concept.errors import TokenError, TrainingError
+from custom_diffusion.concept.layers import layer_from_diffusers
+from custom_diffusion.host.clip_text import ClipTextEncoder
+from custom_diffusion.host.diffusers import (
+    DiffusersDenoiser,
+    DiffusersModels,
+    borrowed_models,
+)
+from custom_diffusion.trainer.config import GradientCut, TrainConfig
+from custom_diffusion.trainer.data import TrainingConcept
+from custom_diffusion.trainer.latents import LatentBank, batches
+from custom_diffusion.trainer.loop import Event, PreviewDrawn, StepDone, train
+from diffusers import StableDiffusionPipeline
+from support.tiny_models import (
+    RESOLUTION,
+    VOCABULARY_SIZE,
+    cat_concept,
+    clip_tokenizer,
+    random_bank,
+    requires_grad_map,
+    same_state,
+    state,
+    training_map,
+)
+from torch import Tensor
+
+
+def config(**changes: Any) -> TrainConfig:
+    settings = {
+        "steps": 3,
+        "batch_size": 3,
+        "learning_rate": 1e-3,
+        "resolution": RESOLUTION,
+        "preview_every_steps": 0,
+    }
+    return TrainConfig(**{**settings, **changes})
+
+
+def trained(
+    models: DiffusersModels,
+    settings: TrainConfig,
+    concept: TrainingConcept | None = None,
+    bank: LatentBank | None = None,
+    **options: Any,
+) -> Concept:
+    concept = concept or cat_concept()
+    bank = bank or random_bank(concept)
+    return train(settings, concept, bank, models.denoiser, models.text_encoder, **options)
+
+
+def same_concept(one: Concept, other: Concept) -> bool:
+    return (
+        one.provenance["losses"] == other.provenance["losses"]
+        and all(torch.equal(one.deltas[k].dense(), other.deltas[k].dense()) for k in one.layers)
+        and torch.equal(row_of(one), row_of(other))
+    )
+
+
+def row_of(concept: Concept) -> Tensor:
+    return concept.tokens[0].embeddings["clip_l"]
+
+
+def with_tokenizer_of_its_own(token: str) -> Any:
+    tokenizer = copy.deepcopy(clip_tokenizer())
+    tokenizer.add_tokens([token])
+    return tokenizer
+
+
+def naive_training(
+    pipeline: StableDiffusionPipeline,
+    settings: TrainConfig,
+    concept: TrainingConcept,
+    bank: LatentBank,
+) -> tuple[list[float], dict[str, Tensor], Tensor]:
+    """Losses, change of every projection by layer, and the token's row."""
+    unet = copy.deepcopy(pipeline.unet).requires_grad_(False)
+    text_model = copy.deepcopy(pipeline.text_encoder).requires_grad_(False)
+    tokenizer, scheduler = with_tokenizer_of_its_own(concept.token), pipeline.scheduler
+    text_model.resize_token_embeddings(VOCABULARY_SIZE + 1, mean_resizing=False)
+    table = text_model.get_input_embeddings().weight
+    table.data[VOCABULARY_SIZE] = table.data[42170]
+    table.requires_grad_(True)
+    others = table.detach()[:VOCABULARY_SIZE].clone()
+    trainable = [p for n, p in unet.named_parameters() if "attn2.to_k" in n or "attn2.to_v" in n]
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+    positions: list[Tensor] = []  # where keys and values pass gradients, of this step
+    for name, module in unet.named_modules():
+        if name.endswith(("attn2.to_k", "attn2.to_v")):
+            module.register_forward_hook(
+                lambda _, __, out: torch.where(positions[-1][..., None], out, out.detach())
+            )
+    optimizer = torch.optim.AdamW(
+        [*trainable, table], settings.learning_rate, weight_decay=settings.weight_decay, fused=False
+    )
+    generator = torch.Generator().manual_seed(settings.seed)
+    stream = batches(bank, settings, random.Random(settings.seed), generator)
+    losses = []
+    for _ in range(settings.steps):
+        batch = next(stream)
+        noise = torch.randn(batch.latents_bchw.shape, generator=generator)
+        timesteps = torch.randint(1000, (settings.batch_size,), generator=generator)
+        tokens = tokenizer(
+            list(batch.prompts), padding="max_length", max_length=77, return_tensors="pt"
+        )
+        keep = torch.ones(len(batch.prompts), 77, dtype=torch.bool)
+        if settings.gradient_cut != "none":
+            keep[:, 0] = False
+        if settings.gradient_cut == "start and padding":
+            keep &= tokens.attention_mask.bool()
+        positions.append(keep)
+        context = text_model(tokens.input_ids).last_hidden_state
+        noisy = scheduler.add_noise(batch.latents_bchw, noise, timesteps)
+        output = unet(noisy, timesteps, encoder_hidden_states=context).sample
+        wanted = noise
+        if scheduler.config.prediction_type == "v_prediction":
+            wanted = scheduler.get_velocity(batch.latents_bchw, noise, timesteps)
+        samples = [
+            ((output[n] - wanted[n]) ** 2 * batch.masks_bhw[n]).sum()
+            / (4 * batch.masks_bhw[n].sum())
+            for n in range(settings.batch_size)
+        ]
+        instances = settings.batch_size - batch.prior
+        loss = sum(samples[:instances]) / instances
+        if batch.prior:
+            prior = sum(samples[instances:]) / batch.prior
+            loss = loss + settings.prior_weight * prior
+        optimizer.zero_grad()
+        loss.backward()
+        table.grad[:VOCABULARY_SIZE] = 0
+        if settings.max_gradient_norm is not None:
+            torch.nn.utils.clip_grad_norm_([*trainable, table], settings.max_gradient_norm)
+        optimizer.step()
+        table.data[:VOCABULARY_SIZE] = others
+        losses.append(float(loss.detach()))
+    deltas = {
+        layer_from_diffusers(name.removesuffix(".weight")): parameter.detach()
+        - pipeline.unet.get_parameter(name)
+        for name, parameter in unet.named_parameters()
+        if parameter.requires_grad
+    }
+    return losses, deltas, table.detach()[VOCABULARY_SIZE:]
+
+
+def assert_equal_to_naive(
+    pipeline: StableDiffusionPipeline, settings: TrainConfig, concept: TrainingConcept
+) -> None:
+    bank = random_bank(concept)
+    with borrowed_models(pipeline) as models:
+        ours = trained(models, settings, concept, bank)
+    losses, deltas, row = naive_training(pipeline, settings, concept, bank)
+    np.testing.assert_allclose(ours.provenance["losses"], losses, atol=1e-5, rtol=0)
+    assert ours.deltas.keys() == deltas.keys()
+    for layer, delta in deltas.items():
+        assert delta.any()
+        torch.testing.assert_close(ours.deltas[layer].dense(), delta, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(row_of(ours), row, atol=1e-5, rtol=1e-3)
+
+
+# Equal to a naive loop
+
+
+@pytest.mark.parametrize("cut", get_args(GradientCut))
+def test_three_steps_equal_those_of_a_naive_loop(
+    pipeline: StableDiffusionPipeline, cut: GradientCut
+) -> None:
+    assert_equal_to_naive(pipeline, config(gradient_cut=cut), cat_concept())
+
+
+def test_three_steps_with_regularization_equal_those_of_a_naive_loop(
+    pipeline: StableDiffusionPipeline,
+) -> None:
+    settings = config(batch_size=4, prior_weight=0.7, seed=5)
+    assert_equal_to_naive(pipeline, settings, cat_concept(2, regularization=2))
+
+
+def test_three_steps_of_v_prediction_equal_those_of_a_naive_loop(
+    v_pipeline: StableDiffusionPipeline,
+) -> None:
+    assert_equal_to_naive(v_pipeline, config(batch_size=2), cat_concept())
+
+
+def test_three_steps_with_clipped_gradients_equal_those_of_a_naive_loop(
+    pipeline: StableDiffusionPipeline,
+) -> None:
+    """The gradients are some hundred times longer, and not equally long at every step."""
+    assert_equal_to_naive(pipeline, config(batch_size=2, max_gradient_norm=1e-5), cat_concept())
+
+
+def test_three_steps_without_clipping_or_decay_equal_those_of_a_naive_loop(
+    pipeline: StableDiffusionPipeline,
+) -> None:
+    settings = config(batch_size=2, max_gradient_norm=None, weight_decay=0.0)
+    assert_equal_to_naive(pipeline, settings, cat_concept())
+
+
+def test_v_prediction_and_epsilon_learn_different_things(
+    pipeline: StableDiffusionPipeline, v_pipeline: StableDiffusionPipeline
+) -> None:
+    results = []
+    for either in (pipeline, v_pipeline):
+        with borrowed_models(either) as models:
+            results.append(trained(models, config()))
+    assert results[0].provenance["losses"][0] != results[1].provenance["losses"][0]
+    assert not same_concept(*results)
+
+
+def test_training_lowers_the_loss(models: DiffusersModels) -> None:
+    concept = cat_concept(images=1)
+    result = trained(models, config(steps=30, batch_size=2), concept, random_bank(concept, views=1))
+    losses = result.provenance["losses"]
+    assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.02
+
+
+# Seeds
+
+
+def test_the_same_seed_gives_the_same_concept_to_the_bit(models: DiffusersModels) -> None:
+    assert same_concept(trained(models, config(seed=3)), trained(models, config(seed=3)))
+
+
+def test_another_seed_gives_another_concept(models: DiffusersModels) -> None:
+    assert not same_concept(trained(models, config(seed=3)), trained(models, config(seed=4)))
+
+
+def test_the_global_generators_are_neither_read_nor_moved(models: DiffusersModels) -> None:
+    torch.manual_seed(1)
+    first = trained(models, config(preview_every_steps=2))
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    torch.manual_seed(2)
+    moved = torch.get_rng_state()
+    second = trained(models, config(preview_every_steps=2))
+    assert torch.equal(torch.get_rng_state(), moved)
+    assert random.getstate() == before[1]
+    assert (np.random.get_state()[1] == before[2]).all()
+    assert same_concept(first, second)
+
+
+def test_previews_do_not_change_what_is_learnt(models: DiffusersModels) -> None:
+    with_previews = trained(models, config(preview_every_steps=1))
+    assert same_concept(with_previews, trained(models, config()))
+
+
+# What is borrowed
+
+
+def everything(pipeline: StableDiffusionPipeline) -> tuple[Any, ...]:
+    return pipeline.unet, pipeline.text_encoder, pipeline.vae
+
+
+def test_no_weight_of_the_models_changes_by_a_bit(
+    pipeline: StableDiffusionPipeline, models: DiffusersModels
+) -> None:
+    modules = everything(pipeline)
+    weights, names = state(*modules), [[n for n, _ in m.named_modules()] for m in modules]
+    flags, modes = requires_grad_map(*modules), training_map(*modules)
+    trained(models, config(preview_every_steps=2), cat_concept(regularization=1))
+    assert same_state(weights, *modules)
+    assert [[n for n, _ in m.named_modules()] for m in modules] == names
+    assert requires_grad_map(*modules) == flags
+    assert training_map(*modules) == modes
+    assert all(p.grad is None for module in modules for p in module.parameters())
+
+
+@pytest.mark.parametrize("fails_in", ["should_stop", "on_event"])
+def test_the_models_are_as_before_when_a_callback_fails(
+    pipeline: StableDiffusionPipeline, models: DiffusersModels, fails_in: str
+) -> None:
+    def fail(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    modules = everything(pipeline)
+    weights = state(*modules)
+    with pytest.raises(KeyboardInterrupt):
+        trained(models, config(), **{fails_in: fail})
+    assert same_state(weights, *modules)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_and_says_so(
+    pipeline: StableDiffusionPipeline,
+) -> None:
+    broken = copy.copy(pipeline)
+    broken.unet = copy.deepcopy(pipeline.unet)
+    with torch.no_grad():
+        broken.unet.conv_out.weight[0, 0, 0, 0] = torch.nan
+    names, flags = [n for n, _ in broken.unet.named_modules()], requires_grad_map(broken.unet)
+    others = state(pipeline.text_encoder)
+    events: list[Event] = []
+    with pytest.raises(TrainingError) as caught, borrowed_models(broken) as models:
+        trained(models, config(), on_event=events.append)
+    message = str(caught.value)
+    assert "The loss became nan at step 1 (learning rate 0.001, weights in float32)" in message
+    assert "A finite number was needed" in message
+    assert "Lower the learning rate, or train in float32" in message
+    assert events == []
+    assert [n for n, _ in broken.unet.named_modules()] == names
+    assert requires_grad_map(broken.unet) == flags
+    assert same_state(others, pipeline.text_encoder)
+
+
+def test_an_unusable_initializer_is_refused_before_training(models: DiffusersModels) -> None:
+    with pytest.raises(TokenError, match="one whole word is needed"):
+        trained(models, config(), cat_concept(initializer="xqzzvk"))
+
+
+# What is learnt
+
+
+def test_the_row_of_the_token_and_every_projection_are_learnt(models: DiffusersModels) -> None:
+    start = models.text_encoder.vocabulary_row(42170)["clip_l"]
+    result = trained(models, config(weight_decay=0.0))
+    assert row_of(result).shape == (1, 768)
+    assert ((row_of(result) - start).abs() > 1e-5).float().mean() > 0.9
+    assert len(result.deltas) == 12
+    for delta in result.deltas.values():
+        assert delta.dense().dtype == torch.float32
+        assert delta.dense().any()
+
+
+def test_the_row_starts_at_the_initializer(models: DiffusersModels) -> None:
+    settings = config(steps=1, learning_rate=1e-6)
+    result = trained(models, settings, cat_concept(initializer="cat"))
+    start = models.text_encoder.vocabulary_row(2368)["clip_l"]
+    torch.testing.assert_close(row_of(result), start, atol=2e-6, rtol=0)
+    assert result.tokens[0].initializer == "cat"
+
+
+def test_what_was_learnt_cannot_change_afterwards(models: DiffusersModels) -> None:
+    result = trained(models, config(steps=1))
+    assert not row_of(result).requires_grad
+    assert all(not delta.dense().requires_grad for delta in result.deltas.values())
+
+
+def test_a_concept_says_what_it_is_and_where_it_came_from(models: DiffusersModels) -> None:
+    settings = config(steps=2, batch_size=2)
+    result = trained(models, settings, cat_concept(2, regularization=3))
+    assert result.family.name == "sd15"
+    assert (result.tokens[0].name, result.tokens[0].class_noun) == ("<new1>", "cat")
+    assert result.constraint_prompts == ("<new1> cat", "photo of a <new1> cat")
+    assert len(result.base_hash) == 32
+    assert result.provenance["method"] == "custom diffusion"
+    assert result.provenance["steps"] == 2
+    assert len(result.provenance["losses"]) == 2
+    assert result.provenance["instance_images"] == 2
+    assert result.provenance["regularization_images"] == 3
+    assert TrainConfig(**result.provenance["config"]) == settings
+
+
+# Stopping and events
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_stopping_keeps_the_steps_that_were_done(models: DiffusersModels, after: int) -> None:
+    events: list[Event] = []
+    result = trained(
+        models, config(), should_stop=lambda: len(events) >= after, on_event=events.append
+    )
+    assert result.provenance["steps"] == len(result.provenance["losses"]) == after
+    assert same_concept(result, trained(models, config(steps=after))) if after else True
+    assert any(delta.dense().any() for delta in result.deltas.values()) == (after > 0)
+
+
+def test_every_step_is_told_with_its_loss(models: DiffusersModels) -> None:
+    events: list[Event] = []
+    result = trained(models, config(steps=4), on_event=events.append)
+    losses = result.provenance["losses"]
+    assert events == [StepDone(n, loss) for n, loss in enumerate(losses, start=1)]
+
+
+def test_previews_are_drawn_at_their_steps(models: DiffusersModels) -> None:
+    events: list[Event] = []
+    trained(models, config(steps=5, preview_every_steps=2), on_event=events.append)
+    order = [(type(event).__name__, event.step) for event in events]
+    assert order == [
+        ("StepDone", 1), ("StepDone", 2), ("PreviewDrawn", 2), ("StepDone", 3),
+        ("StepDone", 4), ("PreviewDrawn", 4), ("StepDone", 5),
+    ]  # fmt: skip
+    pictures = [event.image_hwc for event in events if isinstance(event, PreviewDrawn)]
+    for picture in pictures:
+        assert picture.shape == (RESOLUTION, RESOLUTION, 3)
+        assert picture.dtype == torch.float32
+        assert picture.isfinite().all()
+        assert 0 <= picture.min() <= picture.max() <= 1
+        assert not picture.requires_grad
+    assert not torch.equal(*pictures)
+
+
+class CountingEncoder:
+    """Counts how often each prompt's ids are encoded, by this encoder or one made from it."""
+
+    def __init__(self, encoder: ClipTextEncoder, counts: Counter[tuple[int, ...]]) -> None:
+        self._encoder, self._counts = encoder, counts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._encoder, name)
+
+    def encode(self, token_ids: Tensor) -> Tensor:
+        self._counts.update(tuple(row) for row in token_ids.tolist())
+        return self._encoder.encode(token_ids)
+
+    def with_tokens(self, embeddings: Mapping[str, Mapping[str, Tensor]]) -> CountingEncoder:
+        return CountingEncoder(self._encoder.with_tokens(embeddings), self._counts)
+
+
+def test_prompts_without_the_token_are_encoded_once(models: DiffusersModels) -> None:
+    counts: Counter[tuple[int, ...]] = Counter()
+    concept = cat_concept(2, regularization=2)
+    train(
+        config(steps=6, batch_size=4, preview_every_steps=2),
+        concept,
+        random_bank(concept),
+        models.denoiser,
+        CountingEncoder(models.text_encoder, counts),
+    )
+    with_token = {ids for ids in counts if VOCABULARY_SIZE in ids}
+    without = {ids: counts[ids] for ids in counts.keys() - with_token}
+    assert list(without.values()) == [1, 1, 1]  # two regularization captions, the empty prompt
+    assert len(with_token) == 2  # whole and far away
+    assert sum(counts[ids] for ids in with_token) > 6
+
+
+def test_a_denoiser_is_all_that_the_loop_needs_of_a_model(models: DiffusersModels) -> None:
+    """Wrapped so that nothing but the protocol's attributes can be reached."""
+
+    class Bare:
+        def __init__(self, denoiser: DiffusersDenoiser) -> None:
+            for name in ("family", "prediction", "alphas_cumprod", "device", "dtype", "network"):
+                setattr(self, name, getattr(denoiser, name))
+            self.projections = dict(reversed(list(denoiser.projections.items())))
+            self.predict: Callable[..., Tensor] = denoiser.predict
+            self.preview: Callable[..., Tensor] = denoiser.preview
+
+    concept = cat_concept()
+    bare: Any = Bare(models.denoiser)
+    result = train(config(), concept, random_bank(concept), bare, models.text_encoder)
+    assert same_concept(result, trained(models, config()))
