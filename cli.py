@@ -20,14 +20,14 @@ import torch
 from tqdm import tqdm
 
 from .concept.concept import Concept, LowRankDelta
-from .concept.errors import ConceptFileError, CustomDiffusionError
+from .concept.errors import ConceptFileError, ConfigError, CustomDiffusionError
 from .concept.file import read_concept, write_concept
 from .merge.captions import read_captions
 from .merge.compose import DEFAULT_RELATIVE_RIDGE, merge_concepts
 from .trainer.config import GradientCut, TrainConfig
-from .trainer.data import TrainingConcept, check_readable, instance_caption, load_folder
-from .trainer.latents import encode_views
+from .trainer.data import TrainingConcept, instance_caption, load_folder
 from .trainer.loop import Event, StepDone, train
+from .trainer.prepare import prepare
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULTS = TrainConfig()
@@ -70,11 +70,12 @@ def train_command(options: argparse.Namespace) -> None:
         if regularization
         else (),
     )
-    check_readable(concept.images)
     pipeline = load_pipeline(options.model, options.device, DTYPES[options.precision])
     with borrowed_models(pipeline) as models:
         with tqdm(desc="encoding pictures", unit="view") as bar:
-            bank = encode_views(concept, models.latent_encoder, config, _progress(bar))
+            bank = prepare(
+                concept, config, models.latent_encoder, models.text_encoder, _progress(bar)
+            )
         with (
             tqdm(total=config.steps, desc="training", unit="step") as bar,
             _stop_on_interrupt() as stopped,
@@ -100,6 +101,11 @@ def merge_command(options: argparse.Namespace) -> None:
     _check_new(options.output)
     concepts = [read_concept(path) for path in options.concepts]
     if options.tokens:
+        if len(options.tokens) != len(concepts):
+            raise ConfigError(
+                f"{len(options.tokens)} names were given for the tokens of {len(concepts)} "
+                f"concepts. Give one for each."
+            )
         renamed = zip(concepts, options.tokens, strict=True)
         concepts = [concept.with_token(token) for concept, token in renamed]
     merged, report = merge_concepts(

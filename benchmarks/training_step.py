@@ -1,67 +1,156 @@
 """How close a training step comes to the arithmetic it cannot avoid.
 
-The yardstick is the UNet's forward pass in the same type on the same machine: it needs no other
-program, and the best possible ratio is known (docs/performance.md). Steps are those of the real
-loop, `trainer.loop.train`, on given latents; a forward pass is timed after each.
+The yardstick is the UNet's forward pass alone, in the same type, in the same process: it needs no
+other program, and the least possible ratio follows from counting multiplications. Steps are those
+of the real loop, `trainer.loop.train`, on given latents.
 """
 
-import argparse
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import _pack  # noqa: F401  (puts the pack on the path)
 import torch
 from _measure import Times, options, peak_memory_gib, write_json
 from _models import random_text_encoder, random_unet
+from custom_diffusion.concept.text import TextEncoder
 from custom_diffusion.host.diffusers import DiffusersDenoiser
 from custom_diffusion.trainer.config import LATENT_PIXELS, TrainConfig
-from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept, instance_caption
+from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
 from custom_diffusion.trainer.latents import EncodedView, LatentBank
 from custom_diffusion.trainer.loop import Event, train
 from diffusers import DDPMScheduler
 from PIL import Image
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-TOKEN, CLASS_NOUN = "<new1>", "cat"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TOKEN = "<new1>"
+CAPTIONS = (f"photo of a {TOKEN} cat", f"far away photo of a {TOKEN} cat")
+"""One each for the two images of a batch, so that the text encoder has to see both."""
 
 
-def given_latents(edge: int, images: int) -> tuple[TrainingConcept, LatentBank]:
-    """A concept whose views are already encoded, every one with the token in its prompt."""
-    caption = instance_caption(TOKEN, CLASS_NOUN)
-    generator = torch.Generator().manual_seed(0)
+class Bench:
+    """The loop on given latents, and its parts alone, for one type of frozen weights."""
 
-    def view() -> EncodedView:
-        mean = torch.randn(4, edge, edge, generator=generator)
-        return EncodedView(mean, torch.full_like(mean, 0.1), torch.ones(edge, edge), caption)
+    def __init__(self, dtype: torch.dtype, edge: int, text_encoder: TextEncoder) -> None:
+        self._denoiser = DiffusersDenoiser(random_unet(dtype), DDPMScheduler(), vae=None)
+        self._text_encoder = text_encoder
+        self._edge = edge
+        self._latents = torch.randn(len(CAPTIONS), 4, edge, edge)
+        self._context = torch.randn(len(CAPTIONS), 77, text_encoder.context_width)
 
-    picture = CaptionedImage(Image.new("RGB", (8, 8)), caption)  # never opened: latents are given
-    concept = TrainingConcept((picture,) * images, CLASS_NOUN, TOKEN)
-    return concept, LatentBank(tuple((view(),) for _ in range(images)), ())
+    def steps(self, count: int) -> list[float]:
+        """Seconds of each step after the first, which sets the optimiser up."""
+        ends: list[float] = []
+
+        def on_event(event: Event) -> None:
+            ends.append(time.perf_counter())
+
+        concept, bank = self._given()
+        config = TrainConfig(
+            steps=count,
+            batch_size=len(CAPTIONS),
+            resolution=self._edge * LATENT_PIXELS,
+            preview_every_steps=0,
+        )
+        train(config, concept, bank, self._denoiser, self._text_encoder, on_event=on_event)
+        return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        self._denoiser.predict(self._latents, torch.tensor([500, 900]), self._context)
+
+    def text(self) -> None:
+        """Forward and backward pass of the text encoder, as a step with two captions needs it."""
+        row = nn.Parameter(torch.zeros(1, self._text_encoder.context_width))
+        encoder = self._text_encoder.with_tokens({"clip_l": {TOKEN: row}})
+        encoder.encode(encoder.pad([encoder.tokenize(text) for text in CAPTIONS])).sum().backward()
+
+    def _given(self) -> tuple[TrainingConcept, LatentBank]:
+        def view(mean: Tensor, caption: str) -> EncodedView:
+            mask = torch.ones(self._edge, self._edge)
+            return EncodedView(mean, torch.full_like(mean, 0.1), mask, caption)
+
+        picture = Image.new("RGB", (8, 8))  # never looked at: the latents are given
+        pairs = zip(self._latents, CAPTIONS, strict=True)
+        return (
+            TrainingConcept(
+                tuple(CaptionedImage(picture, text) for text in CAPTIONS), "cat", TOKEN
+            ),
+            LatentBank(tuple((view(mean, text),) for mean, text in pairs), ()),
+        )
 
 
-class Stopwatch:
-    """Listens to the loop; after every step it times one forward pass of the UNet alone.
+def measure(benches: dict[str, Bench], rounds: int) -> Times:
+    """Every round runs each bench's parts once; a step's time is that of a run's second step."""
+    seconds: dict[str, list[float]] = {
+        f"{name}_{part}": [] for name in benches for part in ("forward", "text", "step")
+    }
+    for round_ in range(rounds + 1):  # the first round warms up
+        for name, bench in benches.items():
+            turn = {
+                "forward": _seconds(bench.forward),
+                "text": _seconds(bench.text),
+                "step": bench.steps(2)[0],
+            }
+            if round_ > 0:
+                for part, duration in turn.items():
+                    seconds[f"{name}_{part}"].append(duration)
+    return Times(seconds)
 
-    The pass runs inside the loop's own event, so steps and passes take turns. Its projections are
-    the network's own, as nobody else would have any others.
-    """
 
-    def __init__(self, denoiser: DiffusersDenoiser, edge: int, batch_size: int) -> None:
-        self._denoiser = denoiser
-        generator = torch.Generator().manual_seed(1)
-        self._latents = torch.randn(batch_size, 4, edge, edge, generator=generator)
-        self._context = torch.randn(batch_size, 77, 768, generator=generator)
-        self._timesteps = torch.full((batch_size,), 500)
-        self._started = time.perf_counter()
-        self.steps: list[float] = []
-        self.forwards: list[float] = []
+def count_flop(bench: Bench) -> dict[str, int]:
+    """Floating-point operations of a step and of its parts, counted while they run."""
+    counts = {}
+    for name, run in (
+        ("forward", bench.forward),
+        ("text", bench.text),
+        ("step", lambda: bench.steps(1)),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        counts[name] = counter.get_total_flops()
+    return counts
 
-    def __call__(self, event: Event) -> None:
-        self.steps.append(time.perf_counter() - self._started)
-        start = time.perf_counter()
-        with torch.no_grad(), self._own_projections():
-            self._denoiser.predict(self._latents, self._timesteps, self._context)
-        self._started = time.perf_counter()
-        self.forwards.append(self._started - start)
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = options(__doc__ or "", threads=2, rounds=5)
+    parser.add_argument("--edge", type=int, default=16, help="edge of the latents; 64 is 512 px")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    torch.manual_seed(0)
+    text_encoder = random_text_encoder()
+    benches = {name: Bench(dtype, given.edge, text_encoder) for name, dtype in DTYPES.items()}
+    flop = count_flop(benches["float32"])
+    times = measure(benches, given.rounds)
+    print(f"SD 1.5, batch {len(CAPTIONS)}, latents {given.edge} x {given.edge}, latents given")
+    print(
+        f"  GFLOP: forward {flop['forward'] / 1e9:.1f}, step {flop['step'] / 1e9:.1f} "
+        f"(text encoder {flop['text'] / 1e9:.1f} of it): "
+        f"step / forward {flop['step'] / flop['forward']:.2f}, "
+        f"without text {(flop['step'] - flop['text']) / flop['forward']:.2f}"
+    )
+    results: dict[str, float] = {f"{part}_flop": count for part, count in flop.items()}
+    for name in benches:
+        parts = {part: times.median(f"{name}_{part}") for part in ("forward", "text", "step")}
+        ratio = times.ratio(f"{name}_step", f"{name}_forward")
+        results |= {f"{name}_{part}_s": seconds for part, seconds in parts.items()}
+        results[f"{name}_ratio"] = ratio
+        print(
+            f"  {name:9} forward {parts['forward']:.3f} s, step {parts['step']:.3f} s "
+            f"(text encoder alone {parts['text']:.3f} s): step / forward {ratio:.2f}"
+        )
+    faster = times.ratio("float32_step", "bfloat16_step")
+    results |= {"float32_over_bfloat16_step": faster, "peak_memory_gib": peak_memory_gib()}
+    print(f"  bfloat16 step {faster:.2f} times as fast; peak memory {peak_memory_gib():.1f} GiB")
+    write_json(given.json, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,36 +6,64 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import ConceptFileError
 
 
-def write_atomically(path: Path, write: Callable[[Path], object], expected_bytes: int = 0) -> None:
+def write_atomically(
+    path: Path,
+    write: Callable[[Path], object],
+    expected_bytes: int = 0,
+    *,
+    replace: bool = True,
+) -> None:
     """Calls `write` with a temporary path in the same folder and renames the result to `path`.
 
     Whatever happens, `path` holds either its old content or the complete new one, and no temporary
-    file is left. Raises ConceptFileError when the disk is full or the folder cannot be written.
+    file is left. Raises ConceptFileError when the disk is full or the folder cannot be written, and
+    FileExistsError when `path` exists and must not be replaced.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         _flush_to_disk(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
+        if replace:
+            os.replace(temporary, path)
+        else:
+            _publish(temporary, path)
+    except FileExistsError:
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise ConceptFileError(
-            f"{path} could not be written ({error.strerror or error}): about "
+            f"{path} could not be written ({reason}): about "
             f"{expected_bytes / 1e6:.1f} MB were needed, {_free_bytes(path.parent) / 1e6:.1f} MB "
             "are free on that disk. Free some space or choose another folder; nothing "
             "half-written was left."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 def write_text_atomically(path: Path, text: str) -> None:
     """`write_atomically` for a UTF-8 text."""
     content = text.encode()
     write_atomically(path, lambda temporary: temporary.write_bytes(content), len(content))
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Gives the file its name, if nothing has that name: also when two processes try at once."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if path.exists():
+            raise FileExistsError(path) from None
+        os.rename(temporary, path)
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -3,6 +3,7 @@
 docs/concept-format.md describes it for other tools. Reading never unpickles.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -29,7 +30,11 @@ _SINGLE_ENCODER_SUFFIX = "string_to_param.*"
 
 
 def write_concept(
-    concept: Concept, path: str | os.PathLike[str], dtype: torch.dtype = torch.float16
+    concept: Concept,
+    path: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float16,
+    *,
+    replace: bool = True,
 ) -> Path:
     """Writes the concept, in half precision unless asked otherwise; the file is complete or absent.
 
@@ -42,15 +47,35 @@ def write_concept(
         for key, tensor in concept_tensors(concept.to(dtype)).items()
     }
     metadata = _metadata(concept, path.stem)
-
-    def write(temporary: Path) -> None:
-        try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-
-    write_atomically(path, write, expected_bytes=sum(t.nbytes for t in tensors.values()))
+    write_atomically(
+        path,
+        lambda temporary: save_file(tensors, temporary, metadata),
+        expected_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        replace=replace,
+    )
     return path
+
+
+def write_new_concept(
+    concept: Concept, folder: Path, name: str, dtype: torch.dtype = torch.float16
+) -> Path:
+    """`write_concept` to `folder/name.safetensors`, or with a number where that exists already."""
+    stem = safe_file_name(name)
+    for number in itertools.count(1):
+        path = folder / f"{stem}{'' if number == 1 else f'-{number}'}.safetensors"
+        if path.exists():
+            continue
+        try:
+            return write_concept(concept, path, dtype, replace=False)
+        except FileExistsError:  # somebody else was quicker
+            continue
+    raise AssertionError("unreachable")
+
+
+def safe_file_name(name: str) -> str:
+    """The name with everything but letters, digits, '.', '-' and '_' replaced; never empty."""
+    kept = "".join(c if c.isalnum() or c in ".-_" else "-" for c in name.strip()).strip(".-")
+    return kept.encode()[:100].decode(errors="ignore") or "concept"
 
 
 def read_concept(path: str | os.PathLike[str]) -> Concept:
@@ -67,11 +92,11 @@ def read_concept(path: str | os.PathLike[str]) -> Concept:
             constraint_prompts=tuple(json.loads(metadata.get("constraint_prompts", "[]"))),
             provenance=json.loads(metadata.get("provenance", "{}")),
         )
-        _check_shapes(concept)
+        _check_widths(concept)
         return concept
     except CustomDiffusionError as error:
         raise ConceptFileError(f"{path.name}: {error}") from error
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise ConceptFileError(
             f"{path.name} calls itself a concept file but is damaged ({type(error).__name__}: "
             f"{error}). Save the concept again, or take another copy of the file."
@@ -162,10 +187,16 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
             "CustomDiffusionTrain or ConceptMerge."
         )
     version = metadata.get("format_version", "")
-    if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
+    readable = FORMAT_VERSION.split(".")[0]
+    if not version:
         raise ConceptFileError(
-            f"{path.name} has concept format {version or 'without a version'}; this version of the "
-            f"pack reads {FORMAT_VERSION.split('.')[0]}.x. Update the pack."
+            f"{path.name} is a concept without a format version; {readable}.x is needed. "
+            f"Its metadata was damaged: save the concept again, or take another copy of the file."
+        )
+    if version.split(".")[0] != readable:
+        raise ConceptFileError(
+            f"{path.name} has concept format {version}; this version of the pack reads "
+            f"{readable}.x. Update the pack."
         )
     if metadata.get("base_family") not in FAMILIES:
         raise ConceptFileError(
@@ -181,19 +212,25 @@ def _deltas(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
             layer, _, name = key.removeprefix(_WEIGHT_PREFIX).partition(".to_")
             projection, _, name = name.partition(".")
             groups.setdefault(f"{layer}.to_{projection}", {})[name] = tensor
-    deltas: dict[str, Delta] = {}
-    for layer, parts in groups.items():
-        if not is_projection(layer):
-            raise ValueError(f"{layer} is no key or value projection of a cross-attention layer")
-        if parts.keys() == {"diff"}:
-            deltas[layer] = DenseDelta(parts["diff"])
-        elif parts.keys() == {"lora_up.weight", "lora_down.weight", "alpha"}:
-            delta = LowRankDelta(parts["lora_up.weight"], parts["lora_down.weight"])
-            scale = float(parts["alpha"]) / delta.rank
-            deltas[layer] = delta if scale == 1.0 else delta.scaled(scale)
-        else:
-            raise ValueError(f"{layer} has {sorted(parts)}, needed 'diff' or up, down and alpha")
-    return deltas
+    return {layer: _delta(layer, parts) for layer, parts in groups.items()}
+
+
+def _delta(layer: str, parts: Mapping[str, Tensor]) -> Delta:
+    if not is_projection(layer):
+        raise ValueError(f"{layer} is no key or value projection of a cross-attention layer")
+    for name, tensor in parts.items():
+        if name != "alpha":
+            _check_matrix(f"{layer}.{name}", tensor)
+    if parts.keys() == {"diff"}:
+        return DenseDelta(parts["diff"])
+    if parts.keys() != {"lora_up.weight", "lora_down.weight", "alpha"}:
+        raise ValueError(f"{layer} has {sorted(parts)}, needed 'diff' or up, down and alpha")
+    delta = LowRankDelta(parts["lora_up.weight"], parts["lora_down.weight"])
+    if delta.rank == 0 or delta.rank != len(delta.down):
+        up, down = tuple(delta.up.shape), tuple(delta.down.shape)
+        raise ValueError(f"{layer}: up {up} and down {down} do not chain")
+    scale = float(parts["alpha"]) / delta.rank
+    return delta if scale == 1.0 else delta.scaled(scale)
 
 
 def _tokens(
@@ -201,39 +238,42 @@ def _tokens(
 ) -> tuple[ModifierToken, ...]:
     encoders = FAMILIES[metadata["base_family"]].text_encoders
     described: list[dict[str, Any]] = json.loads(metadata.get("tokens", "[]"))
-    return tuple(
-        ModifierToken(
-            name=token["name"],
-            class_noun=token["class_noun"],
-            initializer=token.get("initializer", ""),
-            embeddings={
-                encoder: torch.atleast_2d(
-                    tensors[_embedding_key(token["name"], encoder, len(encoders))]
-                )
-                for encoder in encoders
-            },
+    tokens = []
+    for token in described:
+        embeddings = {}
+        for encoder, width in encoders.items():
+            key = _embedding_key(token["name"], encoder, len(encoders))
+            embeddings[encoder] = torch.atleast_2d(tensors[key])
+            _check_matrix(key, embeddings[encoder], width)
+        tokens.append(
+            ModifierToken(
+                name=token["name"],
+                class_noun=token["class_noun"],
+                initializer=token.get("initializer", ""),
+                embeddings=embeddings,
+            )
         )
-        for token in described
-    )
+    return tuple(tokens)
 
 
-def _check_shapes(concept: Concept) -> None:
+def _check_matrix(name: str, tensor: Tensor, width: int | None = None) -> None:
+    if (
+        tensor.ndim != 2
+        or not tensor.is_floating_point()
+        or (width or tensor.shape[1]) != tensor.shape[1]
+    ):
+        wanted = f"(n, {width})" if width else "a matrix"
+        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, needed floats {wanted}")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} holds values that are not finite")
+
+
+def _check_widths(concept: Concept) -> None:
     width = concept.family.context_width
     if not concept.deltas and not concept.tokens:
         raise ValueError("it holds neither projections nor tokens")
     for layer, delta in concept.deltas.items():
-        tensors = delta.tensors()
-        tensors.pop("alpha", None)
-        if any(t.ndim != 2 or not t.is_floating_point() for t in tensors.values()):
-            raise ValueError(f"{layer} is not a matrix of floating-point numbers")
-        if isinstance(delta, LowRankDelta) and delta.up.shape[1] != delta.down.shape[0]:
-            raise ValueError(
-                f"{layer}: up {tuple(delta.up.shape)} and down {tuple(delta.down.shape)} do not "
-                "chain"
-            )
         if delta.shape[1] != width:
             raise ValueError(
                 f"{layer} reads width {delta.shape[1]}, {concept.family.title} has {width}"
             )
-        if not all(torch.isfinite(t).all() for t in tensors.values()):
-            raise ValueError(f"{layer} holds values that are not finite")

@@ -7,7 +7,7 @@ blocks differently; the two functions at the foot translate.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .errors import IncompatibleModelError
@@ -27,8 +27,8 @@ class Family:
     name: str
     title: str
     context_width: int
-    text_encoders: tuple[str, ...]
-    """Names of the text encoders, as in embedding files: `clip_l`, `clip_h`, `clip_g`."""
+    text_encoders: Mapping[str, int]
+    """Embedding width of each text encoder, by its name in embedding files (`clip_l`)."""
     architecture: str
     """Value of `modelspec.architecture`."""
 
@@ -36,9 +36,15 @@ class Family:
 FAMILIES = {
     family.name: family
     for family in (
-        Family("sd15", "Stable Diffusion 1.x", 768, ("clip_l",), "stable-diffusion-v1"),
-        Family("sd2", "Stable Diffusion 2.x", 1024, ("clip_h",), "stable-diffusion-v2"),
-        Family("sdxl", "Stable Diffusion XL", 2048, ("clip_l", "clip_g"), "stable-diffusion-xl-v1"),
+        Family("sd15", "Stable Diffusion 1.x", 768, {"clip_l": 768}, "stable-diffusion-v1"),
+        Family("sd2", "Stable Diffusion 2.x", 1024, {"clip_h": 1024}, "stable-diffusion-v2"),
+        Family(
+            "sdxl",
+            "Stable Diffusion XL",
+            2048,
+            {"clip_l": 768, "clip_g": 1280},
+            "stable-diffusion-xl-v1",
+        ),
     )
 }
 

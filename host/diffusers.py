@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from ..concept.concept import Concept
 from ..concept.errors import IncompatibleModelError
+from ..concept.fit import check_fit
 from ..concept.layers import (
     Family,
     family_of_width,
     is_projection,
     layer_from_diffusers,
-    layer_to_diffusers,
 )
 from ..trainer.config import LATENT_PIXELS
 from ..trainer.protocols import Prediction
@@ -36,9 +36,7 @@ class DiffusersDenoiser:
 
     def __init__(self, unet: Any, scheduler: Any, vae: Any) -> None:
         self.projections: Mapping[str, str] = {
-            layer_from_diffusers(path): path
-            for path, _ in unet.named_modules()
-            if is_projection(path)
+            layer_from_diffusers(path): path for path, _ in _projections(unet)
         }
         if not self.projections or not isinstance(unet.config.cross_attention_dim, int):
             raise IncompatibleModelError(
@@ -99,35 +97,37 @@ class DiffusersModels:
 def load_pipeline(
     folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Any:
-    """A Stable Diffusion pipeline from a folder in diffusers' layout, or a name in the local hub
-    cache.
+    """A Stable Diffusion pipeline from a folder in diffusers' layout.
 
-    The frozen weights compute in `dtype`; key and value projections stay in float32.
+    Frozen weights compute in `dtype`; the UNet's key and value projections keep float32, from which
+    they are trained.
     """
     from diffusers import StableDiffusionPipeline
 
+    if not (Path(folder) / "model_index.json").is_file():
+        raise IncompatibleModelError(
+            f"{folder} is no Stable Diffusion pipeline in diffusers' layout: it has no "
+            f"model_index.json. Give the folder of a downloaded pipeline."
+        )
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
             str(folder),
             safety_checker=None,
             requires_safety_checker=False,
             torch_dtype=torch.float32,
+            local_files_only=True,
         )
     except (OSError, ValueError) as error:
         raise IncompatibleModelError(
-            f"{folder} could not be loaded as a Stable Diffusion pipeline ({error}). "
-            f"Give a folder in diffusers' layout, with model_index.json in it."
+            f"{folder} could not be loaded as a Stable Diffusion 1.x or 2.x pipeline ({error}). "
+            f"Download it again, or give another one."
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
-    keep_projections = {
-        path: module.weight.detach()
-        for path, module in pipeline.unet.named_modules()
-        if is_projection(path)
-    }
+    exact = {path: module.weight.detach() for path, module in _projections(pipeline.unet)}
     pipeline.unet.to(dtype)
     pipeline.vae.to(dtype)
-    for path, weight in keep_projections.items():
+    for path, weight in exact.items():
         pipeline.unet.get_submodule(path).weight.data = weight
     return pipeline
 
@@ -137,7 +137,7 @@ def borrowed_models(pipeline: Any) -> Iterator[DiffusersModels]:
     """The pipeline's models, frozen while the context lasts and as before afterwards."""
     modules = (pipeline.unet, pipeline.text_encoder, pipeline.vae)
     flags = [(p, p.requires_grad) for module in modules for p in module.parameters()]
-    modes = [(module, module.training) for module in modules]
+    modes = [(part, part.training) for module in modules for part in module.modules()]
     try:
         for module in modules:
             module.requires_grad_(False).eval()
@@ -149,8 +149,8 @@ def borrowed_models(pipeline: Any) -> Iterator[DiffusersModels]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.train(mode)
+        for part, mode in modes:
+            part.training = mode
 
 
 def text_family(pipeline: Any) -> Family:
@@ -161,7 +161,7 @@ def text_family(pipeline: Any) -> Family:
 def text_encoder(pipeline: Any) -> ClipTextEncoder:
     """The pipeline's text encoder with its tokenizer."""
     return ClipTextEncoder(
-        text_family(pipeline).text_encoders[0],
+        next(iter(text_family(pipeline).text_encoders)),
         pipeline.text_encoder,
         pipeline.tokenizer,
         pad_id=pipeline.tokenizer.pad_token_id,
@@ -170,30 +170,31 @@ def text_encoder(pipeline: Any) -> ClipTextEncoder:
 
 @contextmanager
 def applied_concept(
-    pipeline: Any, concept: Concept, strength: float = 1.0
+    pipeline: Any, concept: Concept | None, strength: float = 1.0
 ) -> Iterator[ClipTextEncoder]:
-    """The pipeline with the concept added to its UNet; yields a text encoder that knows the tokens.
+    """The pipeline with a concept added to its UNet; yields a text encoder that knows the tokens.
 
-    Afterwards every weight is bit for bit what it was.
+    Afterwards every weight is bit for bit what it was. Without a concept it is the base model.
     """
     unet = pipeline.unet
-    paths = {layer: layer_to_diffusers(layer) for layer in concept.layers}
-    known = dict(unet.named_modules())
-    if missing := [layer for layer, path in paths.items() if path not in known]:
-        raise IncompatibleModelError(
-            f"The concept {concept.describe()} changes {len(missing)} projections that this model "
-            f"does not have, {missing[0]} for example. Load the base model it was trained on."
+    own = {path: module.weight.data for path, module in _projections(unet)}
+    layers = {layer_from_diffusers(path): path for path in own}
+    if concept is not None:
+        family = family_of_width(unet.config.cross_attention_dim)
+        check_fit(
+            concept, family, {layer: tuple(own[path].shape) for layer, path in layers.items()}
         )
-    own = {path: known[path].weight.data for path in paths.values()}
     try:
-        for layer, path in paths.items():
-            weight = own[path]
-            change = strength * concept.deltas[layer].dense().to(weight.device, torch.float32)
-            known[path].weight.data = (weight.float() + change).to(weight.dtype)
-        yield text_encoder(pipeline).with_tokens(concept.embeddings())
+        for layer, path in layers.items():
+            weight = own[path].float()
+            if concept is not None and layer in concept.deltas:
+                weight = weight + strength * concept.deltas[layer].dense().to(weight)
+            unet.get_submodule(path).weight.data = weight.to(unet.conv_in.weight.dtype)
+        words = concept.embeddings() if concept is not None else {}
+        yield text_encoder(pipeline).with_tokens(words)
     finally:
         for path, weight in own.items():
-            known[path].weight.data = weight
+            unet.get_submodule(path).weight.data = weight
 
 
 @torch.no_grad()
@@ -210,9 +211,8 @@ def sample(
     guidance: float = 6.0,
 ) -> Image.Image:
     """`count` pictures of a prompt side by side, with the concept or without."""
-    empty = Concept(family=text_family(pipeline), deltas={})
     with (
-        applied_concept(pipeline, concept or empty, strength) as encoder,
+        applied_concept(pipeline, concept, strength) as encoder,
         borrowed_models(pipeline) as models,
     ):
         context, nothing = (
@@ -233,3 +233,7 @@ def sample(
         )
         images_bhwc = (models.denoiser.preview(latents) * 255).round().byte().cpu()
     return Image.fromarray(torch.cat(list(images_bhwc), dim=1).numpy())
+
+
+def _projections(unet: Any) -> list[tuple[str, Any]]:
+    return [(path, module) for path, module in unet.named_modules() if is_projection(path)]

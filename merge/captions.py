@@ -26,7 +26,7 @@ cake pizza burger sandwich soup salad sushi cheese egg coffee tea wine cup mug p
 knife bottle vase lamp candle clock mirror chair sofa table bed desk bookshelf book newspaper letter
 map camera telephone laptop television guitar piano violin drum trumpet hat coat dress shoe boot
 glove scarf umbrella backpack suitcase watch ring necklace crown glasses ball kite doll teddybear
-toy puzzle chessboard bicycle helmet sword shield flag statue fountain painting mosaic carpet
+toy puzzle chessboard helmet sword shield flag statue fountain painting mosaic carpet
 curtain window door stairs roof fence gate bench tent barrel basket box rope wheel anchor compass
 """.split()
 
@@ -87,7 +87,9 @@ def read_captions(path: str | Path) -> list[str]:
         )
     try:
         captions = [
-            line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+            line.strip()
+            for line in path.read_text(encoding="utf-8-sig").splitlines()
+            if line.strip()
         ]
     except UnicodeDecodeError as error:
         raise DataError(

@@ -25,8 +25,11 @@ from .captions import regularization_captions
 from .projector import CaptionFactor, Projector, caption_factor, constraint_projector
 
 DEFAULT_RELATIVE_RIDGE = 1e-4
+_FACTOR_VERSION = "caption factor 1"  # raise it when the factor is computed in another way
 SAME_ROW_DISTANCE = 1e-3
 """Constraint rows closer than this, relative to their length, are one row."""
+LARGE_RESIDUAL = 0.1
+"""A concept whose words are missed by more than this share deserves a warning."""
 LARGE_CHANGE = 5.0
 """A merge that changes the model this many times more than its largest concept deserves a warning.
 """
@@ -67,6 +70,11 @@ class MergeReport:
             yield f"concept {index + 1}: largest error on its own words {residual:.2%}"
         yield f"change of the model: {self.change:.2f} times its largest concept's"
         yield from (f"conflict: {conflict}" for conflict in self.conflicts)
+        if max(self.residuals) > LARGE_RESIDUAL:
+            yield (
+                "warning: the concepts' words are too alike to keep each exactly. Give them other "
+                "class nouns or modifier tokens, or train the concepts together."
+            )
         if self.change > LARGE_CHANGE:
             yield (
                 "warning: the concepts' words are hard to tell apart, so the merge changes the "
@@ -121,7 +129,7 @@ def merge_concepts(
         family=concepts[0].family,
         deltas=deltas,
         tokens=tokens,
-        base_hash=concepts[0].base_hash,
+        base_hash=next((c.base_hash for c in concepts if c.base_hash), ""),
         constraint_prompts=tuple(
             prompt for concept in concepts for prompt in concept_prompts(concept)
         ),
@@ -183,7 +191,7 @@ def merged_deltas(
     """ΔW = E P of every layer as factors (E · left, rows), and each concept's largest residual.
 
     `mixing` (rows, s) gathers what the concepts ask for on equal rows. Nothing of size (o, d) is
-    ever built. The residual of a row is ‖ΔW c − a D c‖ / ‖a D c‖ with all layers stacked.
+    ever built. The residual of a row is ‖ΔW c − a D c‖ / ‖D c‖ with all layers stacked, a the strength.
     """
     down = projector.rows.float()
     parts = []
@@ -213,14 +221,14 @@ class _Part:
     def __init__(self, concept: Concept, strength: float, features: Tensor, place: Tensor) -> None:
         self.concept, self.features, self.place = concept, features, place
         self._strength = strength
-        self._error, self._wanted = torch.zeros(len(features)), torch.zeros(len(features))
+        self._error, self._asked = torch.zeros(len(features)), torch.zeros(len(features))
 
     def add_residual(self, mapped: Tensor, target: Tensor) -> None:
         self._error += (mapped - self._strength * target).square().sum(1)
-        self._wanted += (self._strength * target).square().sum(1)
+        self._asked += target.square().sum(1)
 
     def largest_residual(self) -> float:
-        return float((self._error / self._wanted).sqrt().nan_to_num(nan=0.0).max())
+        return float((self._error / self._asked).sqrt().nan_to_num(nan=0.0).max())
 
 
 def cached_caption_factor(
@@ -231,15 +239,18 @@ def cached_caption_factor(
     """
     if cache_folder is None:
         return _compute_factor(encoder, captions, relative_ridge)
-    text = "\n".join([encoder.fingerprint(), repr(relative_ridge), *captions])
+    text = "\n".join([_FACTOR_VERSION, encoder.fingerprint(), repr(relative_ridge), *captions])
     path = (
         cache_folder
         / f"captions-{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.safetensors"
     )
     if path.is_file():
         try:
-            return CaptionFactor(load_file(path)["upper"], len(captions))
-        except (SafetensorError, KeyError) as error:
+            upper = load_file(path)["upper"]
+            if upper.shape != (encoder.context_width, encoder.context_width):
+                raise ValueError(f"its shape is {tuple(upper.shape)}")
+            return CaptionFactor(upper, len(captions))
+        except (SafetensorError, KeyError, ValueError) as error:
             raise MergeError(
                 f"The cached caption factor {path} is damaged ({error}). Delete this file and "
                 "merge again; it is computed anew."
@@ -307,11 +318,10 @@ def _shared_rows(
 
 
 def _conflicts(rows: Sequence[ConstraintRow], groups: Sequence[Sequence[int]]) -> Iterator[str]:
-    for group in groups:
-        if len({rows[i].concept for i in group}) > 1:
-            where = " and ".join(
-                f"concept {rows[i].concept + 1} in '{rows[i].prompt}'" for i in group
-            )
+    involved = {frozenset((rows[i].concept, rows[i].prompt) for i in group) for group in groups}
+    for members in sorted(involved, key=sorted):
+        if len({concept for concept, _ in members}) > 1:
+            where = " and ".join(f"concept {c + 1} in '{prompt}'" for c, prompt in sorted(members))
             yield (
                 f"the same words mean different things to {where}; their mean was used. "
                 f"Give each concept its own token."

@@ -63,7 +63,7 @@ def caption_factor(features: Tensor, captions: int, relative_ridge: float) -> Ca
 
 @dataclass(frozen=True)
 class Projector:
-    """P in factored form: P = `left` (s, s) times `rows` (s, d), whose rows are orthonormal.
+    """P in factored form: `left` (s, r) times `rows` (r, d), orthonormal, r = min(s, d).
 
     Orthonormal rows keep half-precision files accurate: rounding errors do not cancel against each
     other.

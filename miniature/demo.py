@@ -14,8 +14,8 @@ from ..host.diffusers import borrowed_models, sample, text_encoder
 from ..merge.compose import merge_concepts
 from ..trainer.config import TrainConfig
 from ..trainer.data import TrainingConcept, instance_caption, load_folder
-from ..trainer.latents import encode_views
 from ..trainer.loop import Event, StepDone, train
+from ..trainer.prepare import prepare
 from .random_model import random_pipeline
 
 log = logging.getLogger("custom_diffusion")
@@ -62,7 +62,7 @@ def _teach(pipeline: object, token: str, noun: str, pictures: Path) -> Concept:
         images=load_folder(pictures, instance_caption(token, noun)), class_noun=noun, token=token
     )
     with borrowed_models(pipeline) as models:
-        bank = encode_views(training_concept, models.latent_encoder, _CONFIG)
+        bank = prepare(training_concept, _CONFIG, models.latent_encoder, models.text_encoder)
         return train(
             _CONFIG,
             training_concept,

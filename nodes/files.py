@@ -3,10 +3,9 @@
 import torch
 from comfy_api.latest import io, ui
 
-from ..concept.file import read_concept, write_concept
+from ..concept.file import read_concept, write_new_concept
 from ..host.comfyui.inputs import file_fingerprint
 from ..host.comfyui.paths import concept_files, concept_folder, concept_path
-from ..trainer.jobs import free_path
 from .types import CATEGORY, Concept
 
 PRECISIONS = {"half (fp16)": torch.float16, "full (fp32)": torch.float32}
@@ -54,7 +53,7 @@ class SaveConcept(io.ComfyNode):
             display_name="Save Concept",
             category=CATEGORY,
             description="Saves a concept in models/custom_diffusion; an existing file is never "
-            "replaced. Copied to models/loras it works in any LoRA loader.",
+            "replaced. Copied to models/loras, its weights work in ComfyUI's own LoRA loader.",
             is_output_node=True,
             inputs=[
                 Concept.Input("concept"),
@@ -66,8 +65,7 @@ class SaveConcept(io.ComfyNode):
 
     @classmethod
     def execute(cls, concept, name: str, precision: str) -> io.NodeOutput:
-        path = free_path(concept_folder(), name)
-        write_concept(concept, path, PRECISIONS[precision])
+        path = write_new_concept(concept, concept_folder(), name, PRECISIONS[precision])
         return io.NodeOutput(ui=ui.PreviewText(f"{path.name}, {path.stat().st_size / 1e6:.1f} MB"))
 
 

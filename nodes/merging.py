@@ -2,7 +2,12 @@
 
 from comfy_api.latest import io, ui
 
-from ..host.comfyui.inputs import BUILT_IN_CAPTIONS, caption_files, merge_in_comfyui
+from ..host.comfyui.inputs import (
+    BUILT_IN_CAPTIONS,
+    caption_files,
+    captions_fingerprint,
+    merge_in_comfyui,
+)
 from ..merge.compose import DEFAULT_RELATIVE_RIDGE
 from .types import CATEGORY, Concept
 
@@ -65,6 +70,10 @@ class ConceptMerge(io.ComfyNode):
                 io.String.Output(display_name="report"),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, regularization_captions: str, **inputs: object) -> str:
+        return captions_fingerprint(regularization_captions)
 
     @classmethod
     def execute(cls, clip, concepts, regularization_captions, relative_ridge) -> io.NodeOutput:

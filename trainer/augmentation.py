@@ -1,11 +1,10 @@
-"""The paper's random resize: smaller or larger views, with the words that say so and the valid
-region.
+"""The paper's random resize: other sizes, the words that say so, and the valid region.
 
-At picture size S (§3.1 of the paper; frequencies as in the reference implementation):
+At picture size S, with the frequencies of the reference implementation:
 
-    0.27 of the views   a third to 0.6 of S, pasted on grey at a random place   "very small", "far
-    away" 0.40                the whole picture 0.33                1.2 to 1.4 of S, cropped at a
-    random place              "zoomed in", "close up"
+- 27 %: a third to 0.6 of S, pasted on grey at a random place ("very small", "far away");
+- 40 %: the centre square as it is;
+- 33 %: 1.2 to 1.4 of S, cropped at a random place ("zoomed in", "close up").
 
 The loss counts only where the mask is one, so the grey is never learnt.
 """
@@ -24,6 +23,7 @@ from .config import LATENT_PIXELS
 
 SMALL_PREFIXES = ("very small", "far away")
 LARGE_PREFIXES = ("zoomed in", "close up")
+PREFIXES = SMALL_PREFIXES + LARGE_PREFIXES
 _SMALL_BELOW = 0.6
 _GREY = (128, 128, 128)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -50,7 +51,7 @@ class TrainConfig:
         _at_least("batch_size", self.batch_size, 1)
         _at_least("views_per_image", self.views_per_image, 1)
         _at_least("preview_every_steps", self.preview_every_steps, 0)
-        _at_least("resolution", self.resolution, LATENT_PIXELS * 2)
+        _at_least("resolution", self.resolution, LATENT_PIXELS * 8)
         if self.resolution % LATENT_PIXELS:
             raise ConfigError(
                 f"resolution={self.resolution} is no multiple of {LATENT_PIXELS}. "
@@ -60,10 +61,15 @@ class TrainConfig:
             raise ConfigError(
                 f"learning_rate={self.learning_rate} is outside 0..1; the paper's is 8e-5."
             )
-        if self.prior_weight < 0 or self.weight_decay < 0:
+        if not (0 <= self.prior_weight < math.inf and 0 <= self.weight_decay < math.inf):
             raise ConfigError(
                 f"prior_weight={self.prior_weight} and weight_decay={self.weight_decay} "
-                f"must not be negative."
+                f"must be numbers of 0 or more."
+            )
+        if self.max_gradient_norm is not None and not self.max_gradient_norm > 0:
+            raise ConfigError(
+                f"max_gradient_norm={self.max_gradient_norm} would stop all learning. "
+                f"Use a number above 0, or None for no limit."
             )
         if self.gradient_cut not in get_args(GradientCut):
             raise ConfigError(

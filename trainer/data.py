@@ -120,6 +120,6 @@ def _caption_beside(path: Path) -> str:
     if not text_file.is_file():
         return ""
     try:
-        return " ".join(text_file.read_text(encoding="utf-8").split())
+        return " ".join(text_file.read_text(encoding="utf-8-sig").split())
     except UnicodeDecodeError as error:
         raise DataError(f"{text_file} is not a UTF-8 text file. Save it as UTF-8 text.") from error

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..concept.atomic import write_text_atomically
 from ..concept.concept import Concept
 from ..concept.errors import ConfigError
+from ..concept.file import safe_file_name
 from .loop import Event, PreviewDrawn, StepDone
 
 log = logging.getLogger("custom_diffusion")
@@ -52,7 +53,6 @@ class Snapshot:
     preview_hwc: Tensor | None = None
     preview_step: int = 0
     error: str = ""
-    concept: Concept | None = None
     concept_file: Path | None = None
 
     @property
@@ -124,7 +124,7 @@ class Job:
             return
         path = self._save(concept)
         state = JobState.FINISHED if done == self._snapshot.steps else JobState.STOPPED
-        self._update(state=state, concept=concept, concept_file=path)
+        self._update(state=state, concept_file=path)
         log.info("training job %s %s after %d steps: %s", self.id, state.value, done, path)
 
     def _record(self, event: Event, metrics: TextIO) -> None:
@@ -132,8 +132,9 @@ class Job:
             line = {"step": event.step, "loss": event.loss, "time": round(time.time(), 3)}
             metrics.write(json.dumps(line) + "\n")
             metrics.flush()
-            self._losses.append(event.loss)
-            self._update(state=JobState.RUNNING, step=event.step)
+            with self._lock:
+                self._losses.append(event.loss)
+                self._snapshot = replace(self._snapshot, state=JobState.RUNNING, step=event.step)
         elif isinstance(event, PreviewDrawn):
             self._update(preview_hwc=event.image_hwc, preview_step=event.step)
 
@@ -200,18 +201,3 @@ class TrainingService:
             except FileExistsError:
                 continue
         raise ConfigError(f"There are too many job folders called {stem} in {self._folder}.")
-
-
-def safe_file_name(name: str) -> str:
-    """The name with everything but letters, digits, '.', '-' and '_' replaced; never empty."""
-    kept = "".join(c if c.isalnum() or c in ".-_" else "-" for c in name.strip()).strip(".-")
-    return kept[:100] or "concept"
-
-
-def free_path(folder: Path, name: str) -> Path:
-    """`folder/name.safetensors`, or with a number where that exists: nothing is overwritten."""
-    stem = safe_file_name(name)
-    number = 1
-    while (path := folder / f"{stem}{'' if number == 1 else f'-{number}'}.safetensors").exists():
-        number += 1
-    return path

@@ -1,8 +1,4 @@
-"""The latent bank: every augmented view is encoded once, before training, and drawn from at every
-step.
-
-Encoding pictures is two thirds of the arithmetic of a step that encodes its own.
-"""
+"""The latent bank: views are encoded once, before training, and drawn from at every step."""
 
 from __future__ import annotations
 
@@ -60,7 +56,7 @@ def encode_views(
         image = captioned.open()
         views = []
         for index in range(per_image):
-            flip = config.flip and index % 2 == 1  # exactly half of the views
+            flip = config.flip and index % 2 == 1  # every other view
             if config.augment:
                 view = random_view(image, config.resolution, rng, flip)
             else:

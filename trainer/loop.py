@@ -21,7 +21,7 @@ from .objective import add_noise, concept_loss, sample_losses, target
 from .parameters import KeyValueProjections
 from .protocols import Denoiser
 from .sampling import ddim_sample
-from .tokens import initial_embedding
+from .tokens import initial_embedding, token_number
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def train(
 
     # What is trained: the embedding of V*, and all keys and values; both in float32.
     token = training_concept.token
-    start = initial_embedding(text_encoder, training_concept.initializer)
+    start = initial_embedding(text_encoder, training_concept.initializer, token_number(token))
     rows = {name: nn.Parameter(row.to(denoiser.device)) for name, row in start.items()}
     prompts = _Prompts(
         text_encoder.with_tokens({name: {token: row} for name, row in rows.items()}),

@@ -1,5 +1,8 @@
 """Where a modifier token starts: at a rare word piece, or at a word the user names."""
 
+import re
+import zlib
+
 from torch import Tensor
 
 from ..concept.errors import TokenError
@@ -8,6 +11,12 @@ from ..concept.text import TextEncoder
 # Pieces of CLIP's vocabulary that mean next to nothing: 'ktn' and 'pll', which only occur inside
 # words, and the word 'ucd'. The paper's choice (Fig. 15): rarer than random vectors drift.
 RARE_TOKEN_IDS = (42170, 47629, 43514)
+
+
+def token_number(token: str) -> int:
+    """Which rare piece a token starts from: `<new2>` from the second, so that tokens differ."""
+    digits = re.search(r"(\d+)>$", token)
+    return int(digits[1]) - 1 if digits else zlib.crc32(token.encode())
 
 
 def initial_embedding(encoder: TextEncoder, initializer: str, index: int = 0) -> dict[str, Tensor]:

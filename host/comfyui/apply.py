@@ -11,6 +11,7 @@ import comfy.lora
 from ...concept.concept import Concept
 from ...concept.errors import IncompatibleModelError
 from ...concept.file import concept_tensors
+from ...concept.fit import check_fit
 from .models import cross_attention_unet, unet_family
 from .tokenizer import with_concept_tokens
 
@@ -26,7 +27,9 @@ def apply_concept(model: Any, clip: Any, concept: Concept, strength: float) -> t
             "No CLIP was given: the checkpoint has no text encoder. Connect the CLIP of the "
             "concept's base model, which learns the concept's modifier tokens."
         )
-    _check_fit(model, concept)
+    network = cross_attention_unet(model)
+    shapes = {n.removesuffix(".weight"): tuple(p.shape) for n, p in network.named_parameters()}
+    check_fit(concept, unet_family(network), shapes)
     if strength == 0:
         return model, clip
     keys = {
@@ -40,29 +43,3 @@ def apply_concept(model: Any, clip: Any, concept: Concept, strength: float) -> t
     knowing = clip.clone()
     knowing.tokenizer = with_concept_tokens(clip.tokenizer, concept)
     return patched, knowing
-
-
-def _check_fit(model: Any, concept: Concept) -> None:
-    network = cross_attention_unet(model)
-    family = unet_family(network)
-    if family != concept.family:
-        raise IncompatibleModelError(
-            f"The concept {concept.describe()} was trained on {concept.family.title} (text width "
-            f"{concept.family.context_width}); this model is {family.title} "
-            f"({family.context_width}). Load a checkpoint of {concept.family.title}, or train the "
-            "concept again on this one."
-        )
-    shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
-    wrong = [
-        layer
-        for layer in concept.layers
-        if shapes.get(f"{layer}.weight") != concept.deltas[layer].shape
-    ]
-    if wrong:
-        layer = wrong[0]
-        raise IncompatibleModelError(
-            f"The concept {concept.describe()} does not fit this model in {len(wrong)} of "
-            f"{len(concept.deltas)} projections: {layer} is {concept.deltas[layer].shape} in the "
-            f"concept and {shapes.get(f'{layer}.weight', 'absent')} in the model. Load the base "
-            "model it was trained on."
-        )

@@ -33,6 +33,11 @@ def training_concept(
 ) -> TrainingConcept:
     """What to teach, from connected images (b, h, w, c) in 0..1 or a folder of `input/`."""
     default = instance_caption(token, class_noun)
+    if captions and not images:
+        raise DataError(
+            "Captions were connected without images. Connect the images too, or put a .txt file "
+            "beside each picture of the folder."
+        )
     if images and folder != NO_FOLDER:
         raise DataError(
             f"Both images and the folder {folder!r} were given. Disconnect the images, or set the "
@@ -77,6 +82,11 @@ def caption_files() -> list[str]:
     """Text files in `input/`, for a drop-down; first our own captions."""
     root = Path(folder_paths.get_input_directory())
     return [BUILT_IN_CAPTIONS, *sorted(path.name for path in root.glob("*.txt"))]
+
+
+def captions_fingerprint(captions: str) -> str:
+    """Changes when the user's caption file does."""
+    return captions if captions == BUILT_IN_CAPTIONS else file_fingerprint(input_folder(captions))
 
 
 def file_fingerprint(path: Path) -> str:

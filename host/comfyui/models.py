@@ -30,6 +30,7 @@ from .tokenizer import known_tokens
 
 _UNET_PREFIX = "diffusion_model."
 _HEAD_WIDTH = 64  # of every CLIP text model
+_TIMESTEPS = 1000  # of every Stable Diffusion
 
 
 def cross_attention_unet(model: Any) -> UNetModel:
@@ -170,10 +171,13 @@ def _projections(network: nn.Module) -> dict[str, str]:
 
 def _prediction(sampling: Any) -> Prediction:
     kinds = comfy.model_sampling
-    if isinstance(sampling, (kinds.EDM, kinds.X0)) or not isinstance(sampling, kinds.EPS):
+    discrete = isinstance(sampling, kinds.ModelSamplingDiscrete)
+    known = isinstance(sampling, kinds.EPS) and not isinstance(sampling, (kinds.EDM, kinds.X0))
+    if not discrete or not known or len(sampling.sigmas) != _TIMESTEPS:
+        names = " ".join(kind.__name__ for kind in type(sampling).__mro__[1:-1])
         raise IncompatibleModelError(
-            f"The model's sampling is {type(sampling).__mro__[2].__name__}; training needs a model "
-            f"that predicts noise (epsilon) or velocity (v)."
+            f"The model samples by {names}; training needs a model that predicts noise (epsilon) or "
+            f"velocity (v) at {_TIMESTEPS} discrete steps. Remove the sampling node before it."
         )
     return "v" if isinstance(sampling, kinds.V_PREDICTION) else "epsilon"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import folder_paths
@@ -43,15 +44,13 @@ def concept_path(name: str) -> Path:
 
 def input_folders() -> list[str]:
     """Folders of pictures below `input/`, for a drop-down; first the choice of none."""
-    root = Path(folder_paths.get_input_directory())
-    found = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_dir())
-    return [NO_FOLDER, *found]
+    return [NO_FOLDER, *sorted(folder_paths.get_input_subfolders())]
 
 
 def input_folder(name: str) -> Path:
     """The folder below `input/`; names that lead outside are refused."""
-    root = Path(folder_paths.get_input_directory()).resolve()
-    path = (root / name).resolve()
+    root = Path(os.path.abspath(folder_paths.get_input_directory()))
+    path = Path(os.path.abspath(root / name))  # links that the user put there may lead outside
     if not path.is_relative_to(root):
         raise DataError(
             f"The folder {name!r} is outside ComfyUI's input folder {root}. Move it there."

@@ -15,12 +15,12 @@ from PIL import Image
 
 from ...concept.concept import Concept
 from ...concept.errors import TrainingError
-from ...concept.file import write_concept
+from ...concept.file import read_concept, write_new_concept
 from ...trainer.config import TrainConfig
-from ...trainer.data import TrainingConcept, check_readable
-from ...trainer.jobs import Job, JobState, Snapshot, TrainingService, free_path
-from ...trainer.latents import encode_views
+from ...trainer.data import TrainingConcept
+from ...trainer.jobs import Job, JobState, Snapshot, TrainingService
 from ...trainer.loop import train
+from ...trainer.prepare import prepare
 from .models import ComfyDenoiser, ComfyLatentEncoder, text_encoder, training_dtype
 from .paths import concept_folder, jobs_folder
 
@@ -42,28 +42,31 @@ def start_training(
 
     Everything that needs ComfyUI's own models happens here; the job touches only its copies.
     """
-    check_readable(concept.images)
     device = comfy.model_management.get_torch_device()
     scale_factor = model.model.latent_format.scale_factor
     denoiser = ComfyDenoiser(model, training_dtype(device))
     encoder = text_encoder(clip)
     progress = comfy.utils.ProgressBar(1)
-    bank = encode_views(
+    bank = prepare(
         concept,
-        ComfyLatentEncoder(vae, scale_factor),
         config,
+        ComfyLatentEncoder(vae, scale_factor),
+        encoder,
         lambda done, total: progress.update_absolute(done, total),
     )
 
     def run(should_stop: Any, on_event: Any) -> Concept:
-        denoiser.to(device)
-        encoder.to(device)
-        return train(
-            config, concept, bank, denoiser, encoder, should_stop=should_stop, on_event=on_event
-        )
+        try:
+            denoiser.to(device)
+            encoder.to(device)
+            return train(
+                config, concept, bank, denoiser, encoder, should_stop=should_stop, on_event=on_event
+            )
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(_out_of_memory(config, device)) from error
 
     def save(result: Concept) -> Path:
-        return write_concept(result, free_path(concept_folder(), name))
+        return write_new_concept(result, concept_folder(), name)
 
     settings = {
         "token": concept.token,
@@ -108,7 +111,18 @@ def training_outputs(job: Job, wait: bool) -> tuple[Any, Any, str]:
     if not wait:
         return ExecutionBlocker(None), ExecutionBlocker(None), job.id
     snapshot = wait_for(job)
-    return snapshot.concept, {"loss": list(snapshot.losses)}, job.id
+    if snapshot.concept_file is None:
+        raise TrainingError("The job was stopped before its first step; nothing was learnt.")
+    return read_concept(snapshot.concept_file), {"loss": list(snapshot.losses)}, job.id
+
+
+def _out_of_memory(config: TrainConfig, device: torch.device) -> str:
+    free = comfy.model_management.get_free_memory(device)
+    return (
+        f"The memory of {device} was not enough for {config.batch_size} pictures of "
+        f"{config.resolution} px a step; {free / 1e9:.1f} GB are free. Lower batch_size or "
+        f"resolution, or unload other models, and train again."
+    )
 
 
 def _picture(image_hwc: torch.Tensor) -> Image.Image:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 VOCABULARY = 4096
 START, END = 0, 1
-_MEMORY = 0.7
-"""How much of the state the next word keeps."""
+_MEMORY = 1.2
+"""How strongly the words before a word take part in its features."""
 _LENGTH = 27.5
-"""Typical length of a CLIP feature; most of it is one direction that all words share."""
+"""Typical length of a CLIP feature; much of it is one direction that all words share."""
 
 
 class RecurrentTextEncoder:
@@ -79,7 +79,7 @@ class RecurrentTextEncoder:
         features = []
         for position in range(token_ids.shape[1]):
             state = torch.tanh(_MEMORY * state @ self._mix + table[token_ids[:, position]])
-            features.append(2 * self._common + state @ self._out)
+            features.append(self._common + state @ self._out)
         stacked = torch.stack(features, dim=1)
         return _LENGTH * stacked / stacked.norm(dim=-1, keepdim=True)
 

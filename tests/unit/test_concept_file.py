@@ -273,9 +273,7 @@ class TestVersions:
 
     @pytest.mark.parametrize("version", ["2.0", "0.9", "10.0", "", "one"])
     def test_other_major_versions_are_refused(self, tmp_path: Path, version: str) -> None:
-        message = message_of(
-            changed(tmp_path / "new.safetensors", _set(format_version=version))
-        )
+        message = message_of(changed(tmp_path / "new.safetensors", _set(format_version=version)))
         assert (version or "without a version") in message
         assert "reads 1.x" in message
         assert "Update the pack" in message
@@ -314,9 +312,7 @@ class TestWrongFiles:
             assert "pickle" not in message, length
 
     @pytest.mark.parametrize("header_length", [640, 896, 1152, 1408, 19280])
-    def test_a_cut_file_is_not_taken_for_a_pickle(
-        self, tmp_path: Path, header_length: int
-    ) -> None:
+    def test_a_cut_file_is_not_taken_for_a_pickle(self, tmp_path: Path, header_length: int) -> None:
         """These header lengths begin with the very bytes that a pickle or an archive begins with.
 
         safetensors pads headers to a multiple of 8, so files with such headers exist.
@@ -676,9 +672,7 @@ class TestRenaming:
         assert renamed.constraint_prompts == ("<tom> cat", "photo of a <tom> cat")
         path = write_concept(renamed, tmp_path / "tom.safetensors", torch.float32)
         embeddings = read_concept(path).embeddings()
-        assert_equal(
-            embeddings["clip_l"]["<tom>"], concept.tokens[0].embeddings["clip_l"]
-        )
+        assert_equal(embeddings["clip_l"]["<tom>"], concept.tokens[0].embeddings["clip_l"])
 
     def test_a_new_name_must_be_well_formed(self) -> None:
         with pytest.raises(TokenError, match="'<tom>'"):

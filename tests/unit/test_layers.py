@@ -60,9 +60,7 @@ def _converted_by_diffusers(layers: list[str], inputs: int, outputs: int) -> dic
     names += [f"input_blocks.{i}.0.in_layers.0.weight" for i in range(inputs)]
     names += [f"output_blocks.{i}.0.in_layers.0.weight" for i in range(outputs)]
     names += [f"middle_block.{i}.in_layers.0.weight" for i in (0, 2)]
-    checkpoint = {
-        f"model.diffusion_model.{name}": torch.tensor(i) for i, name in enumerate(names)
-    }
+    checkpoint = {f"model.diffusion_model.{name}": torch.tensor(i) for i, name in enumerate(names)}
     converted = convert_ldm_unet_checkpoint(checkpoint, {"layers_per_block": 2})
     return {
         name.removesuffix(".weight"): names[int(number)].removesuffix(".weight")

@@ -1,0 +1,49 @@
+"""Before a run: everything that can be wrong is found out, then the pictures are encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..concept.errors import ConfigError, DataError
+from ..concept.text import TextEncoder
+from .augmentation import PREFIXES
+from .config import TrainConfig
+from .data import TrainingConcept, check_readable
+from .latents import LatentBank, encode_views
+from .protocols import LatentEncoder
+from .tokens import initial_embedding
+
+
+def prepare(
+    concept: TrainingConcept,
+    config: TrainConfig,
+    latent_encoder: LatentEncoder,
+    text_encoder: TextEncoder,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> LatentBank:
+    """Checks pictures, words and settings, and returns the latents that the run draws from.
+
+    Raises DataError, TokenError or ConfigError before any time is spent on encoding.
+    """
+    if concept.regularization and config.batch_size < 2:
+        raise ConfigError(
+            f"batch_size={config.batch_size} leaves no place for regularization images. Use 2 or "
+            f"more, or leave the regularization images out."
+        )
+    check_readable([*concept.images, *concept.regularization])
+    _check_words(concept, config, text_encoder)
+    return encode_views(concept, latent_encoder, config, on_progress)
+
+
+def _check_words(concept: TrainingConcept, config: TrainConfig, encoder: TextEncoder) -> None:
+    embedding = initial_embedding(encoder, concept.initializer)
+    words = encoder.with_tokens({name: {concept.token: row} for name, row in embedding.items()})
+    (token_id,) = words.tokenize_words(concept.token)
+    longest = max(PREFIXES, key=len) if config.augment else ""
+    for image in concept.images:
+        if token_id not in words.tokenize(f"{longest} {image.caption}"):
+            raise DataError(
+                f"The caption {image.caption!r} of {image.name} is too long: the modifier token "
+                f"{concept.token} lies beyond the {words.context_length} words that CLIP reads. "
+                f"Put it nearer to the start, or shorten the caption."
+            )
