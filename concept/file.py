@@ -257,11 +257,7 @@ def _tokens(
 
 
 def _check_matrix(name: str, tensor: Tensor, width: int | None = None) -> None:
-    if (
-        tensor.ndim != 2
-        or not tensor.is_floating_point()
-        or (width or tensor.shape[1]) != tensor.shape[1]
-    ):
+    if not (tensor.ndim == 2 and tensor.is_floating_point() and width in (None, tensor.shape[1])):
         wanted = f"(n, {width})" if width else "a matrix"
         raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, needed floats {wanted}")
     if not torch.isfinite(tensor).all():

@@ -86,15 +86,12 @@ def read_captions(path: str | Path) -> list[str]:
             "for ours."
         )
     try:
-        captions = [
-            line.strip()
-            for line in path.read_text(encoding="utf-8-sig").splitlines()
-            if line.strip()
-        ]
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path.name} is not a UTF-8 text file ({error.reason}). Save it as UTF-8 text."
         ) from error
+    captions = [line.strip() for line in lines if line.strip()]
     if len(captions) < MINIMUM_COUNT:
         raise DataError(
             f"{path.name} holds {len(captions)} captions; at least {MINIMUM_COUNT} are needed, "

@@ -191,7 +191,7 @@ def merged_deltas(
     """ΔW = E P of every layer as factors (E · left, rows), and each concept's largest residual.
 
     `mixing` (rows, s) gathers what the concepts ask for on equal rows. Nothing of size (o, d) is
-    ever built. The residual of a row is ‖ΔW c − a D c‖ / ‖D c‖ with all layers stacked, a the strength.
+    ever built. The residual of a row is ‖ΔW c − a D c‖ / ‖D c‖ over all layers, at strength a.
     """
     down = projector.rows.float()
     parts = []

@@ -180,8 +180,8 @@ class CustomDiffusionTrain(io.ComfyNode):
                     options=list(get_args(GradientCut)),
                     default=DEFAULTS.gradient_cut,
                     advanced=True,
-                    tooltip="Positions of the prompt whose keys and values pass no gradient: the start "
-                    "token as in the paper, and by choice the padding after the last word.",
+                    tooltip="Positions of the prompt whose keys and values pass no gradient: the "
+                    "start token as in the paper, and by choice the padding after the last word.",
                 ),
                 io.Int.Input(
                     "preview_every_steps",

@@ -176,7 +176,7 @@ def _prediction(sampling: Any) -> Prediction:
     if not discrete or not known or len(sampling.sigmas) != _TIMESTEPS:
         names = " ".join(kind.__name__ for kind in type(sampling).__mro__[1:-1])
         raise IncompatibleModelError(
-            f"The model samples by {names}; training needs a model that predicts noise (epsilon) or "
+            f"The model samples by {names}; training needs one that predicts noise (epsilon) or "
             f"velocity (v) at {_TIMESTEPS} discrete steps. Remove the sampling node before it."
         )
     return "v" if isinstance(sampling, kinds.V_PREDICTION) else "epsilon"

@@ -1,4 +1,4 @@
-"""Wrong files and wrong graphs in a real ComfyUI: every message says what was given, needed and to do."""
+"""Wrong files and wrong graphs in a real ComfyUI: each message says what to do."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ The naive loop shares nothing with the pack but the order in which random number
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from custom_diffusion.concept.concept import Concept
-from custom_diffusion.concept.errors import TokenError, TrainingError
+from custom_diffusion.concept.errors import DataError, TokenError, TrainingError
 from custom_diffusion.concept.layers import layer_from_diffusers
 from custom_diffusion.host.clip_text import ClipTextEncoder
 from custom_diffusion.host.diffusers import (
@@ -24,7 +25,7 @@ from custom_diffusion.host.diffusers import (
     borrowed_models,
 )
 from custom_diffusion.trainer.config import GradientCut, TrainConfig
-from custom_diffusion.trainer.data import TrainingConcept
+from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
 from custom_diffusion.trainer.latents import LatentBank, batches
 from custom_diffusion.trainer.loop import Event, PreviewDrawn, StepDone, train
 from diffusers import StableDiffusionPipeline
@@ -318,6 +319,17 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_says_so(
 def test_an_unusable_initializer_is_refused_before_training(models: DiffusersModels) -> None:
     with pytest.raises(TokenError, match="one whole word is needed"):
         trained(models, config(), cat_concept(initializer="xqzzvk"))
+
+
+def test_a_caption_so_long_that_its_token_is_cut_off_is_refused(models: DiffusersModels) -> None:
+    """CLIP reads 77 pieces; nothing could be learnt from such a caption."""
+    caption = "a very long story " * 20 + "of a <new1> cat"
+    image = CaptionedImage(cat_concept().images[0].source, caption)
+    concept = dataclasses.replace(cat_concept(), images=(image,))
+    with pytest.raises(DataError) as caught:
+        trained(models, config(), concept)
+    assert caption in str(caught.value)
+    assert "<new1>" in str(caught.value)
 
 
 # What is learnt
