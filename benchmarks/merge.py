@@ -60,7 +60,7 @@ def draw_problem(condition: float, seed: int) -> Problem:
     width = FAMILY.context_width
 
     def draw(out: int, size: float) -> Tensor:
-        return torch.randn(out, width, generator=generator) * (size / width**0.5)
+        return torch.randn(out, width, generator=generator) * (size / math.sqrt(width))
 
     layers = {
         f"{block}.1.transformer_blocks.0.attn2.{kind}": out
@@ -94,7 +94,8 @@ def draw_features(condition: float, generator: torch.Generator) -> tuple[Tensor,
 
     def orthonormal(n: int) -> Tensor:
         square = torch.randn(n, width, generator=generator, dtype=torch.float64)
-        return torch.linalg.qr(square).Q
+        basis: Tensor = torch.linalg.qr(square).Q
+        return basis
 
     place = torch.arange(1, width + 1, dtype=torch.float64).log() / math.log(width)
     spread = condition ** -place[:, None] * orthonormal(width)
@@ -197,8 +198,10 @@ def optimal_projector(problem: Problem) -> Tensor:
     q, r = torch.linalg.qr(constraints.T, mode="complete")
     rank = len(constraints)
     least_norm = torch.linalg.solve_triangular(r[:rank].T, q[:, :rank], upper=False, left=False)
-    free = torch.linalg.lstsq(captions @ q[:, rank:], -captions @ least_norm, driver="gelsd")
-    return (least_norm + q[:, rank:] @ free.solution).T
+    free: Tensor = torch.linalg.lstsq(
+        captions @ q[:, rank:], -captions @ least_norm, driver="gelsd"
+    ).solution
+    return (least_norm + q[:, rank:] @ free).T
 
 
 def accuracy(problem: Problem, changes: Mapping[str, Tensor], optimum: Tensor) -> Accuracy:

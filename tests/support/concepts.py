@@ -19,16 +19,11 @@ VALUE = "input_blocks.1.1.transformer_blocks.0.attn2.to_v"
 MIDDLE = "middle_block.1.transformer_blocks.0.attn2.to_v"
 LAYERS = {KEY: 24, VALUE: 24, MIDDLE: 40}
 """Layer → output width: two widths, keys and values."""
-ENCODER_WIDTHS = {
-    "sd15": {"clip_l": 768},
-    "sd2": {"clip_h": 1024},
-    "sdxl": {"clip_l": 768, "clip_g": 1280},
-}
 
 
 def narrow_family(width: int = 64) -> Family:
     """Stable Diffusion 1.x, but for the width of its text features; quick to merge."""
-    return replace(FAMILIES["sd15"], context_width=width)
+    return replace(FAMILIES["sd15"], context_width=width, text_encoders={"clip_l": width})
 
 
 def random_concept(
@@ -50,17 +45,15 @@ def random_concept(
         layer: _random_delta(LAYERS[layer], family.context_width, rank, size, draw)
         for layer in layers
     }
-    widths = (
-        ENCODER_WIDTHS[family.name]
-        if family == FAMILIES[family.name]
-        else dict.fromkeys(family.text_encoders, family.context_width)
-    )
     tokens = (
         (
             ModifierToken(
                 token,
                 class_noun,
-                {name: torch.randn(1, width, generator=draw) for name, width in widths.items()},
+                {
+                    name: torch.randn(1, width, generator=draw)
+                    for name, width in family.text_encoders.items()
+                },
                 initializer="ktn",
             ),
         )

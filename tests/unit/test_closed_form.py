@@ -5,6 +5,7 @@ perturbation.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -210,26 +211,27 @@ def test_a_constraint_that_is_a_sum_of_others_is_refused() -> None:
     assert "Only 4 of 5" in _message({**tensors, "constraints": c})
 
 
+UNFIT: list[tuple[str, str, Callable[[Tensor], Tensor]]] = [
+    ("weight", "a column less", lambda t: t[:, :-1]),
+    ("weight", "a row less", lambda t: t[:-1]),
+    ("weight", "a vector", lambda t: t[0]),
+    ("weight", "a dimension more", lambda t: t[None]),
+    ("regularization", "a column less", lambda t: t[:, :-1]),
+    ("regularization", "a vector", lambda t: t[0]),
+    ("regularization", "a dimension more", lambda t: t[None]),
+    ("constraints", "a column less", lambda t: t[:, :-1]),
+    ("constraints", "a row less", lambda t: t[:-1]),
+    ("constraints", "a vector", lambda t: t[0]),
+    ("targets", "a column less", lambda t: t[:, :-1]),
+    ("targets", "a row less", lambda t: t[:-1]),
+    ("targets", "transposed", lambda t: t.T),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("weight", lambda t: t[:, :-1]),
-        ("weight", lambda t: t[:-1]),
-        ("weight", lambda t: t[0]),
-        ("weight", lambda t: t[None]),
-        ("regularization", lambda t: t[:, :-1]),
-        ("regularization", lambda t: t[0]),
-        ("regularization", lambda t: t[None]),
-        ("constraints", lambda t: t[:, :-1]),
-        ("constraints", lambda t: t[:-1]),
-        ("constraints", lambda t: t[0]),
-        ("targets", lambda t: t[:, :-1]),
-        ("targets", lambda t: t[:-1]),
-        ("targets", lambda t: t.T),
-    ],
+    ("name", "change"), [pytest.param(n, c, id=f"{n}: {text}") for n, text, c in UNFIT]
 )
-def test_shapes_that_do_not_fit_are_named(name: str, change: object) -> None:
-    assert callable(change)
+def test_shapes_that_do_not_fit_are_named(name: str, change: Callable[[Tensor], Tensor]) -> None:
     tensors = _tensors()
     tensors[name] = change(tensors[name])
     message = _message(tensors)

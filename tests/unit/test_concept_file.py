@@ -21,11 +21,11 @@ import torch
 from custom_diffusion.concept.atomic import write_atomically, write_text_atomically
 from custom_diffusion.concept.concept import Concept, DenseDelta, LowRankDelta, ModifierToken
 from custom_diffusion.concept.errors import ConceptFileError, TokenError
-from custom_diffusion.concept.file import read_concept, write_concept
+from custom_diffusion.concept.file import read_concept, write_concept, write_new_concept
 from custom_diffusion.concept.layers import FAMILIES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.concepts import ENCODER_WIDTHS, KEY, LAYERS, VALUE, random_concept
+from support.concepts import KEY, LAYERS, VALUE, random_concept
 from torch import Tensor
 
 SD15, SDXL = FAMILIES["sd15"], FAMILIES["sdxl"]
@@ -134,7 +134,7 @@ class TestRoundTrip:
         second = ModifierToken(
             "<new2>",
             "dog",
-            {name: torch.randn(3, width) for name, width in ENCODER_WIDTHS["sdxl"].items()},
+            {name: torch.randn(3, width) for name, width in SDXL.text_encoders.items()},
         )
         concept = replace(first, tokens=(*first.tokens, second))
         path = write_concept(concept, tmp_path / "two.safetensors", torch.float32)
@@ -271,12 +271,17 @@ class TestVersions:
         path = changed(tmp_path / "new.safetensors", _set(format_version=version, unheard_of="x"))
         assert read_concept(path).tokens[0].name == "<new1>"
 
-    @pytest.mark.parametrize("version", ["2.0", "0.9", "10.0", "", "one"])
+    @pytest.mark.parametrize("version", ["2.0", "0.9", "10.0", "one"])
     def test_other_major_versions_are_refused(self, tmp_path: Path, version: str) -> None:
         message = message_of(changed(tmp_path / "new.safetensors", _set(format_version=version)))
-        assert (version or "without a version") in message
+        assert f"format {version}" in message
         assert "reads 1.x" in message
         assert "Update the pack" in message
+
+    def test_a_file_without_a_version_is_refused(self, tmp_path: Path) -> None:
+        message = message_of(changed(tmp_path / "new.safetensors", _set(format_version="")))
+        assert "without a format version" in message
+        assert "another copy" in message
 
     def test_an_unknown_family_is_refused_with_the_known_ones(self, tmp_path: Path) -> None:
         message = message_of(changed(tmp_path / "f.safetensors", _set(base_family="sd9")))
@@ -612,6 +617,13 @@ class TestWriting:
         assert "ermission denied" in result.stdout
         assert os.listdir(tmp_path) == []
 
+    @pytest.mark.timeout(20)
+    def test_a_new_file_in_a_folder_that_cannot_be_written(self, tmp_path: Path) -> None:
+        """Looking for a free name must come to an end."""
+        (tmp_path / "file").write_bytes(OLD)
+        with pytest.raises(ConceptFileError, match="choose another folder"):
+            write_new_concept(random_concept(family=SD15), tmp_path / "file", "cat")
+
     def test_a_name_that_is_too_long(self, tmp_path: Path) -> None:
         path = tmp_path / f"{'c' * 300}.safetensors"
         with pytest.raises(ConceptFileError, match="could not be written"):
@@ -661,6 +673,70 @@ class TestWriting:
         monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), rename(a, b)))
         write_text_atomically(tmp_path / "a.txt", "text")
         assert events[:2] == ["flush", "rename"]
+
+
+class TestNewFiles:
+    def test_an_existing_file_is_never_replaced(self, tmp_path: Path) -> None:
+        concepts = [random_concept(family=SD15, seed=seed) for seed in range(3)]
+        paths = [write_new_concept(concept, tmp_path, "cat") for concept in concepts]
+        assert [p.name for p in paths] == [f"cat{n}.safetensors" for n in ("", "-2", "-3")]
+        for path, concept in zip(paths, concepts, strict=True):
+            assert_same(read_concept(path), concept, torch.float16)
+        assert len(os.listdir(tmp_path)) == 3
+
+    @pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+    def test_a_file_that_somebody_else_wrote_meanwhile_is_kept(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+    ) -> None:
+        """Also on a file system without hard links."""
+        path = tmp_path / "cat.safetensors"
+
+        def write(temporary: Path) -> None:
+            temporary.write_bytes(b"ours")
+            path.write_bytes(OLD)
+
+        if not links:
+            monkeypatch.setattr(os, "link", _no_links)
+        with pytest.raises(FileExistsError):
+            write_atomically(path, write, replace=False)
+        assert path.read_bytes() == OLD
+        assert os.listdir(tmp_path) == ["cat.safetensors"]
+
+    def test_a_file_system_without_links_takes_new_files(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(os, "link", _no_links)
+        path = write_new_concept(random_concept(family=SD15), tmp_path, "cat")
+        assert os.listdir(tmp_path) == [path.name] == ["cat.safetensors"]
+
+    @pytest.mark.parametrize(
+        ("name", "stem"),
+        [
+            ("my cat", "my-cat"),
+            ("Mütze 帽子", "Mütze-帽子"),
+            ("../../etc/passwd", "etc-passwd"),
+            ("C:\\cat", "C--cat"),
+            ("<new1>", "new1"),
+            ("v1.5_cat", "v1.5_cat"),
+            ("..", "concept"),
+            ("", "concept"),
+            (" \n", "concept"),
+            ("a\0b", "a-b"),
+        ],
+    )
+    def test_a_name_cannot_leave_its_folder(self, tmp_path: Path, name: str, stem: str) -> None:
+        path = write_new_concept(random_concept(family=SD15, rank=1), tmp_path, name)
+        assert path == tmp_path / f"{stem}.safetensors"
+
+    @pytest.mark.parametrize("name", ["c" * 500, "帽" * 500])
+    def test_a_long_name_is_shortened(self, tmp_path: Path, name: str) -> None:
+        path = write_new_concept(random_concept(family=SD15, rank=1), tmp_path, name)
+        assert name.startswith(path.stem)
+        assert len(path.name.encode()) < 200
+
+
+def _no_links(*_: object) -> None:
+    raise PermissionError("this file system has no hard links")
 
 
 class TestRenaming:

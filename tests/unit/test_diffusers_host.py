@@ -298,9 +298,36 @@ def test_a_concept_of_a_larger_model_is_refused(
     weights = state(pipeline.unet)
     with pytest.raises(IncompatibleModelError) as caught, applied_concept(pipeline, larger):
         pass
-    assert f"does not have, {layer} for example" in str(caught.value)
+    assert "does not fit this model in 1 of 13 projections" in str(caught.value)
+    assert f"{layer} is (64, 768) in the concept and absent in the model" in str(caught.value)
     assert "Load the base model it was trained on" in str(caught.value)
     assert same_state(weights, pipeline.unet)
+
+
+def test_a_concept_of_other_widths_is_refused(
+    pipeline: StableDiffusionPipeline, concept: Concept
+) -> None:
+    layer, delta = next(iter(concept.deltas.items()))
+    wide = {**concept.deltas, layer: DenseDelta(torch.zeros(delta.shape[0] * 2, 768))}
+    weights = state(pipeline.unet)
+    with (
+        pytest.raises(
+            IncompatibleModelError, match=r"is \(64, 768\) in the concept and \(32, 768\)"
+        ),
+        applied_concept(pipeline, Concept(concept.family, wide)),
+    ):
+        pass
+    assert same_state(weights, pipeline.unet)
+
+
+def test_without_a_concept_the_pipeline_is_the_base_model(
+    pipeline: StableDiffusionPipeline,
+) -> None:
+    context = features(text_encoder(pipeline))
+    with applied_concept(pipeline, None) as encoder:
+        assert torch.equal(features(encoder), context)
+        applied = prediction(pipeline, context)
+    assert torch.equal(applied, prediction(pipeline, context))
 
 
 def test_a_concept_of_another_family_is_refused_with_both_names(
@@ -418,5 +445,13 @@ def test_a_pipeline_in_half_precision_can_draw(concept: Concept, model_folder: P
 def test_a_folder_without_a_pipeline_is_named(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleModelError) as caught:
         load_pipeline(tmp_path / "nothing here")
-    assert f"{tmp_path / 'nothing here'} could not be loaded" in str(caught.value)
-    assert "Give a folder in diffusers' layout, with model_index.json in it" in str(caught.value)
+    message = str(caught.value)
+    assert f"{tmp_path / 'nothing here'} is no Stable Diffusion pipeline" in message
+    assert "it has no model_index.json. Give the folder of a downloaded pipeline" in message
+
+
+def test_a_damaged_pipeline_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"')
+    with pytest.raises(IncompatibleModelError) as caught:
+        load_pipeline(tmp_path)
+    assert f"{tmp_path} could not be loaded" in str(caught.value)

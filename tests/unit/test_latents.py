@@ -1,15 +1,19 @@
-"""The latent bank and the batches drawn from it."""
+"""The checks before a run, the latent bank, and the batches drawn from it."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from custom_diffusion.trainer.augmentation import LARGE_PREFIXES, SMALL_PREFIXES
+from custom_diffusion.concept.errors import ConfigError, DataError, TokenError
+from custom_diffusion.host.diffusers import DiffusersModels
+from custom_diffusion.trainer.augmentation import LARGE_PREFIXES, PREFIXES, SMALL_PREFIXES
 from custom_diffusion.trainer.config import TrainConfig
 from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
 from custom_diffusion.trainer.latents import (
@@ -19,6 +23,7 @@ from custom_diffusion.trainer.latents import (
     batches,
     encode_views,
 )
+from custom_diffusion.trainer.prepare import prepare
 from PIL import Image
 from torch import Tensor
 
@@ -221,3 +226,88 @@ def test_batches_depend_on_their_generators_alone() -> None:
     assert any(b.prompts != o.prompts for b, o in zip(one, other, strict=True))
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert random.getstate() == python_state
+
+
+# Checks before any time is spent
+
+
+class UnusedEncoder:
+    def moments(self, image_chw: Tensor) -> tuple[Tensor, Tensor]:
+        raise AssertionError("nothing may be encoded yet")
+
+
+def test_preparing_gives_the_bank_and_tells_progress(models: DiffusersModels) -> None:
+    progress: list[tuple[int, int]] = []
+    prepared = prepare(
+        concept(1, 2),
+        config(),
+        AveragingEncoder(),
+        models.text_encoder,
+        lambda done, total: progress.append((done, total)),
+    )
+    wanted = encode_views(concept(1, 2), AveragingEncoder(), config())
+    assert progress[-1] == (10, 10)
+    for view, wanted_view in zip(prepared.instances[0], wanted.instances[0], strict=True):
+        assert view.prompt == wanted_view.prompt
+        assert torch.equal(view.mean, wanted_view.mean)
+
+
+def test_a_batch_of_one_has_no_place_for_regularization_images(models: DiffusersModels) -> None:
+    with pytest.raises(ConfigError, match=r"batch_size=1 leaves no place .* Use 2 or more"):
+        prepare(concept(1, 1), config(batch_size=1), UnusedEncoder(), models.text_encoder)
+
+
+def test_unreadable_pictures_of_both_kinds_are_named_before_encoding(
+    models: DiffusersModels, tmp_path: Path
+) -> None:
+    for name in ("instance.png", "ordinary.png"):
+        (tmp_path / name).write_bytes(b"")
+    broken = replace(
+        concept(1, 0),
+        images=(
+            CaptionedImage(picture(), CAPTION),
+            CaptionedImage(tmp_path / "instance.png", CAPTION),
+        ),
+        regularization=(CaptionedImage(tmp_path / "ordinary.png", "a cat"),),
+    )
+    with pytest.raises(DataError) as caught:
+        prepare(broken, config(), UnusedEncoder(), models.text_encoder)
+    assert "instance.png" in str(caught.value)
+    assert "ordinary.png" in str(caught.value)
+
+
+def test_an_unusable_initializer_is_refused_before_encoding(models: DiffusersModels) -> None:
+    with pytest.raises(TokenError, match="one whole word is needed"):
+        prepare(
+            replace(concept(), initializer="xqzzvk"),
+            config(),
+            UnusedEncoder(),
+            models.text_encoder,
+        )
+
+
+def test_a_token_that_the_text_encoder_knows_already_is_refused(models: DiffusersModels) -> None:
+    known = models.text_encoder.with_tokens({"clip_l": {"<new1>": torch.zeros(1, 768)}})
+    with pytest.raises(TokenError, match="already knows the modifier token <new1>"):
+        prepare(concept(), config(), UnusedEncoder(), known)
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_captions_are_refused_exactly_when_their_token_would_be_cut_off(
+    models: DiffusersModels, augment: bool
+) -> None:
+    """CLIP reads 77 pieces; with augmentation the words before the caption count as well."""
+    words = models.text_encoder.with_tokens({"clip_l": {"<new1>": torch.zeros(1, 768)}})
+    longest = max(len(words.tokenize_words(p)) for p in PREFIXES) if augment else 0
+    fits = "cat " * (75 - 1 - longest) + "<new1>"
+    for caption in (fits, f"cat {fits}"):
+        long = replace(concept(), images=(CaptionedImage(picture(), caption),))
+        settings = config(augment=augment)
+        if caption == fits:
+            prepare(long, settings, AveragingEncoder(), models.text_encoder)
+            continue
+        with pytest.raises(DataError) as caught:
+            prepare(long, settings, UnusedEncoder(), models.text_encoder)
+        assert caption in str(caught.value)
+        assert "the modifier token <new1> lies beyond the 77 words" in str(caught.value)
+        assert "shorten the caption" in str(caught.value)

@@ -145,6 +145,21 @@ def test_the_text_width_tells_the_family(width: int, name: str) -> None:
     assert family_of_width(width) is FAMILIES[name]
 
 
+@pytest.mark.parametrize(
+    ("name", "encoders"),
+    [
+        ("sd15", {"clip_l": 768}),
+        ("sd2", {"clip_h": 1024}),
+        ("sdxl", {"clip_l": 768, "clip_g": 1280}),
+    ],
+)
+def test_the_text_encoders_of_a_family_fill_its_text_width(
+    name: str, encoders: dict[str, int]
+) -> None:
+    assert FAMILIES[name].text_encoders == encoders
+    assert FAMILIES[name].context_width == sum(encoders.values())
+
+
 def test_an_unknown_text_width_is_refused_with_the_known_ones() -> None:
     with pytest.raises(IncompatibleModelError) as caught:
         family_of_width(4096)

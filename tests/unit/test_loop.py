@@ -10,13 +10,13 @@ import dataclasses
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from custom_diffusion.concept.concept import Concept
-from custom_diffusion.concept.errors import DataError, TokenError, TrainingError
+from custom_diffusion.concept.errors import TokenError, TrainingError
 from custom_diffusion.concept.layers import layer_from_diffusers
 from custom_diffusion.host.clip_text import ClipTextEncoder
 from custom_diffusion.host.diffusers import (
@@ -178,7 +178,7 @@ def assert_equal_to_naive(
 # Equal to a naive loop
 
 
-@pytest.mark.parametrize("cut", get_args(GradientCut))
+@pytest.mark.parametrize("cut", ["none", "start and padding"])  # below it is "start"
 def test_three_steps_equal_those_of_a_naive_loop(
     pipeline: StableDiffusionPipeline, cut: GradientCut
 ) -> None:
@@ -321,17 +321,6 @@ def test_an_unusable_initializer_is_refused_before_training(models: DiffusersMod
         trained(models, config(), cat_concept(initializer="xqzzvk"))
 
 
-def test_a_caption_so_long_that_its_token_is_cut_off_is_refused(models: DiffusersModels) -> None:
-    """CLIP reads 77 pieces; nothing could be learnt from such a caption."""
-    caption = "a very long story " * 20 + "of a <new1> cat"
-    image = CaptionedImage(cat_concept().images[0].source, caption)
-    concept = dataclasses.replace(cat_concept(), images=(image,))
-    with pytest.raises(DataError) as caught:
-        trained(models, config(), concept)
-    assert caption in str(caught.value)
-    assert "<new1>" in str(caught.value)
-
-
 # What is learnt
 
 
@@ -352,6 +341,17 @@ def test_the_row_starts_at_the_initializer(models: DiffusersModels) -> None:
     start = models.text_encoder.vocabulary_row(2368)["clip_l"]
     torch.testing.assert_close(row_of(result), start, atol=2e-6, rtol=0)
     assert result.tokens[0].initializer == "cat"
+
+
+def test_tokens_of_one_series_start_at_different_rare_words(models: DiffusersModels) -> None:
+    settings = config(steps=1, learning_rate=1e-6)
+    for number, token_id in enumerate((42170, 47629, 43514, 42170), start=1):
+        token = f"<new{number}>"
+        image = CaptionedImage(cat_concept().images[0].source, f"photo of a {token} cat")
+        concept = dataclasses.replace(cat_concept(), token=token, images=(image,))
+        row = row_of(trained(models, settings, concept))
+        start = models.text_encoder.vocabulary_row(token_id)["clip_l"]
+        torch.testing.assert_close(row, start, atol=2e-6, rtol=0)
 
 
 def test_what_was_learnt_cannot_change_afterwards(models: DiffusersModels) -> None:

@@ -113,6 +113,12 @@ def test_a_prompt_without_its_subject_is_refused(ids: list[int]) -> None:
         constrained_positions(ids, [NEW])
 
 
+def test_a_subject_without_words_is_in_no_prompt() -> None:
+    """A class noun of spaces, for instance, has no word for the text encoder."""
+    with pytest.raises(ValueError, match="does not contain its subject"):
+        constrained_positions([START, CAT, END], [])
+
+
 def test_the_constraint_templates_are_those_of_the_reference() -> None:
     assert [t.format("<new1> cat") for t in CONSTRAINT_TEMPLATES] == [
         "<new1> cat",
