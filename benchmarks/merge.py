@@ -201,7 +201,8 @@ def optimal_projector(problem: Problem) -> Tensor:
     free: Tensor = torch.linalg.lstsq(
         captions @ q[:, rank:], -captions @ least_norm, driver="gelsd"
     ).solution
-    return (least_norm + q[:, rank:] @ free).T
+    solution: Tensor = least_norm + q[:, rank:] @ free
+    return solution.T
 
 
 def accuracy(problem: Problem, changes: Mapping[str, Tensor], optimum: Tensor) -> Accuracy:

@@ -11,6 +11,7 @@ decomposition of Z = C R⁻¹, which also tells how well the constraints can be 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,30 +23,35 @@ EXACT_CONDITION_LIMIT = 30.0
 """Above this condition number of Z the constraints are damped instead of met exactly."""
 DAMPING = 1e-3
 """μ of the damped inverse S / (S² + μ S₁²)."""
+LEAST_RIDGE_FOR_CHOLESKY = 1e-6
+"""From this relative ridge on the condition of G is at most d / ridge, and Cholesky is accurate."""
+_GRAM_BLOCK = 192
 
 
 @dataclass(frozen=True)
 class CaptionFactor:
-    """`upper` R (d, d), float64, with RᵀR = C_regᵀ C_reg + λI: all that a merge needs of the
-    captions.
-    """
+    """`upper` R (d, d), float64, with RᵀR = C_regᵀ C_reg + λI: what a merge needs of captions."""
 
     upper: Tensor
     captions: int
 
 
 def caption_factor(features: Tensor, captions: int, relative_ridge: float) -> CaptionFactor:
-    """Factorises caption features (n, d) by QR in float64: the Gram matrix would square their
-    condition.
+    """Factorises caption features (n, d) in float64.
 
-    λ is `relative_ridge` times the mean squared feature, tr(C_regᵀ C_reg) / d. Raises MergeError
-    when the features do not span all d dimensions and there is no ridge to make up for it.
+    λ is `relative_ridge` times the mean squared feature, tr(C_regᵀ C_reg) / d. A ridge bounds the
+    condition of G, so its Cholesky factor is accurate; without one R comes from the QR
+    decomposition of C_reg, because G would square its condition.
+
+    Raises MergeError when there is no ridge and the features do not span all d dimensions.
     """
-    rows = features.to(torch.float64)
-    width = rows.shape[1]
+    if relative_ridge >= LEAST_RIDGE_FOR_CHOLESKY:
+        return CaptionFactor(_ridged_cholesky(features.double(), relative_ridge), captions)
+    width = features.shape[1]
+    rows = features.double()
     if relative_ridge > 0:
         ridge = relative_ridge * float(rows.square().sum()) / width
-        rows = torch.cat([rows, ridge**0.5 * torch.eye(width, dtype=torch.float64)])
+        rows = torch.cat([rows, math.sqrt(ridge) * torch.eye(width, dtype=torch.float64)])
     if len(rows) < width:
         raise MergeError(
             f"{captions} regularization captions give {len(features)} rows of text features, "
@@ -53,12 +59,24 @@ def caption_factor(features: Tensor, captions: int, relative_ridge: float) -> Ca
         )
     upper = torch.linalg.qr(rows, mode="r").R
     diagonal = upper.diagonal().abs()
-    if float(diagonal.min()) <= width * torch.finfo(torch.float64).eps * float(diagonal.max()):
+    rounding = torch.finfo(features.dtype).eps  # features carry the rounding of their own type
+    if relative_ridge == 0 and float(diagonal.min()) <= width * rounding * float(diagonal.max()):
         raise MergeError(
             f"The {captions} regularization captions do not span all {width} dimensions of the "
-            "text features. Give more, and more varied, captions, or a relative ridge above 0."
+            f"text features. Give more, and more varied, captions, or a relative ridge above 0."
         )
     return CaptionFactor(upper.contiguous(), captions)
+
+
+def _ridged_cholesky(rows: Tensor, relative_ridge: float) -> Tensor:
+    width = rows.shape[1]
+    gram = torch.empty(width, width, dtype=torch.float64)
+    for start in range(0, width, _GRAM_BLOCK):  # Cholesky reads the lower triangle only
+        columns = slice(start, start + _GRAM_BLOCK)
+        gram[start:, columns] = rows[:, start:].T @ rows[:, columns]
+    gram.diagonal().add_(relative_ridge * float(gram.trace()) / width)
+    lower: Tensor = torch.linalg.cholesky(gram)
+    return lower.T.contiguous()
 
 
 @dataclass(frozen=True)
@@ -93,4 +111,8 @@ def constraint_projector(factor: CaptionFactor, constraints: Tensor) -> Projecto
     inverse = singular / (singular.square() + mu * singular[0].square())
     p = (u * inverse) @ torch.linalg.solve_triangular(factor.upper, vh.T, upper=True).T
     q, r = torch.linalg.qr(p.T)
-    return Projector(left=r.T, rows=q.T, condition=condition, damped=damped)
+    rows, left = q.T, r.T
+    if not damped:  # the rows are kept in float32: meet the constraints with them as rounded
+        rows = rows.float().double()
+        left = torch.linalg.inv(rows @ c.T)
+    return Projector(left, rows, condition, damped)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import operator
 import sys
 import threading
 import time
@@ -296,48 +297,46 @@ def test_the_trainer_thread_does_not_keep_the_program_alive(
 def test_snapshots_are_consistent_while_the_job_runs(
     service: TrainingService, save: Callable[[Concept], Path]
 ) -> None:
-    steps, torn, seen = 2000, [], set()
+    steps = 4000
     interval = sys.getswitchinterval()
-    ready = threading.Event()
+    torn: list[tuple[int, int]] = []
+    reads = [0, 0]  # of each reader
 
-    def wait_for_readers(count: int) -> None:
-        """The trainer thread could end before a reader had its turn."""
-        until = time.monotonic() + LONG_S
-        while len(seen) < count and time.monotonic() < until:
-            time.sleep(1e-4)
+    def wait_for_readers() -> None:
+        """Otherwise the trainer thread could end before a reader had its turn."""
+        before, until = list(reads), time.monotonic() + LONG_S
+        while any(map(operator.eq, reads, before)) and time.monotonic() < until:
+            time.sleep(0)
 
     def train(should_stop: ShouldStop, on_event: OnEvent) -> Concept:
-        assert ready.wait(LONG_S)
         for step in range(1, steps + 1):
             on_event(StepDone(step, float(step)))
-            if step % 100 == 0:
+            if step % 20 == 0:
                 on_event(PreviewDrawn(step, torch.full((2, 2, 3), float(step))))
-                wait_for_readers(len(seen) + 1)
+                wait_for_readers()
         return CONCEPT
 
     def is_torn(snapshot: Snapshot) -> bool:
-        picture = snapshot.preview_hwc
+        picture, losses = snapshot.preview_hwc, snapshot.losses
         return (
-            snapshot.losses != tuple(float(n) for n in range(1, snapshot.step + 1))
+            len(losses) != snapshot.step
+            or (losses != () and losses[-1] != snapshot.step)
             or (picture is not None and float(picture[0, 0, 0]) != snapshot.preview_step)
             or (snapshot.state is JobState.FINISHED) != (snapshot.concept_file is not None)
         )
 
     job = service.submit("cat", steps, {}, train, save)
 
-    def read() -> None:
-        ready.set()
-        while True:
-            snapshot = job.snapshot()
-            seen.add(snapshot.step)
+    def read(reader: int) -> None:
+        while not (snapshot := job.snapshot()).ended:
+            reads[reader] += 1
             if is_torn(snapshot):
                 torn.append((snapshot.step, len(snapshot.losses)))
-            if snapshot.ended:
-                return
+        reads[reader] += 1
 
     sys.setswitchinterval(1e-6)
     try:
-        readers = [threading.Thread(target=read) for _ in range(2)]
+        readers = [threading.Thread(target=read, args=(n,)) for n in range(len(reads))]
         for reader in readers:
             reader.start()
         for reader in readers:
@@ -345,8 +344,9 @@ def test_snapshots_are_consistent_while_the_job_runs(
     finally:
         sys.setswitchinterval(interval)
     assert job.wait(LONG_S)
-    assert len(seen) > 10
+    assert min(reads) >= steps // 20
     assert torn == []
+    assert job.snapshot().losses == tuple(float(n) for n in range(1, steps + 1))
 
 
 def test_previews_are_in_the_snapshot(
