@@ -75,7 +75,7 @@ def write_new_concept(
 def safe_file_name(name: str) -> str:
     """The name with everything but letters, digits, '.', '-' and '_' replaced; never empty."""
     kept = "".join(c if c.isalnum() or c in ".-_" else "-" for c in name.strip()).strip(".-")
-    return kept.encode()[:100].decode(errors="ignore") or "concept"
+    return kept.encode()[:100].decode(errors="ignore").rstrip(".-") or "concept"
 
 
 def read_concept(path: str | os.PathLike[str]) -> Concept:

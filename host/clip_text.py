@@ -110,7 +110,8 @@ class ClipTextEncoder:
 
     def fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(repr((self.name, self._pad_id, self._hidden_layer)).encode())
+        settings = (self.name, self._pad_id, self._hidden_layer, self._word_ids)
+        digest.update(repr(settings).encode())
         weights = text_transformer(self._model).state_dict()
         for tensor in [*weights.values(), *self._embeddings.values()]:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)

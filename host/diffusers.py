@@ -38,6 +38,11 @@ class DiffusersDenoiser:
         self.projections: Mapping[str, str] = {
             layer_from_diffusers(path): path for path, _ in _projections(unet)
         }
+        if unet.config.get("layers_per_block", 2) != 2:
+            raise IncompatibleModelError(
+                f"This UNet has {unet.config.layers_per_block} layers a block; every Stable "
+                f"Diffusion has 2, and concepts are named after those. Load an SD 1.x or 2.x UNet."
+            )
         if not self.projections or not isinstance(unet.config.cross_attention_dim, int):
             raise IncompatibleModelError(
                 f"{type(unet).__name__} has no cross-attention with key and value projections. "

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..concept.errors import DataError
@@ -28,10 +29,10 @@ class CaptionedImage:
     def open(self) -> Image.Image:
         """The picture upright and in RGB. Raises DataError naming a file that cannot be read."""
         if isinstance(self.source, Image.Image):
-            return self.source.convert("RGB")
+            return _to_rgb(self.source)
         try:
             with Image.open(self.source) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
+                return _to_rgb(ImageOps.exif_transpose(image))
         except (
             OSError,
             UnidentifiedImageError,
@@ -113,6 +114,12 @@ def check_readable(images: Sequence[CaptionedImage]) -> None:
             broken.append(str(error))
     if broken:
         raise DataError("\n".join(broken))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would turn every shade above 255 white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _caption_beside(path: Path) -> str:

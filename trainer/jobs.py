@@ -109,6 +109,8 @@ class Job:
             log.exception("training job %s failed", self.id)
             self._update(state=JobState.FAILED, error=str(error) or type(error).__name__)
         finally:
+            if not self.snapshot().ended:  # not even an Exception: the interpreter is going down
+                self._update(state=JobState.FAILED, error="the trainer thread was ended")
             self._ended.set()
 
     def _run(self, metrics: TextIO) -> None:
@@ -200,4 +202,9 @@ class TrainingService:
                 return folder
             except FileExistsError:
                 continue
+            except OSError as error:
+                raise ConfigError(
+                    f"The job's folder {folder} could not be made ({error.strerror}). Make "
+                    f"{self._folder} writable, or free some space there."
+                ) from error
         raise ConfigError(f"There are too many job folders called {stem} in {self._folder}.")

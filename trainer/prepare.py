@@ -39,7 +39,8 @@ def _check_words(concept: TrainingConcept, config: TrainConfig, encoder: TextEnc
     embedding = initial_embedding(encoder, concept.initializer)
     words = encoder.with_tokens({name: {concept.token: row} for name, row in embedding.items()})
     (token_id,) = words.tokenize_words(concept.token)
-    longest = max(PREFIXES, key=len) if config.augment else ""
+    prefixes = PREFIXES if config.augment else ("",)
+    longest = max(prefixes, key=lambda prefix: len(words.tokenize_words(prefix)))
     for image in concept.images:
         if token_id not in words.tokenize(f"{longest} {image.caption}"):
             raise DataError(

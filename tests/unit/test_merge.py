@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from custom_diffusion.concept.concept import Concept, DenseDelta, LowRankDelta, ModifierToken
@@ -49,7 +50,9 @@ from support.concepts import (
     base_weights,
     densified,
     narrow_family,
+    objective,
     random_concept,
+    solve_by_elimination,
     spectral_matrix,
 )
 from support.text import RecurrentTextEncoder
@@ -283,21 +286,30 @@ class TestEquation:
         assert not projector.damped
         one = torch.eye(len(c), dtype=torch.float64)
         torch.testing.assert_close(projector.dense() @ c.T, one, rtol=0, atol=1e-9)
-        torch.testing.assert_close(projector.rows @ projector.rows.T, one, rtol=0, atol=1e-12)
+        torch.testing.assert_close(projector.rows @ projector.rows.T, one, rtol=0, atol=1e-6)
+        as_kept = projector.rows.float().double()  # what a merged concept holds
+        torch.testing.assert_close(projector.left @ as_kept @ c.T, one, rtol=0, atol=1e-9)
 
 
 class TestProjector:
     @pytest.mark.parametrize("condition", [1.0, 1e3, 3.5e4])
-    def test_it_is_the_formula_of_the_paper(self, condition: float) -> None:
+    def test_it_is_the_least_change_that_maps_each_constraint_to_itself(
+        self, condition: float
+    ) -> None:
         c_reg = torch.from_numpy(spectral_matrix(400, WIDTH, condition))
         mixing = torch.randn(6, 400, dtype=torch.float64, generator=torch.manual_seed(0))
         c = mixing @ c_reg
         projector = constraint_projector(caption_factor(c_reg, 40, 0.0), c)
-        gram = c_reg.T @ c_reg
-        d = torch.linalg.solve(gram, c.T).T
-        expected = torch.linalg.solve(d @ c.T, d)
+        nothing, one = np.zeros((6, WIDTH)), np.eye(6)
+        expected = solve_by_elimination(nothing, c_reg.numpy(), c.numpy(), one)
         assert not projector.damped
-        assert distance(projector.dense(), expected) < 1e-12 * condition**2
+        p = projector.dense()
+        torch.testing.assert_close(p @ c.T, torch.from_numpy(one), rtol=0, atol=1e-9)
+        assert objective(p.numpy(), nothing, c_reg.numpy()) <= 1.000001 * objective(
+            expected, nothing, c_reg.numpy()
+        )
+        # The rows are rounded to float32, as a merged concept keeps them.
+        assert distance(p, torch.from_numpy(expected)) < 1e-7 + 1e-9 * condition
 
     def test_the_condition_is_that_of_the_whitened_constraints(self) -> None:
         c_reg = torch.from_numpy(spectral_matrix(400, WIDTH, 100.0))
@@ -340,7 +352,7 @@ class TestProjector:
         assert projector.dense().shape == (12, 8)
         assert torch.isfinite(projector.dense()).all()
 
-    @pytest.mark.parametrize("ridge", [0.0, 1e-4, 0.1])
+    @pytest.mark.parametrize("ridge", [0.0, 1e-8, 1e-4, 0.1])
     def test_the_caption_factor_is_a_root_of_the_ridged_gram_matrix(self, ridge: float) -> None:
         c_reg = torch.from_numpy(spectral_matrix(400, WIDTH, 10.0)).float()
         upper = caption_factor(c_reg, 40, ridge).upper
