@@ -25,6 +25,7 @@ def write_atomically(
     FileExistsError when `path` exists and must not be replaced.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    taken = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -32,9 +33,7 @@ def write_atomically(
         if replace:
             os.replace(temporary, path)
         else:
-            _publish(temporary, path)
-    except FileExistsError:
-        raise
+            taken = not _publish(temporary, path)
     except (OSError, SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise ConceptFileError(
@@ -44,8 +43,10 @@ def write_atomically(
             "half-written was left."
         ) from error
     finally:
-        if temporary.exists():
+        if os.path.exists(temporary):  # False, not an error, where the path itself is impossible
             temporary.unlink()
+    if taken:
+        raise FileExistsError(path)
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -54,16 +55,17 @@ def write_text_atomically(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_bytes(content), len(content))
 
 
-def _publish(temporary: Path, path: Path) -> None:
-    """Gives the file its name, if nothing has that name: also when two processes try at once."""
+def _publish(temporary: Path, path: Path) -> bool:
+    """Gives the file its name unless something has it: also when two processes try at once."""
     try:
         os.link(temporary, path)
     except FileExistsError:
-        raise
+        return False
     except OSError:  # a file system without hard links
         if path.exists():
-            raise FileExistsError(path) from None
+            return False
         os.rename(temporary, path)
+    return True
 
 
 def _flush_to_disk(path: Path) -> None:

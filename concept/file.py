@@ -5,6 +5,7 @@ docs/concept-format.md describes it for other tools. Reading never unpickles.
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -89,8 +90,8 @@ def read_concept(path: str | os.PathLike[str]) -> Concept:
             deltas=_deltas(tensors),
             tokens=_tokens(tensors, metadata),
             base_hash=metadata.get("base_hash", ""),
-            constraint_prompts=tuple(json.loads(metadata.get("constraint_prompts", "[]"))),
-            provenance=json.loads(metadata.get("provenance", "{}")),
+            constraint_prompts=_constraint_prompts(metadata),
+            provenance=_provenance(metadata),
         )
         _check_widths(concept)
         return concept
@@ -162,9 +163,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _diagnosis(path: Path) -> str:
-    with open(path, "rb") as file:
-        start = file.read(8)
-    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04"):
+    try:
+        with open(path, "rb") as file:
+            start, brace = file.read(8), file.read(1)
+    except OSError as error:
+        return f"it cannot be opened: {error.strerror}. Check its permissions"
+    # The length that a .safetensors begins with can be any of these bytes; a brace follows it.
+    if brace != b"{" and start[:2] in (b"PK", *(bytes([0x80, n]) for n in range(2, 6))):
         return (
             "it is a pickle with another name, and pickles can run code when opened, so it was "
             "not. Ask for the concept as .safetensors"
@@ -230,6 +235,8 @@ def _delta(layer: str, parts: Mapping[str, Tensor]) -> Delta:
         up, down = tuple(delta.up.shape), tuple(delta.down.shape)
         raise ValueError(f"{layer}: up {up} and down {down} do not chain")
     scale = float(parts["alpha"]) / delta.rank
+    if not math.isfinite(scale):
+        raise ValueError(f"{layer}.alpha is not finite")
     return delta if scale == 1.0 else delta.scaled(scale)
 
 
@@ -256,8 +263,23 @@ def _tokens(
     return tuple(tokens)
 
 
+def _constraint_prompts(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    prompts = json.loads(metadata.get("constraint_prompts", "[]"))
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("constraint_prompts is not a list of texts")
+    return tuple(prompts)
+
+
+def _provenance(metadata: Mapping[str, str]) -> dict[str, Any]:
+    provenance = json.loads(metadata.get("provenance", "{}"))
+    if not isinstance(provenance, dict):
+        raise ValueError("provenance is not a JSON object")
+    return provenance
+
+
 def _check_matrix(name: str, tensor: Tensor, width: int | None = None) -> None:
-    if not (tensor.ndim == 2 and tensor.is_floating_point() and width in (None, tensor.shape[1])):
+    fits = tensor.ndim == 2 and tensor.numel() > 0 and width in (None, tensor.shape[1])
+    if not (fits and tensor.is_floating_point()):
         wanted = f"(n, {width})" if width else "a matrix"
         raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, needed floats {wanted}")
     if not torch.isfinite(tensor).all():

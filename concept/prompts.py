@@ -44,7 +44,7 @@ def constrained_positions(token_ids: Sequence[int], subject_ids: Sequence[int]) 
     The text encoder is causal, so the words before the subject are the same for every concept and
     must not be constrained. `token_ids` is an unpadded prompt with its start and end tokens.
     """
-    for start in range(len(token_ids) - len(subject_ids), 0, -1):
+    for start in range(len(token_ids) - len(subject_ids), 0, -1) if subject_ids else ():
         if list(token_ids[start : start + len(subject_ids)]) == list(subject_ids):
             return range(start, len(token_ids))
     raise ValueError("the prompt does not contain its subject")

@@ -56,7 +56,7 @@ def constrained_least_squares(
 def _check_shapes(
     weight: Tensor, regularization: Tensor, constraints: Tensor, targets: Tensor
 ) -> None:
-    (o, d), s = weight.shape, len(constraints)
+    s, (o, d) = len(constraints), weight.shape if weight.ndim == 2 else (-1, -1)
     if regularization.shape[1:] != (d,) or constraints.shape != (s, d) or targets.shape != (s, o):
         raise MergeError(
             f"Shapes do not fit: weight {tuple(weight.shape)}, regularization "

@@ -14,7 +14,8 @@ from PIL import Image
 from ...concept.concept import Concept
 from ...concept.errors import DataError
 from ...merge.captions import read_captions
-from ...merge.compose import MergeReport, merge_concepts
+from ...merge.compose import merge_concepts
+from ...merge.report import MergeReport
 from ...trainer.data import CaptionedImage, TrainingConcept, instance_caption, load_folder
 from .models import text_encoder
 from .paths import NO_FOLDER, cache_folder, input_folder

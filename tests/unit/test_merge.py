@@ -26,21 +26,17 @@ from custom_diffusion.concept.errors import (
 from custom_diffusion.concept.file import read_concept, write_concept
 from custom_diffusion.concept.layers import FAMILIES
 from custom_diffusion.concept.text import encode_unpadded
+from custom_diffusion.merge.caption_cache import cached_caption_factor
 from custom_diffusion.merge.captions import regularization_captions
 from custom_diffusion.merge.closed_form import constrained_least_squares
-from custom_diffusion.merge.compose import (
-    LARGE_CHANGE,
-    LARGE_RESIDUAL,
-    SAME_ROW_DISTANCE,
-    MergeReport,
-    cached_caption_factor,
-    merge_concepts,
-)
+from custom_diffusion.merge.compose import merge_concepts
 from custom_diffusion.merge.projector import (
     EXACT_CONDITION_LIMIT,
     caption_factor,
     constraint_projector,
 )
+from custom_diffusion.merge.report import LARGE_CHANGE, LARGE_RESIDUAL, MergeReport
+from custom_diffusion.merge.rows import SAME_ROW_DISTANCE
 from safetensors.torch import load_file, save_file
 from support.concepts import (
     KEY,
@@ -778,7 +774,7 @@ import conftest
 import resource, signal
 from pathlib import Path
 from custom_diffusion.concept.errors import ConceptFileError
-from custom_diffusion.merge.compose import cached_caption_factor
+from custom_diffusion.merge.caption_cache import cached_caption_factor
 from support.text import RecurrentTextEncoder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

@@ -1,0 +1,55 @@
+"""What a merge did, for reading and for deciding whether to trust it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .rows import ConstraintRow
+
+LARGE_RESIDUAL = 0.1
+"""A concept whose words are missed by more than this share deserves a warning."""
+LARGE_CHANGE = 5.0
+"""A merge that changes the model this many times more than its largest concept deserves one too."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """Figures of one merge."""
+
+    rows: tuple[ConstraintRow, ...]
+    shared_rows: int
+    """Constraint rows left after rows with equal features became one."""
+    conflicts: tuple[str, ...]
+    condition: float
+    damped: bool
+    residuals: tuple[float, ...]
+    """Largest relative error on each concept's constrained words."""
+    change: float
+    """‖ΔW‖ of the merge over the largest ‖ΔW‖ of a single concept."""
+    captions: int
+
+    def lines(self) -> Iterator[str]:
+        exact = "damped" if self.damped else "exact"
+        yield (
+            f"{len(self.rows)} constraint rows, {self.shared_rows} different; {exact} "
+            f"(condition {self.condition:.3g}); {self.captions} regularization captions"
+        )
+        for index, residual in enumerate(self.residuals):
+            yield f"concept {index + 1}: largest error on its own words {residual:.2%}"
+        yield f"change of the model: {self.change:.2f} times its largest concept's"
+        yield from (f"conflict: {conflict}" for conflict in self.conflicts)
+        if max(self.residuals) > LARGE_RESIDUAL:
+            yield (
+                "warning: the concepts' words are too alike to keep each exactly. Give them other "
+                "class nouns or modifier tokens, or train the concepts together."
+            )
+        if self.change > LARGE_CHANGE:
+            yield (
+                "warning: the concepts' words are hard to tell apart, so the merge changes the "
+                "model a lot. Check pictures of the bare class nouns, or train the concepts "
+                "together."
+            )
+
+    def text(self) -> str:
+        return "\n".join(self.lines())
