@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import _pack  # noqa: F401  (puts the pack on the path)
+import numpy as np
+import scipy.linalg
 import torch
 from _measure import interleaved, options, write_json
 from custom_diffusion.concept.concept import Concept, Delta, DenseDelta, LowRankDelta
@@ -115,8 +117,9 @@ def reference_merge(problem: Problem, *, with_loss: bool = False) -> dict[str, T
     """Eq. 5 as the authors' script evaluates it, in float32: the whole matrix of every layer.
 
     The captions' Gram matrix is the same for every layer, yet is built and factorised again for
-    each; constraint rows are solved one at a time, and the small matrix is inverted. The script
-    also prints a loss of every layer, over all caption rows: `with_loss` adds it.
+    each, by scipy; constraint rows are solved one by one, and the small matrix is inverted. The
+    script also prints, for every layer, the error of each constraint and caption row: `with_loss`
+    adds it.
     """
     captions, constraints = problem.captions, problem.constraints
     own_rows = constraints.split(ROWS_PER_CONCEPT)
@@ -125,13 +128,16 @@ def reference_merge(problem: Problem, *, with_loss: bool = False) -> dict[str, T
         wanted = torch.cat(
             [own[layer] @ c.T for own, c in zip(problem.trained, own_rows, strict=True)], dim=1
         )
-        lu, pivots = torch.linalg.lu_factor(captions.T @ captions)
-        solved = [torch.linalg.lu_solve(lu, pivots, row[:, None]) for row in constraints]
-        d = torch.cat(solved, dim=1).T
+        factors = scipy.linalg.lu_factor((captions.T @ captions).numpy())
+        solved = [scipy.linalg.lu_solve(factors, row[:, None].numpy()) for row in constraints]
+        d = torch.from_numpy(np.concatenate(solved, axis=1)).T
         missing = wanted - weight @ constraints.T
         merged[layer] = weight + missing @ torch.linalg.inv(d @ constraints.T) @ d
         if with_loss:
-            (captions @ merged[layer].T - captions @ weight.T).square().mean()
+            kept = captions @ weight.T
+            inputs = torch.cat([constraints, captions])
+            outputs = torch.cat([wanted.T, kept])
+            ((merged[layer] @ inputs.T).T - outputs).norm(dim=1)
     return merged
 
 

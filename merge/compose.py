@@ -1,6 +1,4 @@
-"""Merging concepts: features of the constrained words, the shared projector, and two thin products
-a layer.
-"""
+"""Merging concepts: constraint rows, the shared projector, and two thin products a layer."""
 
 from __future__ import annotations
 
@@ -111,46 +109,41 @@ def merged_deltas(
 ) -> tuple[dict[str, Delta], list[float]]:
     """ΔW = E P of every layer as factors (E · left, rows), and each concept's largest residual.
 
-    `mixing` (rows, s) gathers what the concepts ask for on equal rows. Nothing of size (o, d) is
-    ever built. The residual of a row is ‖ΔW c − a D c‖ / ‖D c‖ over all layers, at strength a.
+    `mixing` (rows, s) gathers what the concepts ask for on equal rows. All layers stand side by
+    side, and nothing of size (o, d) is ever built. The residual of a row is ‖ΔW c − a D c‖ / ‖D c‖
+    over all layers, at strength a.
     """
+    sizes = {layer: delta.shape[0] for c in concepts for layer, delta in c.deltas.items()}
+    layers = sort_layers(sizes)
     down = projector.rows.float()
+    up = torch.zeros(sum(sizes.values()), len(down))
     parts = []
     for index, concept in enumerate(concepts):
         own = [i for i, row in enumerate(rows) if row.concept == index]
-        place = (mixing[own] @ projector.left).float()  # where the asked rows go in `up`
-        parts.append(_Part(concept, strengths[index], features[own].float(), place))
-    deltas: dict[str, Delta] = {}
-    for layer in sort_layers({layer for concept in concepts for layer in concept.deltas}):
-        asked = [
-            (part, part.concept.deltas[layer].map_rows(part.features))
-            for part in parts
-            if layer in part.concept.deltas
-        ]
-        up = torch.stack([target.T @ part.place for part, target in asked]).sum(0)
-        deltas[layer] = LowRankDelta(up, down)
-        for part, target in asked:
-            part.add_residual((part.features @ down.T) @ up.T, target)
-    return deltas, [part.largest_residual() for part in parts]
+        words = features[own].float()
+        asked = torch.cat([_asked(concept, layer, words, sizes[layer]) for layer in layers], dim=1)
+        up.addmm_(asked.T, (mixing[own] @ projector.left).float())
+        parts.append((words, asked))
+    residuals = [
+        _largest_residual((words @ down.T) @ up.T, asked, strength)
+        for (words, asked), strength in zip(parts, strengths, strict=True)
+    ]
+    ups = up.split([sizes[layer] for layer in layers])
+    return {
+        layer: LowRankDelta(part, down) for layer, part in zip(layers, ups, strict=True)
+    }, residuals
 
 
-class _Part:
-    """One concept's share of a merge: its constraint rows, their place in the factors, and their
-    errors.
-    """
+def _asked(concept: Concept, layer: str, words: Tensor, size: int) -> Tensor:
+    """D Cᵀ, transposed (s, o): what a concept adds to the projections of its words."""
+    delta = concept.deltas.get(layer)
+    return words.new_zeros(len(words), size) if delta is None else delta.map_rows(words)
 
-    def __init__(self, concept: Concept, strength: float, features: Tensor, place: Tensor) -> None:
-        self.concept, self.features, self.place = concept, features, place
-        self._strength = strength
-        self._error, self._asked = torch.zeros(len(features)), torch.zeros(len(features))
 
-    def add_residual(self, mapped: Tensor, target: Tensor) -> None:
-        self._error += (mapped - self._strength * target).square().sum(1)
-        self._asked += target.square().sum(1)
-
-    def largest_residual(self) -> float:
-        share = torch.where(self._asked > 0, self._error / self._asked, 0.0)
-        return float(share.sqrt().max())
+def _largest_residual(mapped: Tensor, asked: Tensor, strength: float) -> float:
+    error = (mapped - strength * asked).norm(dim=1)
+    size = asked.norm(dim=1)
+    return float(torch.where(size > 0, error / size, 0.0).max())
 
 
 def _norm(concept: Concept) -> float:
