@@ -3,8 +3,12 @@
 The yardstick is the UNet's forward pass alone, in the same type, in the same process: it needs no
 other program, and the least possible ratio follows from counting multiplications. Steps are those
 of the real loop, `trainer.loop.train`, on given latents.
+
+On Linux, glibc gives large blocks back to the system after every use, and fetching them again can
+double the time of a step on the CPU. docs/performance.md has the settings that stop it.
 """
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -82,7 +86,7 @@ class Bench:
 
 
 def measure(benches: dict[str, Bench], rounds: int) -> Times:
-    """Every round runs each bench's parts once; a step's time is that of a run's second step."""
+    """Each round runs a bench's parts once; a step's time is the median of a run's later ones."""
     seconds: dict[str, list[float]] = {
         f"{name}_{part}": [] for name in benches for part in ("forward", "text", "step")
     }
@@ -91,7 +95,7 @@ def measure(benches: dict[str, Bench], rounds: int) -> Times:
             turn = {
                 "forward": _seconds(bench.forward),
                 "text": _seconds(bench.text),
-                "step": bench.steps(2)[0],
+                "step": statistics.median(bench.steps(4)),
             }
             if round_ > 0:
                 for part, duration in turn.items():

@@ -119,7 +119,6 @@ def load_pipeline(
             str(folder),
             safety_checker=None,
             requires_safety_checker=False,
-            torch_dtype=torch.float32,
             local_files_only=True,
         )
     except (OSError, ValueError) as error:

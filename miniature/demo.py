@@ -41,10 +41,7 @@ def run_demo(folder: Path) -> Path:
         _draw_pictures(pictures, noun)
         concept = _teach(pipeline, token, noun, pictures)
         path = write_concept(concept, folder / f"{noun}.safetensors")
-        first, last = (
-            _mean(concept.provenance["losses"], part) for part in (slice(5), slice(-5, None))
-        )
-        log.info("%s %s: loss %.3f -> %.3f, saved %s", token, noun, first, last, path)
+        log.info("%s %s: saved %s", token, noun, path)
         concepts.append(read_concept(path))
 
     merged, report = merge_concepts(concepts, text_encoder(pipeline))
@@ -117,8 +114,3 @@ def _sheet(pipeline: object, concepts: list[Concept], merged: Concept) -> Image.
         sheet.paste(picture.resize((tile, tile)), (left, gap))
         draw.text((left, tile + 2 * gap), words, fill="black")
     return sheet
-
-
-def _mean(values: list[float], part: slice) -> float:
-    chosen = values[part]
-    return sum(chosen) / len(chosen)

@@ -41,6 +41,7 @@ class PreviewDrawn:
 
 
 Event = StepDone | PreviewDrawn
+_FINAL_LOSSES = 20
 
 
 def train(
@@ -164,7 +165,7 @@ def _concept(
     denoiser: Denoiser,
     projections: KeyValueProjections,
     rows: Mapping[str, Tensor],
-    losses: Sequence[float],
+    losses: list[float],
 ) -> Concept:
     token = ModifierToken(
         name=training_concept.token,
@@ -182,7 +183,7 @@ def _concept(
         provenance={
             "method": "custom diffusion",
             "steps": len(losses),
-            "losses": list(losses),
+            "final_losses": losses[-_FINAL_LOSSES:],
             "instance_images": len(training_concept.images),
             "regularization_images": len(training_concept.regularization),
             "config": config.as_json(),

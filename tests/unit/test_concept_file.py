@@ -96,7 +96,7 @@ class TestRoundTrip:
             random_concept(family=FAMILIES[family], rank=rank),
             base_hash="0123456789abcdef",
             constraint_prompts=("<new1> cat", "photo of a <new1> cat"),
-            provenance={"method": "custom diffusion", "steps": 250, "losses": [0.5, 0.25]},
+            provenance={"method": "custom diffusion", "steps": 250, "final_losses": [0.5, 0.25]},
         )
         path = write_concept(concept, tmp_path / "cat.safetensors", dtype)
         assert_same(read_concept(path), concept, dtype)

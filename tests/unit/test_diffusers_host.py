@@ -412,7 +412,7 @@ def test_a_concept_is_trained_written_read_and_applied(
     assert pictures.shape == (1, RESOLUTION, RESOLUTION, 3)
     assert np.isfinite(pictures).all()
     assert same_state(weights, *modules_of(pipeline))
-    assert again.provenance["losses"] == learnt.provenance["losses"]
+    assert again.provenance["final_losses"] == learnt.provenance["final_losses"]
 
 
 def test_a_pipeline_folder_is_loaded_and_trains_in_half_precision(
@@ -432,7 +432,7 @@ def test_a_pipeline_folder_is_loaded_and_trains_in_half_precision(
         learnt = train(settings, training_concept, bank, models.denoiser, models.text_encoder)
     assert all(moment.dtype == torch.float32 for moment in moments)
     assert same_state(weights, loaded.unet)
-    assert np.isfinite(learnt.provenance["losses"]).all()
+    assert np.isfinite(learnt.provenance["final_losses"]).all()
     assert all(d.dense().dtype == torch.float32 and d.dense().any() for d in learnt.deltas.values())
 
 

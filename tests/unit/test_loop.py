@@ -68,7 +68,7 @@ def trained(
 
 def same_concept(one: Concept, other: Concept) -> bool:
     return (
-        one.provenance["losses"] == other.provenance["losses"]
+        one.provenance["final_losses"] == other.provenance["final_losses"]
         and all(torch.equal(one.deltas[k].dense(), other.deltas[k].dense()) for k in one.layers)
         and torch.equal(row_of(one), row_of(other))
     )
@@ -167,7 +167,7 @@ def assert_equal_to_naive(
     with borrowed_models(pipeline) as models:
         ours = trained(models, settings, concept, bank)
     losses, deltas, row = naive_training(pipeline, settings, concept, bank)
-    np.testing.assert_allclose(ours.provenance["losses"], losses, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(ours.provenance["final_losses"], losses, atol=1e-5, rtol=0)
     assert ours.deltas.keys() == deltas.keys()
     for layer, delta in deltas.items():
         assert delta.any()
@@ -219,14 +219,17 @@ def test_v_prediction_and_epsilon_learn_different_things(
     for either in (pipeline, v_pipeline):
         with borrowed_models(either) as models:
             results.append(trained(models, config()))
-    assert results[0].provenance["losses"][0] != results[1].provenance["losses"][0]
+    assert results[0].provenance["final_losses"][0] != results[1].provenance["final_losses"][0]
     assert not same_concept(*results)
 
 
 def test_training_lowers_the_loss(models: DiffusersModels) -> None:
     concept = cat_concept(images=1)
-    result = trained(models, config(steps=30, batch_size=2), concept, random_bank(concept, views=1))
-    losses = result.provenance["losses"]
+    events: list[Event] = []
+    settings, bank = config(steps=30, batch_size=2), random_bank(concept, views=1)
+    result = trained(models, settings, concept, bank, on_event=events.append)
+    losses = [event.loss for event in events if isinstance(event, StepDone)]
+    assert result.provenance["final_losses"] == losses[-20:]
     assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.02
 
 
@@ -369,7 +372,7 @@ def test_a_concept_says_what_it_is_and_where_it_came_from(models: DiffusersModel
     assert len(result.base_hash) == 32
     assert result.provenance["method"] == "custom diffusion"
     assert result.provenance["steps"] == 2
-    assert len(result.provenance["losses"]) == 2
+    assert len(result.provenance["final_losses"]) == 2
     assert result.provenance["instance_images"] == 2
     assert result.provenance["regularization_images"] == 3
     assert TrainConfig(**result.provenance["config"]) == settings
@@ -384,7 +387,7 @@ def test_stopping_keeps_the_steps_that_were_done(models: DiffusersModels, after:
     result = trained(
         models, config(), should_stop=lambda: len(events) >= after, on_event=events.append
     )
-    assert result.provenance["steps"] == len(result.provenance["losses"]) == after
+    assert result.provenance["steps"] == len(result.provenance["final_losses"]) == after
     assert same_concept(result, trained(models, config(steps=after))) if after else True
     assert any(delta.dense().any() for delta in result.deltas.values()) == (after > 0)
 
@@ -392,7 +395,7 @@ def test_stopping_keeps_the_steps_that_were_done(models: DiffusersModels, after:
 def test_every_step_is_told_with_its_loss(models: DiffusersModels) -> None:
     events: list[Event] = []
     result = trained(models, config(steps=4), on_event=events.append)
-    losses = result.provenance["losses"]
+    losses = result.provenance["final_losses"]
     assert events == [StepDone(n, loss) for n, loss in enumerate(losses, start=1)]
 
 

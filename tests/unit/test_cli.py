@@ -1,0 +1,138 @@
+"""The command line from end to end, on a small random pipeline saved in diffusers' layout."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from custom_diffusion.cli import main
+from custom_diffusion.concept.file import read_concept
+from custom_diffusion.miniature.demo import run_demo
+from custom_diffusion.miniature.random_model import random_pipeline
+from PIL import Image
+from support.graphs import draw_pictures
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = ["--steps", "2", "--batch-size", "2", "--resolution", "64", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    random_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    draw_pictures(folder)
+    return folder
+
+
+def teach(model: Path, photos: Path, noun: str, token: str, output: Path) -> int:
+    words = ["--class-noun", noun, "--token", token, "--output", str(output)]
+    return main(["train", "--model", str(model), "--images", str(photos), *words, *QUICK])
+
+
+def test_two_concepts_are_taught_merged_inspected_and_drawn(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cat, dog, both = (tmp_path / f"{name}.safetensors" for name in ("cat", "dog", "both"))
+    assert teach(model, photos, "cat", "<new1>", cat) == 0
+    assert teach(model, photos, "dog", "<new2>", dog) == 0
+    captions = tmp_path / "captions.txt"
+    captions.write_text("\n".join(f"a red house number {n}" for n in range(40)))
+    merge = ["merge", str(cat), str(dog), "--model", str(model), "--captions", str(captions)]
+    assert main([*merge, "--output", str(both)]) == 0
+    assert "constraint rows" in capsys.readouterr().out
+    assert [token.name for token in read_concept(both).tokens] == ["<new1>", "<new2>"]
+
+    assert main(["inspect", str(both)]) == 0
+    told = capsys.readouterr().out
+    assert "<new1> cat" in told and "Stable Diffusion 1.x" in told and "rank [12]" in told
+
+    picture = tmp_path / "picture.png"
+    sample = ["sample", "--model", str(model), "--concept", str(both), "--resolution", "64"]
+    drawn = ["--prompt", "a <new1> cat", "--count", "2", "--output", str(picture)]
+    assert main([*sample, *drawn, "--device", "cpu"]) == 0
+    assert Image.open(picture).size == (128, 64)
+
+
+def test_equal_tokens_can_be_renamed_in_a_merge(model: Path, photos: Path, tmp_path: Path) -> None:
+    one, two, both = (tmp_path / f"{name}.safetensors" for name in ("one", "two", "both"))
+    for path in (one, two):
+        assert teach(model, photos, "cat", "<new1>", path) == 0
+    merge = ["merge", str(one), str(two), "--model", str(model), "--output", str(both)]
+    assert main(merge) == 1
+    assert not both.exists()
+    assert main([*merge, "--tokens", "<tom>"]) == 1
+    assert main([*merge, "--tokens", "<tom>", "<jerry>"]) == 0
+    assert [token.name for token in read_concept(both).tokens] == ["<tom>", "<jerry>"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "missing.safetensors"], "There is no concept file"),
+        (["merge", "missing.safetensors", "--model", "x"], "There is no concept file"),
+        (["train", "--model", "x", "--images", "none", "--class-noun", "cat"], "no folder none"),
+    ],
+)
+def test_errors_are_one_message_and_exit_status_one(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_an_existing_file_is_not_replaced(model: Path, photos: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cat.safetensors"
+    path.write_bytes(b"precious")
+    assert teach(model, photos, "cat", "<new1>", path) == 1
+    assert path.read_bytes() == b"precious"
+
+
+def test_ctrl_c_saves_what_was_learnt(model: Path, photos: Path, tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "custom_diffusion").symlink_to(ROOT, target_is_directory=True)
+    path = tmp_path / "cat.safetensors"
+    command = [sys.executable, "-m", "custom_diffusion", "train", "--model", str(model)]
+    command += ["--images", str(photos), "--class-noun", "cat", "--output", str(path)]
+    command += ["--steps", "100000", "--batch-size", "1", "--resolution", "64", "--device", "cpu"]
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"},
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        assert process.stderr is not None
+        seen = b""
+        while b"loss=" not in seen:  # the bar of the first steps
+            seen += process.stderr.read1(4096)
+            assert process.poll() is None, seen.decode()
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        process.stderr.read()
+        assert process.wait(60) == 0
+    assert 1 <= read_concept(path).provenance["steps"] < 100_000
+
+
+def test_the_demo_leaves_concepts_and_a_picture(tmp_path: Path) -> None:
+    picture = run_demo(tmp_path)
+    assert Image.open(picture).width > 500
+    names = {"ball.safetensors", "box.safetensors", "both.safetensors"}
+    assert names <= {path.name for path in tmp_path.iterdir()}
+    assert len(read_concept(tmp_path / "both.safetensors").tokens) == 2
