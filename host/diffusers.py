@@ -144,7 +144,7 @@ def borrowed_models(pipeline: Any) -> Iterator[DiffusersModels]:
     modes = [(part, part.training) for module in modules for part in module.modules()]
     try:
         for module in modules:
-            module.requires_grad_(False).eval()
+            module.requires_grad_(False).train(False)
         yield DiffusersModels(
             DiffusersDenoiser(pipeline.unet, pipeline.scheduler, pipeline.vae),
             text_encoder(pipeline),

@@ -1,16 +1,10 @@
-"""The pack's nodes: each file defines some and lists them in NODES; a node is a schema and one
-call.
-"""
+"""The pack's nodes: each file defines some and lists them in NODES; a node is a schema and one call."""
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..host.comfyui.paths import register_model_folder
 from . import applying, files, merging, training
 
 
 class CustomDiffusionExtension(ComfyExtension):
-    async def on_load(self) -> None:
-        register_model_folder()
-
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [*training.NODES, *files.NODES, *merging.NODES, *applying.NODES]

@@ -76,7 +76,7 @@ class ComfyDenoiser:
             exact = {f"{path}.weight" for path in self.projections.values()}
             weights = {k: w if k in exact else w.to(dtype) for k, w in weights.items()}
             self.network.load_state_dict(weights, assign=True)
-            self.network.requires_grad_(False).eval()
+            self.network.requires_grad_(False).train(False)
 
     def to(self, device: torch.device) -> None:
         """Moves the copy to the device that trains it."""
@@ -219,7 +219,7 @@ def _text_model(clip: Any, name: str) -> Any:
             )
         positions = torch.arange(config.max_position_embeddings)[None]
         inner.embeddings.register_buffer("position_ids", positions, persistent=False)
-        return model.requires_grad_(False).eval()
+        return model.requires_grad_(False).train(False)
 
 
 def _hidden_layer(clip: Any, source: Any) -> int | None:
