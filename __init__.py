@@ -1,4 +1,4 @@
-"""What ComfyUI finds in this folder: the nodes and the browser's files; importing it does no more."""
+"""What ComfyUI finds in this folder: nodes and browser files. Importing it does no more."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The pack's nodes: each file defines some and lists them in NODES; a node is a schema and one call."""
+"""The pack's nodes: files that end in NODES; a node is a schema and one call."""
 
 from comfy_api.latest import ComfyExtension, io
 
