@@ -108,14 +108,16 @@ def merge_command(options: argparse.Namespace) -> None:
             )
         renamed = zip(concepts, options.tokens, strict=True)
         concepts = [concept.with_token(token) for concept, token in renamed]
-    merged, report = merge_concepts(
-        concepts,
-        text_encoder(load_pipeline(options.model)),
-        strengths=options.strengths,
-        captions=read_captions(options.captions) if options.captions else None,
-        relative_ridge=options.ridge,
-        cache_folder=options.cache,
-    )
+    with tqdm(total=100, desc="merging", unit="%") as bar:
+        merged, report = merge_concepts(
+            concepts,
+            text_encoder(load_pipeline(options.model)),
+            strengths=options.strengths,
+            captions=read_captions(options.captions) if options.captions else None,
+            relative_ridge=options.ridge,
+            cache_folder=options.cache,
+            on_progress=lambda fraction: _show_percent(fraction, bar),
+        )
     print(report.text())
     _report_saved(merged, write_concept(merged, options.output))
 
@@ -181,6 +183,10 @@ def _progress(bar: tqdm[None]) -> Callable[[int, int], None]:
         bar.update(done - bar.n)
 
     return show
+
+
+def _show_percent(fraction: float, bar: tqdm[None]) -> None:
+    bar.update(int(100 * fraction) - bar.n)
 
 
 def _show(event: Event, bar: tqdm[None]) -> None:

@@ -1,7 +1,7 @@
 """Text features: the contract a text encoder fulfils, and encoding many prompts without padding."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -52,7 +52,10 @@ class TextEncoder(Protocol):
 
 @torch.no_grad()
 def encode_unpadded(
-    encoder: TextEncoder, token_ids: Sequence[Sequence[int]], batch_size: int = 32
+    encoder: TextEncoder,
+    token_ids: Sequence[Sequence[int]],
+    batch_size: int = 32,
+    on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> list[Tensor]:
     """Features (n_i, context_width) of each prompt, computed in batches of equal length.
 
@@ -67,4 +70,5 @@ def encode_unpadded(
             chunk = indices[start : start + batch_size]
             encoded = encoder.encode(torch.tensor([list(token_ids[i]) for i in chunk]))
             features.update(zip(chunk, encoded, strict=True))
+            on_progress(len(features) / len(token_ids))
     return [features[index] for index in range(len(token_ids))]

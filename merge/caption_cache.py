@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,13 +19,18 @@ _FACTOR_VERSION = "caption factor 1"  # raise it when the factor is computed in 
 
 
 def cached_caption_factor(
-    encoder: TextEncoder, captions: Sequence[str], relative_ridge: float, cache_folder: Path | None
+    encoder: TextEncoder,
+    captions: Sequence[str],
+    relative_ridge: float,
+    cache_folder: Path | None,
+    on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> CaptionFactor:
-    """The factor of the captions' features, from disk when the same encoder met the same captions
-    before.
+    """The factor of the captions' features; from disk when this encoder met these captions before.
+
+    Encoding them can be stopped by an exception out of `on_progress`.
     """
     if cache_folder is None:
-        return _compute_factor(encoder, captions, relative_ridge)
+        return _compute_factor(encoder, captions, relative_ridge, on_progress)
     text = "\0".join([_FACTOR_VERSION, encoder.fingerprint(), repr(relative_ridge), *captions])
     path = (
         cache_folder
@@ -42,7 +47,7 @@ def cached_caption_factor(
                 f"The cached caption factor {path} is damaged ({error}). Delete this file and "
                 "merge again; it is computed anew."
             ) from error
-    factor = _compute_factor(encoder, captions, relative_ridge)
+    factor = _compute_factor(encoder, captions, relative_ridge, on_progress)
     write_atomically(
         path, lambda temporary: save_file({"upper": factor.upper}, temporary), factor.upper.nbytes
     )
@@ -50,10 +55,14 @@ def cached_caption_factor(
 
 
 def _compute_factor(
-    encoder: TextEncoder, captions: Sequence[str], relative_ridge: float
+    encoder: TextEncoder,
+    captions: Sequence[str],
+    relative_ridge: float,
+    on_progress: Callable[[float], None],
 ) -> CaptionFactor:
     token_ids = [encoder.tokenize(caption) for caption in captions]
     # The start token is the same in every caption and no concept changes it: it is left out, as in
     # the reference.
-    features = torch.cat([encoded[1:].cpu() for encoded in encode_unpadded(encoder, token_ids)])
+    encoded = encode_unpadded(encoder, token_ids, on_progress=on_progress)
+    features = torch.cat([rows[1:].cpu() for rows in encoded])
     return caption_factor(features, len(captions), relative_ridge)

@@ -61,13 +61,14 @@ def merge_concepts(
     tokens = tuple(token for concept in concepts for token in concept.tokens)
     whole = replace(concepts[0], tokens=tokens)  # raises TokenError where two share a token
     rows, features = constraint_features(concepts, encoder.with_tokens(whole.embeddings()))
-    factor = cached_caption_factor(encoder, captions, relative_ridge, cache_folder)
-    on_progress(0.5)
+    factor = cached_caption_factor(
+        encoder, captions, relative_ridge, cache_folder, lambda part: on_progress(0.9 * part)
+    )
 
     groups = group_rows(features)
     shared, mixing = shared_rows(rows, features, groups, strengths)
     projector = constraint_projector(factor, shared)
-    on_progress(0.7)
+    on_progress(0.9)
 
     deltas, residuals = merged_deltas(concepts, strengths, rows, features, mixing, projector)
     on_progress(1.0)

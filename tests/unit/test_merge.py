@@ -713,6 +713,17 @@ class TestCaptionCache:
         assert second.captions == first.captions == len(CAPTIONS)
         assert len(list(tmp_path.iterdir())) == 1
 
+    def test_a_stopped_encoding_leaves_no_file(self, tmp_path: Path) -> None:
+        def stop(fraction: float) -> None:
+            if fraction > 0.3:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            cached_caption_factor(
+                RecurrentTextEncoder(WIDTH), CAPTIONS, RIDGE, tmp_path, on_progress=stop
+            )
+        assert not list(tmp_path.iterdir())
+
     def test_a_merge_with_the_cache_equals_one_without(self, tmp_path: Path) -> None:
         expected, _ = merge([CAT, DOG])
         for _ in range(2):
