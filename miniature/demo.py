@@ -107,10 +107,10 @@ def _sheet(pipeline: object, concepts: list[Concept], merged: Concept) -> Image.
         for words, concept in rows
     ]
     tile, gap = 128, 8
-    sheet = Image.new("RGB", ((tile + gap) * len(tiles) + gap, tile + 3 * gap + 16), "white")
+    sheet = Image.new("RGB", ((tile + gap) * len(tiles) + gap, tile + 3 * gap + 28), "white")
     draw = ImageDraw.Draw(sheet)
     for index, (picture, (words, _)) in enumerate(zip(tiles, rows, strict=True)):
         left = gap + index * (tile + gap)
         sheet.paste(picture.resize((tile, tile)), (left, gap))
-        draw.text((left, tile + 2 * gap), words, fill="black")
+        draw.text((left, tile + 2 * gap), words.replace(" and a ", "\nand a "), fill="black")
     return sheet
