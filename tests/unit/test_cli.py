@@ -130,6 +130,17 @@ def test_ctrl_c_saves_what_was_learnt(model: Path, photos: Path, tmp_path: Path)
     assert 1 <= read_concept(path).provenance["steps"] < 100_000
 
 
+def test_an_interrupted_command_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(_folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("custom_diffusion.miniature.demo.run_demo", interrupt)
+    assert main(["demo", "--output", str(tmp_path)]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
 def test_the_demo_leaves_concepts_and_a_picture(tmp_path: Path) -> None:
     picture = run_demo(tmp_path)
     assert Image.open(picture).width > 500
