@@ -86,8 +86,8 @@ def train_command(options: argparse.Namespace) -> None:
         ):
             result = train(
                 config,
-                concept,
-                bank,
+                [concept],
+                [bank],
                 models.denoiser,
                 models.text_encoder,
                 should_stop=stopped,
@@ -127,20 +127,19 @@ def merge_command(options: argparse.Namespace) -> None:
 
 
 def sample_command(options: argparse.Namespace) -> None:
-    from .host.diffusers import load_pipeline, sample
+    from .host.diffusers import load_pipeline, sample, side_by_side
 
     pipeline = load_pipeline(options.model, options.device, DTYPES[options.precision])
     concept = read_concept(options.concept) if options.concept else None
-    image = sample(
+    pictures = sample(
         pipeline,
-        options.prompt,
+        [options.prompt] * options.count,
         concept,
         strength=options.strength,
-        count=options.count,
         resolution=options.resolution,
         seed=options.seed,
     )
-    image.save(options.output)
+    side_by_side(pictures).save(options.output)
     print(f"saved {options.output}")
 
 

@@ -57,7 +57,7 @@ class Bench:
             resolution=self._edge * LATENT_PIXELS,
             preview_every_steps=0,
         )
-        train(config, concept, bank, self._denoiser, self._text_encoder, on_event=on_event)
+        train(config, [concept], [bank], self._denoiser, self._text_encoder, on_event=on_event)
         return [end - start for start, end in zip(ends, ends[1:], strict=False)]
 
     @torch.no_grad()

@@ -45,6 +45,8 @@ FAMILIES = {
             {"clip_l": 768, "clip_g": 1280},
             "stable-diffusion-xl-v1",
         ),
+        # Our own test bed (`miniature/`); never met in ComfyUI.
+        Family("miniature", "The miniature", 128, {"clip_l": 128}, "custom-diffusion-miniature"),
     )
 }
 

@@ -41,6 +41,10 @@ class TextEncoder(Protocol):
         """
         ...
 
+    def piece_id(self, piece: str) -> int:
+        """The id of a piece of the vocabulary; a piece that ends a word is written `cat</w>`."""
+        ...
+
     def vocabulary_row(self, token_id: int) -> dict[str, Tensor]:
         """The embedding of a known word: encoder name → (1, width), a copy in float32."""
         ...

@@ -103,6 +103,9 @@ class ClipTextEncoder:
             embeddings={**self._embeddings, **new},
         )
 
+    def piece_id(self, piece: str) -> int:
+        return int(self._tokenizer.convert_tokens_to_ids(piece))
+
     def vocabulary_row(self, token_id: int) -> dict[str, Tensor]:
         return {
             self.name: self._vocabulary.weight[token_id : token_id + 1].detach().float().clone()

@@ -4,7 +4,7 @@ pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,27 +204,27 @@ def applied_concept(
 @torch.no_grad()
 def sample(
     pipeline: Any,
-    prompt: str,
+    prompts: Sequence[str],
     concept: Concept | None = None,
     *,
     strength: float = 1.0,
-    count: int = 1,
     resolution: int = 512,
     seed: int = 0,
     steps: int = 50,
     guidance: float = 6.0,
-) -> Image.Image:
-    """`count` pictures of a prompt side by side, with the concept or without."""
+) -> Tensor:
+    """A picture of each prompt (b, h, w, 3) in 0..1, with the concept or without."""
     with (
         applied_concept(pipeline, concept, strength) as encoder,
         borrowed_models(pipeline) as models,
     ):
         context, nothing = (
-            encoder.encode(encoder.pad([encoder.tokenize(text)])).expand(count, -1, -1)
-            for text in (prompt, "")
+            encoder.encode(encoder.pad([encoder.tokenize(text) for text in texts]))
+            for texts in (prompts, [""] * len(prompts))
         )
         edge = resolution // LATENT_PIXELS
-        noise = torch.randn(count, 4, edge, edge, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(len(prompts), 4, edge, edge, generator=generator)
         latents = ddim_sample(
             models.denoiser.predict,
             noise.to(models.denoiser.device),
@@ -235,8 +235,13 @@ def sample(
             steps,
             guidance,
         )
-        images_bhwc = (models.denoiser.preview(latents) * 255).round().byte().cpu()
-    return Image.fromarray(torch.cat(list(images_bhwc), dim=1).numpy())
+        return models.denoiser.preview(latents).cpu()
+
+
+def side_by_side(images_bhwc: Tensor) -> Image.Image:
+    """Pictures in 0..1 as one."""
+    row = torch.cat(list(images_bhwc), dim=1)
+    return Image.fromarray((row * 255).round().byte().numpy())
 
 
 def _projections(unet: Any) -> list[tuple[str, Any]]:

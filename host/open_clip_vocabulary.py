@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +43,30 @@ def clip_tokenizer() -> Any:
             pad_token=END,
             model_max_length=CONTEXT_LENGTH,
         )
+
+
+def clip_pieces(words: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The pieces and merges of CLIP's vocabulary that split these words as the whole does.
+
+    Every byte is among the pieces, so any text can be written with them.
+    """
+    from open_clip.tokenizer import SimpleTokenizer
+
+    tokenizer = SimpleTokenizer()
+    merges: set[tuple[str, str]] = set()
+    for word in words:
+        pieces = [*word[:-1], f"{word[-1]}</w>"]
+        while pairs := set(zip(pieces, pieces[1:], strict=False)) & tokenizer.bpe_ranks.keys():
+            first, second = best = min(pairs, key=tokenizer.bpe_ranks.__getitem__)
+            merges.add(best)
+            joined: list[str] = []
+            for piece in pieces:
+                if joined and (joined[-1], piece) == best:
+                    joined[-1] = first + second
+                else:
+                    joined.append(piece)
+            pieces = joined
+    ordered = sorted(merges, key=tokenizer.bpe_ranks.__getitem__)
+    letters = list(tokenizer.byte_encoder.values())
+    ends = [f"{letter}</w>" for letter in letters]
+    return [*letters, *ends, *("".join(pair) for pair in ordered)], ordered

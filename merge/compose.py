@@ -28,6 +28,8 @@ from .rows import (
 )
 
 DEFAULT_RELATIVE_RIDGE = 1e-4
+DEFAULT_PADDING_WEIGHT = 0.0
+DEFAULT_NULL_WEIGHT = 0.0
 
 
 def merge_concepts(
@@ -37,6 +39,8 @@ def merge_concepts(
     strengths: Sequence[float] | None = None,
     captions: Sequence[str] | None = None,
     relative_ridge: float = DEFAULT_RELATIVE_RIDGE,
+    padding_weight: float = DEFAULT_PADDING_WEIGHT,
+    null_weight: float = DEFAULT_NULL_WEIGHT,
     cache_folder: Path | None = None,
     on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> tuple[Concept, MergeReport]:
@@ -45,7 +49,9 @@ def merge_concepts(
     The result is again a concept, exactly low rank, with every modifier token of its parents. The
     order of the concepts does not matter. `strengths` scale what each concept asks for (1 when not
     given); `captions` replace our own regularization captions; their factor is kept in
-    `cache_folder`.
+    `cache_folder`. What follows the end of a concept's prompts is kept too, softly, with
+    `padding_weight`, and what the empty prompt reads stays as it is with `null_weight`; a weight of
+    1 counts as much as all captions together, and 0 leaves both to themselves.
 
     Raises MergeError, IncompatibleModelError or TokenError; inputs are never changed.
     """
@@ -60,14 +66,21 @@ def merge_concepts(
     # Before the captions, which take longest: what is wrong with the concepts shows here.
     tokens = tuple(token for concept in concepts for token in concept.tokens)
     whole = replace(concepts[0], tokens=tokens)  # raises TokenError where two share a token
-    rows, features = constraint_features(concepts, encoder.with_tokens(whole.embeddings()))
+    words = encoder.with_tokens(whole.embeddings())
+    rows, features = constraint_features(concepts, words, padding=padding_weight > 0)
     factor = cached_caption_factor(
         encoder, captions, relative_ridge, cache_folder, lambda part: on_progress(0.9 * part)
     )
 
+    if null_weight > 0:
+        factor = factor.with_rows(_null_features(encoder), null_weight)
     groups = group_rows(features)
     shared, mixing = shared_rows(rows, features, groups, strengths)
-    projector = constraint_projector(factor, shared)
+    slack = None
+    if padding_weight > 0:
+        soft = [all(rows[i].soft for i in group) for group in groups]
+        slack = torch.tensor(soft) / (padding_weight * factor.captions)
+    projector = constraint_projector(factor, shared, slack)
     on_progress(0.9)
 
     deltas, residuals = merged_deltas(concepts, strengths, rows, features, mixing, projector)
@@ -124,7 +137,8 @@ def merged_deltas(
         words = features[own].float()
         asked = torch.cat([_asked(concept, layer, words, sizes[layer]) for layer in layers], dim=1)
         up.addmm_(asked.T, (mixing[own] @ projector.left).float())
-        parts.append((words, asked))
+        hard = [not rows[i].soft for i in own]
+        parts.append((words[hard], asked[hard]))
     residuals = [
         _largest_residual((words @ down.T) @ up.T, asked, strength)
         for (words, asked), strength in zip(parts, strengths, strict=True)
@@ -133,6 +147,13 @@ def merged_deltas(
     return {
         layer: LowRankDelta(part, down) for layer, part in zip(layers, ups, strict=True)
     }, residuals
+
+
+@torch.no_grad()
+def _null_features(encoder: TextEncoder) -> Tensor:
+    """Start and end of text of the empty prompt, and the mean of what follows (3, d)."""
+    (features,) = encoder.encode(encoder.pad([encoder.tokenize("")]))
+    return torch.stack([features[0], features[1], features[2:].mean(0)]).cpu()
 
 
 def _asked(concept: Concept, layer: str, words: Tensor, size: int) -> Tensor:

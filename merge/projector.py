@@ -35,6 +35,12 @@ class CaptionFactor:
     upper: Tensor
     captions: int
 
+    def with_rows(self, rows: Tensor, weight: float) -> CaptionFactor:
+        """The factor with more rows (n, d), each of which weighs as `weight` times all captions."""
+        scale = math.sqrt(weight * self.captions)
+        stacked = torch.cat([self.upper, scale * rows.to(self.upper)])
+        return CaptionFactor(torch.linalg.qr(stacked, mode="r").R.contiguous(), self.captions)
+
 
 def caption_factor(features: Tensor, captions: int, relative_ridge: float) -> CaptionFactor:
     """Factorises caption features (n, d) in float64.
@@ -97,22 +103,32 @@ class Projector:
         return self.left @ self.rows
 
 
-def constraint_projector(factor: CaptionFactor, constraints: Tensor) -> Projector:
+def constraint_projector(
+    factor: CaptionFactor, constraints: Tensor, slack: Tensor | None = None
+) -> Projector:
     """P for constraint rows (s, d): exact when they can be told apart, damped when they nearly
     coincide.
+
+    `slack` (s,) is 0 for a row that must be met and 1 / ω for one whose squared error counts ω
+    times a caption's: P = (C G⁻¹ Cᵀ + Ω⁻¹)⁻¹ C G⁻¹.
     """
     c = constraints.to(torch.float64)
     z = torch.linalg.solve_triangular(factor.upper, c, upper=True, left=False)
+    if slack is not None:
+        z = torch.cat([z, slack.to(z).sqrt().diag()], dim=1)
     u, singular, vh = torch.linalg.svd(z, full_matrices=False)
     smallest = float(singular[-1]) if len(singular) == len(c) else 0.0
     condition = float(singular[0]) / smallest if smallest > 0 else float("inf")
     damped = condition > EXACT_CONDITION_LIMIT
     mu = DAMPING if damped else 0.0
     inverse = singular / (singular.square() + mu * singular[0].square())
+    vh = vh[:, : c.shape[1]]
     p = (u * inverse) @ torch.linalg.solve_triangular(factor.upper, vh.T, upper=True).T
     q, r = torch.linalg.qr(p.T)
     rows, left = q.T, r.T
-    if not damped:  # the rows are kept in float32: meet the constraints with them as rounded
+    if (
+        not damped and slack is None
+    ):  # the rows are kept in float32: meet the constraints with them as rounded
         rows = rows.float().double()
         left = torch.linalg.inv(rows @ c.T)
     return Projector(left, rows, condition, damped)

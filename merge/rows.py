@@ -24,6 +24,8 @@ class ConstraintRow:
     concept: int
     prompt: str
     position: int
+    soft: bool = False
+    """The mean of what follows the end of text: kept as well as the rest allows."""
 
 
 def concept_prompts(concept: Concept) -> tuple[str, ...]:
@@ -36,9 +38,12 @@ def concept_prompts(concept: Concept) -> tuple[str, ...]:
 
 
 def constraint_features(
-    concepts: Sequence[Concept], encoder: TextEncoder
+    concepts: Sequence[Concept], encoder: TextEncoder, padding: bool = False
 ) -> tuple[list[ConstraintRow], Tensor]:
-    """Constraint rows and their features C (s, d): V*, class noun and end of each prompt."""
+    """Constraint rows and their features C (s, d): V*, class noun and end of each prompt.
+
+    With `padding` also a soft row for what the model reads after the end of the prompt.
+    """
     prompts = [
         (index, prompt)
         for index, concept in enumerate(concepts)
@@ -51,6 +56,11 @@ def constraint_features(
         for position in _positions(concepts[index], prompt, ids, encoder):
             rows.append(ConstraintRow(index, prompt, position))
             features.append(prompt_features[position])
+        if padding and len(ids) < encoder.context_length:
+            with torch.no_grad():
+                (whole,) = encoder.encode(encoder.pad([ids]))
+            rows.append(ConstraintRow(index, prompt, len(ids), soft=True))
+            features.append(whole[len(ids) :].mean(0))
     stacked = torch.stack(features).to(torch.float64).cpu()
     for row, finite in zip(rows, stacked.isfinite().all(1), strict=True):
         if not finite:

@@ -1,116 +1,160 @@
-"""The main job from end to end: draw two things, teach each, merge both, draw with the result."""
+"""The whole way on the miniature: teach two concepts, merge both, draw with the result."""
 
 from __future__ import annotations
 
 import logging
-import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from PIL import Image, ImageDraw
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
 
+from ..concept.atomic import write_atomically
 from ..concept.concept import Concept
 from ..concept.file import read_concept, write_concept
 from ..host.diffusers import borrowed_models, sample, text_encoder
 from ..merge.compose import merge_concepts
-from ..trainer.config import TrainConfig
-from ..trainer.data import TrainingConcept, instance_caption, load_folder
+from ..trainer.data import instance_caption, load_folder
 from ..trainer.loop import Event, StepDone, train
 from ..trainer.prepare import prepare
-from .random_model import random_pipeline
+from .laboratory import CONFIG, GUIDANCE, SAMPLING_STEPS, Subject, pair_of_subjects, world_captions
+from .model import PICTURE_EDGE, miniature_pipeline
+from .world import class_caption
 
 log = logging.getLogger("custom_diffusion")
 
-THINGS = {"<new1>": "ball", "<new2>": "box"}
-_PICTURE = 128
-_CONFIG = TrainConfig(
-    steps=40,
-    batch_size=4,
-    learning_rate=1e-3,
-    resolution=64,
-    views_per_image=4,
-    preview_every_steps=0,
-)
+PAIR = 7
+_COLUMNS, _TILE, _GAP, _LABEL = 6, 112, 6, 330
 
 
 def run_demo(folder: Path) -> Path:
     """Leaves two concepts, the merged one and a picture of all in `folder`; returns the picture."""
-    pipeline = random_pipeline()
+    pipeline = miniature_pipeline()
+    pair = pair_of_subjects(PAIR, seed=0)
     concepts = []
-    for token, noun in THINGS.items():
-        pictures = folder / noun
-        _draw_pictures(pictures, noun)
-        concept = _teach(pipeline, token, noun, pictures)
-        path = write_concept(concept, folder / f"{noun}.safetensors")
-        log.info("%s %s: saved %s", token, noun, path)
+    for subject in pair:
+        path = write_concept(
+            _teach(pipeline, subject, folder), folder / f"{subject.look.shape}.safetensors"
+        )
+        log.info("saved %s", path)
         concepts.append(read_concept(path))
 
-    merged, report = merge_concepts(concepts, text_encoder(pipeline))
+    with _bar("merging", 100) as advance:
+        merged, report = merge_concepts(
+            concepts,
+            text_encoder(pipeline),
+            captions=world_captions(),
+            on_progress=lambda part: advance(int(100 * part)),
+        )
     path = write_concept(merged, folder / "both.safetensors")
     log.info("%s\nsaved %s", report.text(), path)
 
+    sheet = _sheet(pipeline, pair, concepts, merged)
     picture = folder / "demo.png"
-    _sheet(pipeline, concepts, merged).save(picture)
-    log.info("saved %s (the model's weights are random, so it draws noise)", picture)
+    write_atomically(picture, lambda temporary: sheet.save(temporary, "PNG"))
+    log.info("saved %s", picture)
     return picture
 
 
-def _teach(pipeline: object, token: str, noun: str, pictures: Path) -> Concept:
-    training_concept = TrainingConcept(
-        images=load_folder(pictures, instance_caption(token, noun)), class_noun=noun, token=token
-    )
+def _teach(pipeline: Any, subject: Subject, folder: Path) -> Concept:
+    """From pictures in a folder, as a user's would be."""
+    pictures = folder / subject.look.shape
+    pictures.mkdir(parents=True, exist_ok=True)
+    for index, image in enumerate(subject.training.images):
+        image.open().save(pictures / f"{index}.png")
+    caption = instance_caption(subject.token, subject.look.shape)
+    concept = replace(subject.training, images=load_folder(pictures, caption))
     with borrowed_models(pipeline) as models:
-        bank = prepare(training_concept, _CONFIG, models.latent_encoder, models.text_encoder)
-        return train(
-            _CONFIG,
-            training_concept,
-            bank,
-            models.denoiser,
-            models.text_encoder,
-            on_event=_show,
-        )
+        bank = prepare(concept, CONFIG, models.latent_encoder, models.text_encoder)
+        with _bar(f"teaching {subject.words}", CONFIG.steps) as advance:
+
+            def show(event: Event) -> None:
+                if isinstance(event, StepDone):
+                    advance(event.step)
+
+            return train(
+                CONFIG, [concept], [bank], models.denoiser, models.text_encoder, on_event=show
+            )
 
 
-def _show(event: Event) -> None:
-    if isinstance(event, StepDone) and event.step % 10 == 0:
-        log.info("  step %d of %d, loss %.3f", event.step, _CONFIG.steps, event.loss)
-
-
-def _draw_pictures(folder: Path, noun: str, count: int = 4) -> None:
-    """A striped ball or a spotted box on plain backgrounds, in place of photographs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(noun)
-    for index in range(count):
-        image = Image.new(
-            "RGB", (_PICTURE, _PICTURE), tuple(rng.randrange(140, 256) for _ in range(3))
-        )
-        draw = ImageDraw.Draw(image)
-        x, y, size = rng.randrange(10, 40), rng.randrange(10, 40), rng.randrange(50, 80)
-        if noun == "ball":
-            draw.ellipse((x, y, x + size, y + size), fill=(220, 90, 30))
-            draw.rectangle((x + 4, y + size // 3, x + size - 4, y + size // 2), fill=(40, 60, 160))
-        else:
-            draw.rectangle((x, y, x + size, y + size), fill=(40, 150, 110))
-            draw.ellipse((x + size // 4, y + size // 4, x + size // 2, y + size // 2), fill="white")
-        image.save(folder / f"{index}.png")
-
-
-def _sheet(pipeline: object, concepts: list[Concept], merged: Concept) -> Image.Image:
-    """The same noise drawn by the base model, with each concept, and with both."""
-    names = [f"{token} {noun}" for token, noun in THINGS.items()]
-    rows: list[tuple[str, Concept | None]] = [
-        *((noun, None) for noun in THINGS.values()),
-        *zip(names, concepts, strict=True),
-        (" and a ".join(names), merged),
+def _sheet(
+    pipeline: Any, pair: tuple[Subject, Subject], concepts: list[Concept], merged: Concept
+) -> Image.Image:
+    """What was given, and what the model draws before and afterwards."""
+    one, two = pair
+    classes = [class_caption(subject.look.shape) for subject in pair]
+    together = f"photo of a {one.words} and a {two.words}"
+    half = _COLUMNS // 2
+    drawn: list[tuple[str, str, list[str], Concept | None]] = [
+        ("The model before", " | ".join(classes), [c for c in classes for _ in range(half)], None),
+        *(
+            (
+                f"Concept {number} alone",
+                f"photo of a {subject.words}",
+                [f"photo of a {subject.words}"] * _COLUMNS,
+                concept,
+            )
+            for number, subject, concept in zip((1, 2), pair, concepts, strict=True)
+        ),
+        ("Both, merged in closed form", together, [together] * _COLUMNS, merged),
+        (
+            "The classes, after the merge",
+            " | ".join(classes),
+            [c for c in classes for _ in range(half)],
+            merged,
+        ),
     ]
-    tiles = [
-        sample(pipeline, f"photo of a {words}", concept, resolution=64, steps=10)
-        for words, concept in rows
+    rows = [
+        (
+            f"Given: pictures of {subject.words}",
+            f"{_COLUMNS} of {len(subject.training.images)}",
+            [image.open() for image in subject.training.images[:_COLUMNS]],
+        )
+        for subject in pair
     ]
-    tile, gap = 128, 8
-    sheet = Image.new("RGB", ((tile + gap) * len(tiles) + gap, tile + 3 * gap + 28), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, (picture, (words, _)) in enumerate(zip(tiles, rows, strict=True)):
-        left = gap + index * (tile + gap)
-        sheet.paste(picture.resize((tile, tile)), (left, gap))
-        draw.text((left, tile + 2 * gap), words.replace(" and a ", "\nand a "), fill="black")
+    with _bar("drawing", len(drawn)) as advance:
+        for number, (title, words, prompts, concept) in enumerate(drawn, 1):
+            images_bhwc = sample(
+                pipeline,
+                prompts,
+                concept,
+                resolution=PICTURE_EDGE,
+                steps=SAMPLING_STEPS,
+                guidance=GUIDANCE,
+            )
+            rows.append((title, words, [_to_image(image) for image in images_bhwc]))
+            advance(number)
+    return _lay_out(rows)
+
+
+def _lay_out(rows: list[tuple[str, str, list[Image.Image]]]) -> Image.Image:
+    step = _TILE + _GAP
+    sheet = Image.new("RGB", (_LABEL + _COLUMNS * step + _GAP, len(rows) * step + _GAP), "white")
+    pen = ImageDraw.Draw(sheet)
+    large, small = ImageFont.load_default(17), ImageFont.load_default(13)
+    for number, (title, words, images) in enumerate(rows):
+        top = _GAP + number * step
+        pen.text((2 * _GAP, top + _TILE / 2 - 22), title, "black", large)
+        pen.text((2 * _GAP, top + _TILE / 2 + 4), words, "#555555", small)
+        for column, image in enumerate(images):
+            sheet.paste(image.resize((_TILE, _TILE)), (_LABEL + column * step, top))
     return sheet
+
+
+def _to_image(image_hwc: Tensor) -> Image.Image:
+    return Image.fromarray((image_hwc * 255).round().to(torch.uint8).numpy())
+
+
+@contextmanager
+def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    with tqdm(total=total, desc=title) as bar:
+
+        def advance(done: int) -> None:
+            bar.update(done - bar.n)
+
+        yield advance

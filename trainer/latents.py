@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ from .augmentation import View, random_view, whole_view
 from .config import TrainConfig
 from .data import TrainingConcept
 from .protocols import LatentEncoder
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,20 +85,22 @@ class Batch:
 
 
 def batches(
-    bank: LatentBank, config: TrainConfig, rng: random.Random, generator: torch.Generator
+    banks: Sequence[LatentBank],
+    config: TrainConfig,
+    rng: random.Random,
+    generator: torch.Generator,
 ) -> Iterator[Batch]:
-    """Endless batches: every image comes up equally often, its views and latents are drawn at
-    random.
+    """Endless batches: concepts take turns, every image of a concept comes up equally often, its
+    views and latents are drawn at random.
     """
-    prior = config.batch_size // 2 if bank.regularization else 0
-    instance_order = _shuffled(range(len(bank.instances)), rng)
-    regularization_order = _shuffled(range(len(bank.regularization)), rng)
+    instances = _in_turn([_shuffled(bank.instances, rng) for bank in banks])
+    regularization = _in_turn(
+        [_shuffled(bank.regularization, rng) for bank in banks if bank.regularization]
+    )
+    prior = config.batch_size // 2 if any(bank.regularization for bank in banks) else 0
     while True:
-        views = [
-            rng.choice(bank.instances[next(instance_order)])
-            for _ in range(config.batch_size - prior)
-        ]
-        views += [bank.regularization[next(regularization_order)] for _ in range(prior)]
+        views = [rng.choice(next(instances)) for _ in range(config.batch_size - prior)]
+        views += [next(regularization) for _ in range(prior)]
         mean, deviation = (
             torch.stack([getattr(v, k) for v in views]) for k in ("mean", "deviation")
         )
@@ -106,6 +112,11 @@ def batches(
         )
 
 
-def _shuffled(indices: Sequence[int], rng: random.Random) -> Iterator[int]:
+def _shuffled(items: Sequence[T], rng: random.Random) -> Iterator[T]:
     while True:
-        yield from rng.sample(indices, len(indices))
+        yield from rng.sample(items, len(items))
+
+
+def _in_turn(streams: Sequence[Iterator[T]]) -> Iterator[T]:
+    for stream in cycle(streams):
+        yield next(stream)

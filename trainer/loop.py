@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..concept.concept import Concept, ModifierToken
-from ..concept.errors import TrainingError
+from ..concept.errors import ConfigError, TrainingError
 from ..concept.prompts import CONSTRAINT_TEMPLATES, subject
 from ..concept.text import TextEncoder
 from .config import GradientCut, TrainConfig
@@ -46,15 +46,19 @@ _FINAL_LOSSES = 20
 
 def train(
     config: TrainConfig,
-    training_concept: TrainingConcept,
-    bank: LatentBank,
+    training_concepts: Sequence[TrainingConcept],
+    banks: Sequence[LatentBank],
     denoiser: Denoiser,
     text_encoder: TextEncoder,
     *,
+    network_weights: Sequence[nn.Parameter] = (),
     should_stop: Callable[[], bool] = lambda: False,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Concept:
-    """Teaches one concept by Custom Diffusion and returns what was learnt.
+    """Teaches concepts together by Custom Diffusion and returns what was learnt as one concept.
+
+    `banks` hold the latents of each. `network_weights` are weights of the network that learn too,
+    in place and outside the concept: for baselines that train more than Custom Diffusion does.
 
     `should_stop` is asked before every step; stopping returns what was learnt so far. The models
     are only borrowed: afterwards, however it ends, they are as before. Random numbers come from the
@@ -63,17 +67,12 @@ def train(
     rng = random.Random(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
 
-    # What is trained: the embedding of V*, and all keys and values; both in float32.
-    token = training_concept.token
-    start = initial_embedding(text_encoder, training_concept.initializer, token_number(token))
-    rows = {name: nn.Parameter(row.to(denoiser.device)) for name, row in start.items()}
-    prompts = _Prompts(
-        text_encoder.with_tokens({name: {token: row} for name, row in rows.items()}),
-        token,
-        config.gradient_cut,
-    )
+    # What is trained: the embedding of every V*, and all keys and values; both in float32.
+    words = _new_words(training_concepts, text_encoder, denoiser.device)
+    prompts = _Prompts(text_encoder.with_tokens(words), words, config.gradient_cut)
     projections = KeyValueProjections(denoiser)
-    parameters = [projections.weight, *rows.values()]
+    rows = [row for tokens in words.values() for row in tokens.values()]
+    parameters = [projections.weight, *rows, *network_weights]
     optimizer = torch.optim.AdamW(
         parameters,
         lr=config.learning_rate,
@@ -82,7 +81,7 @@ def train(
     )
 
     losses: list[float] = []
-    stream = batches(bank, config, rng, generator)
+    stream = batches(banks, config, rng, generator)
     with projections.installed():
         while len(losses) < config.steps and not should_stop():
             # Data: latents, noise, timesteps.
@@ -119,24 +118,45 @@ def train(
             losses.append(float(loss.detach()))
             on_event(StepDone(len(losses), losses[-1]))
             if config.preview_every_steps and len(losses) % config.preview_every_steps == 0:
-                picture = _preview(config, training_concept, prompts, projections, denoiser)
+                picture = _preview(config, training_concepts[0], prompts, projections, denoiser)
                 on_event(PreviewDrawn(len(losses), picture))
 
-    return _concept(config, training_concept, denoiser, projections, rows, losses)
+    return _concept(config, training_concepts, denoiser, projections, words, losses)
+
+
+def _new_words(
+    training_concepts: Sequence[TrainingConcept], encoder: TextEncoder, device: torch.device
+) -> dict[str, dict[str, nn.Parameter]]:
+    """Where the modifier tokens start: encoder name → token → (1, width)."""
+    names = [concept.token for concept in training_concepts]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"The concepts' modifier tokens are {', '.join(names)}. Concepts that are taught "
+            f"together need a token each: rename those that are alike."
+        )
+    words: dict[str, dict[str, nn.Parameter]] = {}
+    for concept in training_concepts:
+        start = initial_embedding(encoder, concept.initializer, token_number(concept.token))
+        for name, row in start.items():
+            words.setdefault(name, {})[concept.token] = nn.Parameter(row.to(device))
+    return words
 
 
 class _Prompts:
-    """Features of prompts: with the token at every step, without it once."""
+    """Features of prompts: with a new token at every step, without one once."""
 
-    def __init__(self, encoder: TextEncoder, token: str, cut: GradientCut) -> None:
-        self._encoder, self._token, self._cut = encoder, token, cut
+    def __init__(
+        self, encoder: TextEncoder, words: Mapping[str, Iterable[str]], cut: GradientCut
+    ) -> None:
+        self._encoder, self._cut = encoder, cut
+        self._tokens = {token for tokens in words.values() for token in tokens}
         self._fixed: dict[str, Tensor] = {}
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """Features (b, n, d) and where their keys and values may pass gradients (b, n)."""
         unique = list(dict.fromkeys(prompts))
-        learnt = [p for p in unique if self._token in p]
-        missing = [p for p in unique if self._token not in p and p not in self._fixed]
+        learnt = [p for p in unique if any(token in p for token in self._tokens)]
+        missing = [p for p in unique if p not in learnt and p not in self._fixed]
         if missing:
             with torch.no_grad():
                 self._fixed.update(self._features(missing))
@@ -161,31 +181,40 @@ class _Prompts:
 
 def _concept(
     config: TrainConfig,
-    training_concept: TrainingConcept,
+    training_concepts: Sequence[TrainingConcept],
     denoiser: Denoiser,
     projections: KeyValueProjections,
-    rows: Mapping[str, Tensor],
+    words: Mapping[str, Mapping[str, Tensor]],
     losses: list[float],
 ) -> Concept:
-    token = ModifierToken(
-        name=training_concept.token,
-        class_noun=training_concept.class_noun,
-        initializer=training_concept.initializer,
-        embeddings={name: row.detach().cpu() for name, row in rows.items()},
-    )
-    words = subject(token.name, token.class_noun)
     return Concept(
         family=denoiser.family,
         deltas=projections.deltas(),
-        tokens=(token,),
+        tokens=tuple(
+            ModifierToken(
+                name=concept.token,
+                class_noun=concept.class_noun,
+                initializer=concept.initializer,
+                embeddings={
+                    name: rows[concept.token].detach().cpu() for name, rows in words.items()
+                },
+            )
+            for concept in training_concepts
+        ),
         base_hash=projections.base_hash,
-        constraint_prompts=tuple(template.format(words) for template in CONSTRAINT_TEMPLATES),
+        constraint_prompts=tuple(
+            template.format(subject(concept.token, concept.class_noun))
+            for concept in training_concepts
+            for template in CONSTRAINT_TEMPLATES
+        ),
         provenance={
             "method": "custom diffusion",
             "steps": len(losses),
             "final_losses": losses[-_FINAL_LOSSES:],
-            "instance_images": len(training_concept.images),
-            "regularization_images": len(training_concept.regularization),
+            "instance_images": sum(len(concept.images) for concept in training_concepts),
+            "regularization_images": sum(
+                len(concept.regularization) for concept in training_concepts
+            ),
             "config": config.as_json(),
         },
     )

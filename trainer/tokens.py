@@ -8,9 +8,9 @@ from torch import Tensor
 from ..concept.errors import TokenError
 from ..concept.text import TextEncoder
 
-# Pieces of CLIP's vocabulary that mean next to nothing: 'ktn' and 'pll', which only occur inside
-# words, and the word 'ucd'. The paper's choice (Fig. 15): rarer than random vectors drift.
-RARE_TOKEN_IDS = (42170, 47629, 43514)
+# Pieces of CLIP's vocabulary that mean next to nothing: two that only occur inside words, and a
+# word. The paper's choice (Fig. 15): random vectors drift more. Their ids: 42170, 47629, 43514.
+RARE_PIECES = ("ktn", "pll", "ucd</w>")
 
 
 def token_number(token: str) -> int:
@@ -25,7 +25,7 @@ def initial_embedding(encoder: TextEncoder, initializer: str, index: int = 0) ->
     Raises TokenError when the initializer is not one word of the vocabulary.
     """
     if not initializer.strip():
-        return encoder.vocabulary_row(RARE_TOKEN_IDS[index % len(RARE_TOKEN_IDS)])
+        return encoder.vocabulary_row(encoder.piece_id(RARE_PIECES[index % len(RARE_PIECES)]))
     ids = encoder.tokenize_words(initializer)
     if len(ids) != 1:
         raise TokenError(

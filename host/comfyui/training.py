@@ -60,7 +60,13 @@ def start_training(
             denoiser.to(device)
             encoder.to(device)
             return train(
-                config, concept, bank, denoiser, encoder, should_stop=should_stop, on_event=on_event
+                config,
+                [concept],
+                [bank],
+                denoiser,
+                encoder,
+                should_stop=should_stop,
+                on_event=on_event,
             )
         except torch.OutOfMemoryError as error:
             raise TrainingError(_out_of_memory(config, device)) from error

@@ -91,6 +91,9 @@ class RecurrentTextEncoder:
             {**self._embeddings, **embeddings.get(self._name, {})},
         )
 
+    def piece_id(self, piece: str) -> int:
+        return 2 + zlib.crc32(piece.encode()) % (VOCABULARY - 2)
+
     def vocabulary_row(self, token_id: int) -> dict[str, Tensor]:
         return {self._name: self._table[token_id : token_id + 1].clone()}
 

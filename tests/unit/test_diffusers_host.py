@@ -389,7 +389,7 @@ def test_a_concept_is_trained_written_read_and_applied(
     weights = state(*modules_of(pipeline))
     with borrowed_models(pipeline) as models:
         bank = encode_views(training_concept, models.latent_encoder, settings)
-        learnt = train(settings, training_concept, bank, models.denoiser, models.text_encoder)
+        learnt = train(settings, [training_concept], [bank], models.denoiser, models.text_encoder)
     assert same_state(weights, *modules_of(pipeline))
     with applied_concept(pipeline, learnt) as encoder:
         wanted_features = features(encoder)
@@ -429,7 +429,7 @@ def test_a_pipeline_folder_is_loaded_and_trains_in_half_precision(
     with borrowed_models(loaded) as models:
         moments = models.latent_encoder.moments(torch.zeros(3, RESOLUTION, RESOLUTION))
         bank = random_bank(training_concept)
-        learnt = train(settings, training_concept, bank, models.denoiser, models.text_encoder)
+        learnt = train(settings, [training_concept], [bank], models.denoiser, models.text_encoder)
     assert all(moment.dtype == torch.float32 for moment in moments)
     assert same_state(weights, loaded.unet)
     assert np.isfinite(learnt.provenance["final_losses"]).all()

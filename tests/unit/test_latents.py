@@ -78,7 +78,7 @@ def bank_of(images: int, regularization: int = 0, deviation: float = 0.0) -> Lat
 
 def draw(bank: LatentBank, settings: TrainConfig, count: int, seed: int = 0) -> list[Batch]:
     generator = torch.Generator().manual_seed(seed)
-    return list(islice(batches(bank, settings, random.Random(seed), generator), count))
+    return list(islice(batches([bank], settings, random.Random(seed), generator), count))
 
 
 def red_is_left(view: EncodedView) -> bool:

@@ -63,7 +63,7 @@ def trained(
 ) -> Concept:
     concept = concept or cat_concept()
     bank = bank or random_bank(concept)
-    return train(settings, concept, bank, models.denoiser, models.text_encoder, **options)
+    return train(settings, [concept], [bank], models.denoiser, models.text_encoder, **options)
 
 
 def same_concept(one: Concept, other: Concept) -> bool:
@@ -112,7 +112,7 @@ def naive_training(
         [*trainable, table], settings.learning_rate, weight_decay=settings.weight_decay, fused=False
     )
     generator = torch.Generator().manual_seed(settings.seed)
-    stream = batches(bank, settings, random.Random(settings.seed), generator)
+    stream = batches([bank], settings, random.Random(settings.seed), generator)
     losses = []
     for _ in range(settings.steps):
         batch = next(stream)
@@ -439,8 +439,8 @@ def test_prompts_without_the_token_are_encoded_once(models: DiffusersModels) -> 
     concept = cat_concept(2, regularization=2)
     train(
         config(steps=6, batch_size=4, preview_every_steps=2),
-        concept,
-        random_bank(concept),
+        [concept],
+        [random_bank(concept)],
         models.denoiser,
         CountingEncoder(models.text_encoder, counts),
     )
@@ -464,5 +464,5 @@ def test_a_denoiser_is_all_that_the_loop_needs_of_a_model(models: DiffusersModel
 
     concept = cat_concept()
     bare: Any = Bare(models.denoiser)
-    result = train(config(), concept, random_bank(concept), bare, models.text_encoder)
+    result = train(config(), [concept], [random_bank(concept)], bare, models.text_encoder)
     assert same_concept(result, trained(models, config()))

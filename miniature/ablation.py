@@ -1,0 +1,153 @@
+"""Which training and which constraint rows give merges that keep every concept and the class?
+
+`python -m custom_diffusion.miniature.ablation` teaches pairs apart with each gradient cut, merges
+each with several sets of rows, and has the results judged. The defaults of the pack come from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from ..concept.concept import Concept
+from ..concept.prompts import subject
+from ..merge.compose import merge_concepts
+from ..trainer.config import GradientCut
+from .cells import markdown_table, run_cells
+from .laboratory import CONFIG, Laboratory, Subject, added, pair_of_subjects, world_captions
+
+_TEMPLATES = (
+    "{}",
+    "a {}",
+    "photo of a {}",
+    "picture of a {}",
+    "photo of a {} on snow",
+    "photo of a {} at night",
+    "a {} and a circle",
+    "photo of a {} beside a square",
+)
+_NOTHING: dict[str, Any] = {"padding_weight": 0.0, "null_weight": 0.0}
+ROWS: dict[str, dict[str, Any]] = {
+    "V*, class, end": _NOTHING,
+    "and padding": {**_NOTHING, "padding_weight": 1.0},
+    "and 8 templates": {**_NOTHING, "templates": _TEMPLATES},
+    "and null rows": {**_NOTHING, "null_weight": 1.0},
+    "and padding, null rows": {"padding_weight": 1.0, "null_weight": 1.0},
+    "deltas added": {},
+}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a merge keeps: means over the pictures of one pair."""
+
+    before: float
+    """Image alignment of each concept's own model"""
+    alone: float
+    """Image alignment of each concept by itself in the merged model"""
+    weaker: float
+    """The same of the concept that suffers most"""
+    both_present: float
+    bleed: float
+    class_alignment: float
+    """Of the bare class: how much of a concept has leaked into it"""
+    drift: float
+    change: float
+    """Norm of the merged change against the larger of the two concepts'"""
+
+
+def run_cell(number: int, seed: int) -> list[tuple[str, str, Kept]]:
+    """Every cut with every set of rows, on one pair with one training seed."""
+    lab = Laboratory(pictures_per_prompt=2, class_pictures=16)
+    pair = pair_of_subjects(number, seed)
+    results = []
+    for cut in get_args(GradientCut):
+        config = replace(CONFIG, seed=seed, gradient_cut=cut)
+        concepts = [lab.teach([one], config) for one in pair]
+        before = _alone(lab, pair, concepts, seed)
+        for name, options in ROWS.items():
+            merged, change = _merged(lab, concepts, options)
+            score = lab.score(pair, merged, seed)
+            alone = _alone(lab, pair, [merged, merged], seed)
+            assert score.both_present is not None and score.bleed is not None
+            kept = Kept(
+                before=sum(before) / 2,
+                alone=sum(alone) / 2,
+                weaker=min(alone),
+                both_present=score.both_present,
+                bleed=score.bleed,
+                class_alignment=score.class_alignment,
+                drift=score.drift,
+                change=change,
+            )
+            results.append((f"cut: {cut}", name, kept))
+    return results
+
+
+def _alone(
+    lab: Laboratory, pair: Sequence[Subject], concepts: Sequence[Concept], seed: int
+) -> list[float]:
+    return [lab.likeness(one, concept, seed) for one, concept in zip(pair, concepts, strict=True)]
+
+
+def _merged(
+    lab: Laboratory, concepts: Sequence[Concept], options: dict[str, Any]
+) -> tuple[Concept, float]:
+    if not options:
+        return added(concepts), 1.0
+    options = dict(options)
+    templates = options.pop("templates", None)
+    if templates:
+        concepts = [
+            replace(
+                concept,
+                constraint_prompts=tuple(
+                    template.format(subject(token.name, token.class_noun))
+                    for token in concept.tokens
+                    for template in templates
+                ),
+            )
+            for concept in concepts
+        ]
+    merged, report = merge_concepts(concepts, lab.encoder, captions=world_captions(), **options)
+    return merged, report.change
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--concept-seed", type=int, default=100, help="first pair")
+    parser.add_argument("--concepts", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", type=Path, help="write every result to this file, too")
+    options = parser.parse_args()
+    numbers = range(options.concept_seed, options.concept_seed + options.concepts)
+
+    def report(rows: list[tuple[str, str, Kept]]) -> None:
+        if options.json:
+            results = [{"cut": c, "rows": r, **asdict(kept)} for c, r, kept in rows]
+            options.json.write_text(json.dumps(results, indent=1))
+
+    rows = run_cells(run_cell, numbers, range(options.seeds), options.processes, report)
+    columns = {
+        "each alone, before": ("before", 2),
+        "each alone": ("alone", 2),
+        "the weaker": ("weaker", 2),
+        "both present": ("both_present", 2),
+        "bleed": ("bleed", 2),
+        "bare class": ("class_alignment", 2),
+        "drift": ("drift", 0),
+        "change": ("change", 1),
+    }
+    for cut in dict.fromkeys(cut for cut, _, _ in rows):
+        part = [(name, kept) for c, name, kept in rows if c == cut]
+        print(f"{markdown_table(cut, part, columns)}\n")
+
+
+if __name__ == "__main__":
+    main()

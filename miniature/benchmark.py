@@ -1,0 +1,100 @@
+"""The paper's tables in miniature: `python -m custom_diffusion.miniature.benchmark`.
+
+Single concepts as in Table 3 and pairs as in Table 1 of the paper, with concepts that nothing was
+tuned on. Concept n is the first of pair n; its partner is the second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from ..concept.concept import Concept
+from ..merge.compose import merge_concepts
+from .cells import markdown_table, run_cells
+from .laboratory import CONFIG, Laboratory, Score, added, pair_of_subjects, world_captions
+
+SINGLE, PAIR = "one concept", "two concepts"
+# The whole UNet learns at a lower rate, as in the paper's ablation and in DreamBooth.
+ALL_WEIGHTS_RATE = 0.1
+
+Row = tuple[str, str, Score]
+"""Table, method and score"""
+_COLUMNS = {
+    "text alignment": ("text_alignment", 3),
+    "image alignment": ("image_alignment", 3),
+    "drift": ("drift", 0),
+    "bare class": ("class_alignment", 3),
+}
+_PAIR_COLUMNS = {**_COLUMNS, "both present": ("both_present", 2), "bleed": ("bleed", 2)}
+
+
+def run_cell(number: int, seed: int) -> list[Row]:
+    """All methods on concept `number` and its partner, with one training seed."""
+    return list(_cell(Laboratory(), number, seed))
+
+
+def _cell(lab: Laboratory, number: int, seed: int) -> Iterator[Row]:
+    config = replace(CONFIG, seed=seed)
+    first, second = pair = pair_of_subjects(number, seed)
+    bare = replace(first, training=replace(first.training, regularization=()))
+    drawn = replace(
+        first,
+        training=replace(
+            first.training, regularization=lab.generated_class(first.look.shape, seed)
+        ),
+    )
+    yield SINGLE, "base model", lab.score([first], None, seed)
+    concept = lab.teach([first], config)
+    yield SINGLE, "Custom Diffusion", lab.score([first], concept, seed)
+    for method, subject, settings in (
+        ("without augmentation", first, replace(config, augment=False)),
+        ("without regularization", bare, config),
+        ("generated regularization", drawn, config),
+    ):
+        yield SINGLE, method, lab.score([first], lab.teach([subject], settings), seed)
+    slow = replace(config, learning_rate=ALL_WEIGHTS_RATE * config.learning_rate)
+    tuned, words = lab.teach_all_weights(first, slow)
+    yield SINGLE, "all weights", lab.score([first], words, seed, tuned)
+
+    partner = lab.teach([second], config)
+    merged, _ = merge_concepts([concept, partner], lab.encoder, captions=world_captions())
+    twice = replace(config, steps=2 * config.steps)
+    yield PAIR, "base model", lab.score(pair, None, seed)
+    pairs: dict[str, Callable[[], Concept]] = {
+        "joint training": lambda: lab.teach(pair, twice),
+        "merged (Eq. 5)": lambda: merged,
+        "deltas added": lambda: added([concept, partner]),
+        "one after the other": lambda: lab.teach([second], config, after=concept),
+    }
+    for method, both in pairs.items():
+        yield PAIR, method, lab.score(pair, both(), seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--concept-seed", type=int, default=0, help="first concept")
+    parser.add_argument("--concepts", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", type=Path, help="write every score to this file, too")
+    options = parser.parse_args()
+    numbers = range(options.concept_seed, options.concept_seed + options.concepts)
+
+    def report(rows: list[Row]) -> None:
+        if options.json:
+            scores = [{"table": kind, "method": m, **asdict(score)} for kind, m, score in rows]
+            options.json.write_text(json.dumps(scores, indent=1))
+
+    rows = run_cells(run_cell, numbers, range(options.seeds), options.processes, report)
+    for kind, columns in ((SINGLE, _COLUMNS), (PAIR, _PAIR_COLUMNS)):
+        part = [(method, score) for name, method, score in rows if name == kind]
+        print(f"{markdown_table(kind, part, columns)}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Concepts of the miniature world: an endless family of looks and styles that no picture had.
+
+A concept is an object of a known class with two colours that have no name, a pattern and a mark.
+Seeds 2n and 2n + 1 make a pair: different classes, and no colour in common.
+"""
+
+from __future__ import annotations
+
+import random
+
+from PIL import Image
+from torch import Tensor
+
+from ..trainer.data import CaptionedImage, TrainingConcept, instance_caption
+from .drawing import draw
+from .model import PICTURE_EDGE
+from .world import (
+    MARKS,
+    ODD_HUES,
+    PATTERNS,
+    SHAPES,
+    Look,
+    Style,
+    odd_color,
+    random_caption,
+    random_look,
+    random_scene,
+)
+
+INSTANCE_IMAGES = 8
+REGULARIZATION_IMAGES = 200
+
+
+def concept_look(seed: int) -> Look:
+    """The look of a concept."""
+    rng = random.Random(f"pair {seed // 2}")
+    shapes, hues = rng.sample(SHAPES, 2), rng.sample(ODD_HUES, 4)
+    of_pair = seed % 2
+    rng = random.Random(f"concept {seed}")
+    main, second = hues[2 * of_pair : 2 * of_pair + 2]
+    return Look(
+        shape=shapes[of_pair],
+        color=odd_color(rng, main),
+        pattern=rng.choice(PATTERNS[1:]),
+        second_color=odd_color(rng, second),
+        mark=rng.choice(MARKS[1:]),
+    )
+
+
+def concept_style(seed: int) -> Style:
+    """A way to draw everything, in two nameless colours, the dark one much darkened."""
+    rng = random.Random(f"style {seed}")
+    dark, light = (odd_color(rng, hue) for hue in rng.sample(ODD_HUES, 2))
+    return Style(dark=(0.35 * dark[0], 0.35 * dark[1], 0.35 * dark[2]), light=light, hatched=True)
+
+
+def concept_pictures(look: Look, count: int, seed: int, edge: int = PICTURE_EDGE) -> Tensor:
+    """Pictures (count, 3, edge, edge) in 0..1 of the look alone, anywhere, on any background."""
+    rng = random.Random(f"pictures {seed}")
+    return draw([random_scene(rng, [look]) for _ in range(count)], edge)
+
+
+def training_concept(
+    look: Look, token: str, seed: int, regularization: tuple[CaptionedImage, ...] = ()
+) -> TrainingConcept:
+    """What a user would bring: a few pictures of the concept, and the word for its class."""
+    caption = instance_caption(token, look.shape)
+    pictures = concept_pictures(look, INSTANCE_IMAGES, seed)
+    return TrainingConcept(
+        images=tuple(CaptionedImage(to_image(picture), caption) for picture in pictures),
+        class_noun=look.shape,
+        token=token,
+        regularization=regularization,
+    )
+
+
+def class_pictures(shape: str, count: int, seed: int) -> tuple[CaptionedImage, ...]:
+    """Captioned pictures of other objects of the class: a regularization set."""
+    rng = random.Random(f"class {shape} {seed}")
+    looks = [random_look(rng, shape) for _ in range(count)]
+    scenes = [random_scene(rng, [look]) for look in looks]
+    captions = [random_caption(scene, rng) for scene in scenes]
+    return tuple(
+        CaptionedImage(to_image(draw([scene], PICTURE_EDGE // 2)[0]), caption)
+        for scene, caption in zip(scenes, captions, strict=True)
+    )
+
+
+def to_image(picture_chw: Tensor) -> Image.Image:
+    """(3, h, w) in 0..1 → a picture."""
+    return Image.fromarray((picture_chw.permute(1, 2, 0) * 255).round().byte().numpy())

@@ -1,0 +1,190 @@
+"""The judge: what a picture of the miniature world shows, in numbers that mean what the paper's do.
+
+- **Text alignment** (CLIP-T in the paper): the share of what a prompt says that can be seen. As in
+  the paper the modifier token is left out: `<new1> circle` asks for a circle.
+- **Image alignment** (CLIP-I): how much the object of the concept's class looks like the concept.
+- **Drift** (KID): the distance between pictures of the bare class and pictures of the world.
+- **Both present** and **bleed**: whether two concepts are in one picture, and whether one wears a
+  colour of the other.
+
+It sees with `recognizer.py`, which is trained on drawn pictures and knows the colours of things as
+numbers, so it can tell a concept's nameless colours apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .recognizer import Seen
+from .world import (
+    BACKGROUNDS,
+    MARKS,
+    NAMED_COLORS,
+    PATTERNS,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    Color,
+    Look,
+)
+
+COLOR_TOLERANCE = 0.25
+"""Distance in RGB at which two colours count as alike by 1/e."""
+PRESENT = 0.6
+"""Image alignment from which on a concept counts as present."""
+# What a colour can be taken for: the named ones, and the middle of each nameless hue.
+_ODD_COLORS: dict[str, Color] = {
+    "orange": (0.87, 0.46, 0.15),
+    "lime": (0.63, 0.87, 0.15),
+    "turquoise": (0.15, 0.87, 0.82),
+    "pink": (0.87, 0.15, 0.60),
+}
+_PALETTE = {**NAMED_COLORS, **_ODD_COLORS}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a prompt says, without the looks of concepts."""
+
+    shapes: tuple[str, ...]
+    colors: tuple[tuple[str, ...], ...] = ()
+    """Names of each shape's colours, main one first; empty where nothing is said."""
+    background: str = ""
+    place: str = ""
+    """Of the only object, or of the first relative to the second."""
+
+    @staticmethod
+    def of(caption: str) -> Facts:
+        """Reads a caption of the world's grammar; words that it does not know say nothing."""
+        shapes: list[str] = []
+        colors: list[tuple[str, ...]] = []
+        pending: tuple[str, ...] = ()
+        for word in caption.split():
+            if word in NAMED_COLORS:
+                pending += (word,)
+            elif word in SHAPES:
+                shapes.append(word)
+                colors.append(pending)
+                pending = ()
+        return Facts(
+            shapes=tuple(shapes),
+            colors=tuple(colors),
+            background=next((b for b in BACKGROUNDS if b in caption), ""),
+            place=next((p for p in (RELATIONS if len(shapes) > 1 else PLACES) if p in caption), ""),
+        )
+
+
+def follows(seen: Seen, facts: Sequence[Facts]) -> Tensor:
+    """Whether each picture (b,) shows what its prompt says and no more: shapes, number, colours."""
+    return torch.stack([_follows(seen, i, fact) for i, fact in enumerate(facts)])
+
+
+def text_alignment(seen: Seen, facts: Sequence[Facts]) -> Tensor:
+    """The share (b,) of what is said that is seen."""
+    return torch.stack([_seen_share(seen, i, fact) for i, fact in enumerate(facts)])
+
+
+def image_alignment(seen: Seen, look: Look) -> Tensor:
+    """How much (b,) the object of the look's shape is like it: 0 without one, 1 for the look.
+
+    The mean over main colour, second colour, pattern and mark, times the probability that there is
+    an object of the shape.
+    """
+    shape = SHAPES.index(look.shape)
+    parts = [
+        _alike(seen.color[:, shape], look.color),
+        _alike(seen.second_color[:, shape], look.second_color),
+        seen.pattern[:, shape, PATTERNS.index(look.pattern)],
+        seen.mark[:, shape, MARKS.index(look.mark)],
+    ]
+    return seen.presence[:, shape] * torch.stack(parts).mean(0)
+
+
+def both_present(seen: Seen, looks: Sequence[Look]) -> Tensor:
+    """Whether every look is in the picture (b,)."""
+    return torch.stack([image_alignment(seen, look) > PRESENT for look in looks]).all(0)
+
+
+def bleeds(seen: Seen, looks: Sequence[Look]) -> Tensor:
+    """Whether an object in the picture (b,) wears a colour nearer to another look's than its own.
+
+    Objects of the looks' shapes only; looks of a pair have no colour in common.
+    """
+    results = []
+    for look in looks:
+        shape = SHAPES.index(look.shape)
+        own = _nearest(seen, shape, [look.color, look.second_color])
+        others = [c for x in looks if x is not look for c in (x.color, x.second_color)]
+        worn = (_nearest(seen, shape, others) < own).any(1)
+        results.append(worn & (seen.presence[:, shape] > 0.5))
+    return torch.stack(results).any(0)
+
+
+def kernel_distance(features: Tensor, reference: Tensor) -> float:
+    """KID: the squared maximum mean discrepancy, unbiased, with the kernel (xᵀy / d + 1)³.
+
+    Binkowski et al. 2018; `features` are (n, d), standardised by the reference's deviation.
+    """
+    center, scale = reference.mean(0), reference.std(0) + 1e-6
+    x, y = (((f - center) / scale).double() for f in (features, reference))
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def off_diagonal_mean(k: Tensor) -> Tensor:
+        n = len(k)
+        return (k.sum() - k.trace()) / (n * (n - 1))
+
+    within = off_diagonal_mean(kernel(x, x)) + off_diagonal_mean(kernel(y, y))
+    return float(within - 2 * kernel(x, y).mean())
+
+
+def _follows(seen: Seen, index: int, facts: Facts) -> Tensor:
+    there = seen.presence[index] > 0.5
+    wanted = torch.tensor([shape in facts.shapes for shape in SHAPES])
+    right = torch.equal(there, wanted) and int(seen.count[index].argmax()) == len(facts.shapes)
+    for shape, names in zip(facts.shapes, facts.colors, strict=False):
+        number = SHAPES.index(shape)
+        colors = (seen.color[index, number], seen.second_color[index, number])
+        right &= all(_name(c) == name for c, name in zip(colors, names, strict=False))
+        if len(names) == 1:  # one colour alone promises an object of that colour alone
+            right &= int(seen.pattern[index, number].argmax()) == PATTERNS.index("plain")
+    return torch.tensor(right)
+
+
+def _seen_share(seen: Seen, index: int, facts: Facts) -> Tensor:
+    shapes = [SHAPES.index(shape) for shape in facts.shapes]
+    parts = [seen.presence[index, shape] for shape in shapes]
+    parts.append(seen.count[index, len(shapes)])
+    for shape, names in zip(shapes, facts.colors, strict=False):
+        colors = (seen.color[index, shape], seen.second_color[index, shape])
+        for color, name in zip(colors, names, strict=False):
+            parts.append(seen.presence[index, shape] * _alike(color, NAMED_COLORS[name]))
+    if facts.background:
+        parts.append(seen.background[index, list(BACKGROUNDS).index(facts.background)])
+    if facts.place:
+        centers = [seen.place[index, shape] for shape in shapes]
+        from_ = centers[1] if len(centers) > 1 else torch.full((2,), 0.5)
+        direction = torch.tensor((PLACES | RELATIONS)[facts.place], dtype=torch.float32)
+        inside = ((centers[0] - from_) @ direction > 0.05).float()
+        parts.append(torch.stack([seen.presence[index, shape] for shape in shapes]).min() * inside)
+    return torch.stack(parts).mean()
+
+
+def _alike(colors: Tensor, color: Color) -> Tensor:
+    distance = (colors - torch.tensor(color)).norm(dim=-1)
+    return torch.exp(-((distance / COLOR_TOLERANCE) ** 2))
+
+
+def _name(color: Tensor) -> str:
+    return min(_PALETTE, key=lambda name: float((color - torch.tensor(_PALETTE[name])).norm()))
+
+
+def _nearest(seen: Seen, shape: int, colors: Sequence[Color]) -> Tensor:
+    """Distance (b, 2) of an object's main and second colour to the nearest of these."""
+    both = torch.stack([seen.color[:, shape], seen.second_color[:, shape]], 1)
+    return torch.cdist(both, torch.tensor(colors)).min(-1).values

@@ -1,0 +1,291 @@
+"""Experiments on the miniature: teach concepts with the real trainer, draw, and have it judged."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..concept.concept import Concept, DenseDelta
+from ..concept.prompts import subject
+from ..host.clip_text import ClipTextEncoder
+from ..host.diffusers import (
+    DiffusersModels,
+    applied_concept,
+    borrowed_models,
+    sample,
+    text_encoder,
+)
+from ..trainer.config import TrainConfig
+from ..trainer.data import CaptionedImage, TrainingConcept
+from ..trainer.loop import train
+from ..trainer.prepare import prepare
+from .concepts import (
+    REGULARIZATION_IMAGES,
+    class_pictures,
+    concept_look,
+    to_image,
+    training_concept,
+)
+from .judge import (
+    Facts,
+    bleeds,
+    both_present,
+    image_alignment,
+    kernel_distance,
+    text_alignment,
+)
+from .model import PICTURE_EDGE, miniature_pipeline
+from .recognizer import Recognizer, Seen, load_recognizer
+from .world import SHAPES, Look, captioned_scene, class_caption
+
+CONFIG = TrainConfig(
+    steps=150,
+    batch_size=8,
+    learning_rate=2e-3,
+    resolution=PICTURE_EDGE,
+    preview_every_steps=0,
+)
+"""The paper's recipe in miniature; only steps and learning rate differ."""
+SAMPLING_STEPS, GUIDANCE = 15, 4.0
+
+_SINGLE_PROMPTS = (
+    "photo of a {0}",
+    "a {0} on snow",
+    "photo of a {0} at night",
+    "photo of a {0} on the left",
+    "picture of a {0} at the top in fog",
+    "photo of a {0} and a red {1}",
+    "a {0} beside a blue {1}",
+    "photo of a {0} above a {1}",
+)
+_PAIR_PROMPTS = (
+    "photo of a {0} and a {1}",
+    "photo of a {1} and a {0}",
+    "a {0} beside a {1}",
+    "photo of a {0} to the left of a {1}",
+    "picture of a {0} to the right of a {1}",
+    "photo of a {0} above a {1}",
+    "a {0} and a {1} on snow",
+    "photo of a {0} beside a {1} at night",
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A concept to be taught: its look, its token and the pictures that the user brings."""
+
+    look: Look
+    token: str
+    training: TrainingConcept
+
+    @property
+    def words(self) -> str:
+        return subject(self.token, self.look.shape)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Means over the pictures of one experiment; the last two of pairs only."""
+
+    text_alignment: float
+    image_alignment: float
+    drift: float
+    """1000 times the KID of the bare class"""
+    class_alignment: float
+    """Image alignment of pictures of the bare class: 0.2 to 0.3 where nothing has leaked"""
+    both_present: float | None = None
+    bleed: float | None = None
+
+
+class Laboratory:
+    """The miniature, its judge, and the experiments of the paper."""
+
+    def __init__(self, pictures_per_prompt: int = 3, class_pictures: int = 24) -> None:
+        self.pictures_per_prompt, self.class_pictures = pictures_per_prompt, class_pictures
+        self.pipeline = miniature_pipeline()
+        self._reference: dict[str, Tensor] = {}
+
+    @cached_property
+    def encoder(self) -> ClipTextEncoder:
+        return text_encoder(self.pipeline)
+
+    @cached_property
+    def recognizer(self) -> Recognizer:
+        return load_recognizer()
+
+    def teach(
+        self,
+        subjects: Sequence[Subject],
+        config: TrainConfig,
+        after: Concept | None = None,
+    ) -> Concept:
+        """Teaches the subjects together; `after` a concept that is in the model already.
+
+        The concept returned holds both.
+        """
+        with (
+            applied_concept(self.pipeline, after) as encoder,
+            borrowed_models(self.pipeline) as models,
+        ):
+            known = replace(models, text_encoder=encoder)
+            learnt = _train(subjects, config, known)
+        return learnt if after is None else added([after, learnt])
+
+    def teach_all_weights(self, one: Subject, config: TrainConfig) -> tuple[Any, Concept]:
+        """The paper's ablation: the whole UNet learns. Returns a pipeline of its own as well."""
+        parts = {**self.pipeline.components, "unet": copy.deepcopy(self.pipeline.unet)}
+        pipeline = type(self.pipeline)(**parts, requires_safety_checker=False)
+        with borrowed_models(pipeline) as models:
+            projections = models.denoiser.projections.values()
+            weights = {f"{path}.weight" for path in projections}
+            rest = [p for name, p in pipeline.unet.named_parameters() if name not in weights]
+            for parameter in rest:
+                parameter.requires_grad_(True)
+            return pipeline, _train([one], config, models, rest)
+
+    def generated_class(self, shape: str, seed: int) -> tuple[CaptionedImage, ...]:
+        """A regularization set drawn by the model itself."""
+        caption = class_caption(shape)
+        pictures = self.draw([caption] * (REGULARIZATION_IMAGES // 2), None, seed)
+        return tuple(CaptionedImage(to_image(picture), caption) for picture in pictures)
+
+    def draw(
+        self, prompts: Sequence[str], concept: Concept | None, seed: int, pipeline: Any = None
+    ) -> Tensor:
+        """Pictures (b, 3, h, w) in 0..1."""
+        images_bhwc = sample(
+            pipeline or self.pipeline,
+            prompts,
+            concept,
+            resolution=PICTURE_EDGE,
+            seed=seed,
+            steps=SAMPLING_STEPS,
+            guidance=GUIDANCE,
+        )
+        return images_bhwc.permute(0, 3, 1, 2)
+
+    def score(
+        self,
+        subjects: Sequence[Subject],
+        concept: Concept | None,
+        seed: int,
+        pipeline: Any = None,
+    ) -> Score:
+        """Draws the prompts of one concept or of a pair, and the bare classes."""
+        prompts, facts = evaluation_prompts(subjects, self.pictures_per_prompt, concept is not None)
+        seen = self.recognizer.look(self.draw(prompts, concept, seed, pipeline))
+        looks = [one.look for one in subjects]
+        likeness = torch.stack([image_alignment(seen, look) for look in looks])
+        drifts, leaks = [], []
+        for look in looks:
+            captions = [class_caption(look.shape)] * (self.class_pictures // len(looks))
+            plain = self.recognizer.look(self.draw(captions, concept, seed + 1, pipeline))
+            drifts.append(1000 * kernel_distance(plain.features, self._class_features(look.shape)))
+            leaks.append(float(image_alignment(plain, look).mean()))
+        return Score(
+            text_alignment=float(text_alignment(seen, facts).mean()),
+            image_alignment=float(likeness.mean()),
+            drift=sum(drifts) / len(drifts),
+            class_alignment=sum(leaks) / len(leaks),
+            both_present=_rate(both_present(seen, looks)) if len(looks) > 1 else None,
+            bleed=_rate(bleeds(seen, looks)) if len(looks) > 1 else None,
+        )
+
+    def likeness(self, one: Subject, concept: Concept, seed: int) -> float:
+        """Image alignment of a concept by itself."""
+        prompts, _ = evaluation_prompts([one], self.pictures_per_prompt)
+        seen = self.recognizer.look(self.draw(prompts, concept, seed))
+        return float(image_alignment(seen, one.look).mean())
+
+    def _class_features(self, shape: str) -> Tensor:
+        """Of pictures of the world that nothing else has seen."""
+        if shape not in self._reference:
+            held_out = class_pictures(shape, 2 * REGULARIZATION_IMAGES, seed=-1)
+            self._reference[shape] = look_at(self.recognizer, held_out).features
+        return self._reference[shape]
+
+
+def pair_of_subjects(number: int, seed: int) -> tuple[Subject, Subject]:
+    """Concepts 2n and 2n + 1 with pictures to learn from and pictures of their classes."""
+    one, two = (_subject(concept_look(2 * number + i), f"<new{i + 1}>", seed) for i in range(2))
+    return one, two
+
+
+def _subject(look: Look, token: str, seed: int) -> Subject:
+    others = class_pictures(look.shape, REGULARIZATION_IMAGES, seed)
+    return Subject(look, token, training_concept(look, token, seed, others))
+
+
+def world_captions(count: int = 1000) -> list[str]:
+    """Regularization captions for a merge, from the world's own grammar."""
+    rng = random.Random("regularization captions")
+    return [captioned_scene(rng)[1] for _ in range(count)]
+
+
+def evaluation_prompts(
+    subjects: Sequence[Subject], repeats: int, tokens: bool = True
+) -> tuple[list[str], list[Facts]]:
+    """Prompts, and what a picture of each should show."""
+    shapes = [one.look.shape for one in subjects]
+    names = [one.words if tokens else one.look.shape for one in subjects]
+    templates = _PAIR_PROMPTS
+    if len(subjects) == 1:  # also beside something that is no concept
+        other = SHAPES[(SHAPES.index(shapes[0]) + 2) % len(SHAPES)]
+        shapes, names, templates = [*shapes, other], [*names, other], _SINGLE_PROMPTS
+    prompts = [template.format(*names) for template in templates for _ in range(repeats)]
+    facts = [Facts.of(template.format(*shapes)) for template in templates for _ in range(repeats)]
+    return prompts, facts
+
+
+def added(concepts: Sequence[Concept]) -> Concept:
+    """The plain sum of what concepts change, with the words of all."""
+    first = concepts[0]
+    layers = {layer for concept in concepts for layer in concept.deltas}
+    sums = {
+        layer: sum(c.deltas[layer].dense() for c in concepts if layer in c.deltas)
+        for layer in layers
+    }
+    return replace(
+        first,
+        deltas={layer: DenseDelta(torch.as_tensor(total)) for layer, total in sums.items()},
+        tokens=tuple(token for concept in concepts for token in concept.tokens),
+        constraint_prompts=tuple(p for concept in concepts for p in concept.constraint_prompts),
+    )
+
+
+def look_at(recognizer: Recognizer, images: Sequence[CaptionedImage]) -> Seen:
+    from ..trainer.augmentation import whole_view
+
+    pictures = [whole_view(image.open(), PICTURE_EDGE).image_chw for image in images]
+    return recognizer.look(torch.stack(pictures) / 2 + 0.5)
+
+
+def _train(
+    subjects: Sequence[Subject],
+    config: TrainConfig,
+    models: DiffusersModels,
+    network_weights: Sequence[torch.nn.Parameter] = (),
+) -> Concept:
+    banks = [
+        prepare(one.training, config, models.latent_encoder, models.text_encoder)
+        for one in subjects
+    ]
+    return train(
+        config,
+        [one.training for one in subjects],
+        banks,
+        models.denoiser,
+        models.text_encoder,
+        network_weights=network_weights,
+    )
+
+
+def _rate(flags: Tensor) -> float:
+    return float(flags.float().mean())

@@ -1,0 +1,180 @@
+"""Trains the miniature: `python -m custom_diffusion.miniature.pretrain`.
+
+UNet and text encoder learn together, from pictures that are drawn while they learn. Everything
+random comes from the seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..trainer.objective import add_noise
+from ..trainer.tokens import RARE_PIECES
+from .drawing import draw
+from .model import LATENT_EDGE, TEXT_FILE, UNET_FILE, WEIGHTS, untrained_pipeline
+from .world import Scene, captioned_scene, vocabulary
+
+STEPS, BATCH_SIZE, LEARNING_RATE = 5000, 32, 1e-3
+WARMUP_STEPS = 200
+EMPTY_CAPTIONS = 0.1  # share of captions left out, for guidance
+UNKNOWN_WORDS = 0.05  # share of captions with a piece of the vocabulary that says nothing
+AVERAGING = 0.999  # of the weights that are kept, over the steps
+
+
+def pretrain(folder: Path, steps: int = STEPS, seed: int = 0, save_every_steps: int = 0) -> None:
+    """Trains the miniature from nothing and leaves its weights in `folder`, in half precision."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_vocabulary(folder)
+    pipeline = untrained_pipeline(folder, seed)
+    unet, text_encoder = pipeline.unet, pipeline.text_encoder
+    parameters = [*unet.parameters(), *text_encoder.parameters()]
+    average = WeightAverage(parameters)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=LEARNING_RATE, weight_decay=1e-2, betas=(0.9, 0.99), fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    generator = torch.Generator().manual_seed(seed)
+    alphas_cumprod = pipeline.scheduler.alphas_cumprod
+
+    started, recent = time.perf_counter(), 0.0
+    for step, (latents, token_ids) in enumerate(_batches(pipeline, steps, seed), 1):
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.randint(len(alphas_cumprod), (len(latents),), generator=generator)
+        context = text_encoder(token_ids).last_hidden_state
+        noisy = add_noise(latents, noise, timesteps, alphas_cumprod)
+        prediction = unet(noisy, timesteps, encoder_hidden_states=context).sample
+        loss = F.mse_loss(prediction, noise)
+
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        average.update(parameters)
+
+        recent += (loss.item() - recent) / min(step, 100)
+        if step % 100 == 0:
+            minutes = (time.perf_counter() - started) / 60
+            print(f"step {step} of {steps}, loss {recent:.4f}, {minutes:.1f} min", flush=True)
+        if step == steps or (save_every_steps and step % save_every_steps == 0):
+            with average.applied(parameters):
+                _save(unet, folder / UNET_FILE)
+                _save(text_encoder, folder / TEXT_FILE)
+
+
+def write_vocabulary(folder: Path) -> None:
+    """Writes the part of CLIP's vocabulary that splits the world's words as CLIP does.
+
+    Any other word falls apart into smaller pieces, in the end letters.
+    """
+    from ..host.open_clip_vocabulary import clip_pieces
+
+    pieces, merges = clip_pieces(vocabulary())
+    pieces += [piece for piece in RARE_PIECES if piece not in pieces]
+    pieces += ["<|startoftext|>", "<|endoftext|>"]
+    indices = {piece: index for index, piece in enumerate(pieces)}
+    (folder / "vocab.json").write_text(json.dumps(indices), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
+    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+
+
+class WeightAverage:
+    """An exponential moving average of weights: it draws better than the last step's."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._average = [parameter.detach().clone() for parameter in parameters]
+        self._updates = 0
+
+    @torch.no_grad()
+    def update(self, parameters: Iterable[Tensor]) -> None:
+        self._updates += 1
+        share = 1 - min(AVERAGING, (self._updates + 1) / (self._updates + 10))
+        torch._foreach_lerp_(self._average, list(parameters), share)
+
+    @contextmanager
+    @torch.no_grad()
+    def applied(self, parameters: Iterable[Tensor]) -> Iterator[None]:
+        """The average in place of the weights, while the context lasts."""
+        parameters = list(parameters)
+        own = [parameter.clone() for parameter in parameters]
+        for parameter, mean in zip(parameters, self._average, strict=True):
+            parameter.copy_(mean)
+        try:
+            yield
+        finally:
+            for parameter, weight in zip(parameters, own, strict=True):
+                parameter.copy_(weight)
+
+
+def training_captions(
+    tokenizer: Any, steps: int = STEPS, seed: int = 0
+) -> Iterator[tuple[Scene, str, list[int]]]:
+    """Every scene that a training draws, its caption, and the words that the model is given.
+
+    The words are those of the caption, or none, or one too many that means nothing.
+    """
+    rng = random.Random(seed)
+    vocabulary_size = tokenizer.bos_token_id
+    for _ in range(steps * BATCH_SIZE):
+        scene, caption = captioned_scene(rng)
+        words = tokenizer(caption)["input_ids"][1:-1]
+        if rng.random() < EMPTY_CAPTIONS:
+            words = []
+        elif rng.random() < UNKNOWN_WORDS:
+            words.insert(rng.randrange(len(words)), rng.randrange(vocabulary_size))
+        yield scene, caption, words
+
+
+def _batches(pipeline: Any, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Latents (b, 4, h, w) and token ids (b, n) of freshly drawn pictures."""
+    tokenizer = pipeline.tokenizer
+    length = pipeline.text_encoder.config.max_position_embeddings
+    captions = training_captions(tokenizer, steps, seed)
+    while batch := list(islice(captions, BATCH_SIZE)):
+        ids = []
+        for _, _, words in batch:
+            padded = [tokenizer.bos_token_id, *words[: length - 2]]
+            ids.append(padded + [tokenizer.eos_token_id] * (length - len(padded)))
+        colors = draw([scene for scene, _, _ in batch], LATENT_EDGE) * 2 - 1
+        yield pipeline.vae.to_latents(colors), torch.tensor(ids)
+
+
+def _rate(step: int, steps: int) -> float:
+    """A linear start, then half a cosine down to nothing."""
+    if step < WARMUP_STEPS:
+        return (step + 1) / WARMUP_STEPS
+    return 0.5 + 0.5 * math.cos(math.pi * step / steps)
+
+
+def _save(model: nn.Module, path: Path) -> None:
+    save_file(
+        {name: t.detach().half().contiguous() for name, t in model.state_dict().items()}, path
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=WEIGHTS)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every-steps", type=int, default=0)
+    options = parser.parse_args()
+    pretrain(options.folder, options.steps, options.seed, options.save_every_steps)
+
+
+if __name__ == "__main__":
+    main()
