@@ -12,9 +12,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from tqdm import tqdm
@@ -31,6 +32,8 @@ from .trainer.prepare import prepare
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULTS = TrainConfig()
+MINIATURE = "miniature"  # the model that comes with the project
+_RECIPE = ("steps", "batch_size", "learning_rate", "resolution", "gradient_cut")
 INTERRUPTED = 130  # exit status after Ctrl-C
 
 
@@ -50,15 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train_command(options: argparse.Namespace) -> None:
-    from .host.diffusers import borrowed_models, load_pipeline
+    from .host.diffusers import borrowed_models
 
     _check_new(options.output)
-    config = TrainConfig(
-        steps=options.steps,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        resolution=options.resolution,
-        gradient_cut=options.gradient_cut,
+    given = {name: getattr(options, name) for name in _RECIPE}
+    config = replace(
+        _recipe(options.model),
+        **{name: value for name, value in given.items() if value is not None},
         augment=not options.no_augment,
         flip=not options.no_flip,
         preview_every_steps=0,
@@ -74,7 +75,7 @@ def train_command(options: argparse.Namespace) -> None:
         if regularization
         else (),
     )
-    pipeline = load_pipeline(options.model, options.device, DTYPES[options.precision])
+    pipeline = _load(options.model, options.device, DTYPES[options.precision])
     with borrowed_models(pipeline) as models:
         with tqdm(desc="encoding pictures", unit="view") as bar:
             bank = prepare(
@@ -100,7 +101,7 @@ def train_command(options: argparse.Namespace) -> None:
 
 
 def merge_command(options: argparse.Namespace) -> None:
-    from .host.diffusers import load_pipeline, text_encoder
+    from .host.diffusers import text_encoder
 
     _check_new(options.output)
     concepts = [read_concept(path) for path in options.concepts]
@@ -115,9 +116,9 @@ def merge_command(options: argparse.Namespace) -> None:
     with tqdm(total=100, desc="merging", unit="%") as bar:
         merged, report = merge_concepts(
             concepts,
-            text_encoder(load_pipeline(options.model)),
+            text_encoder(_load(options.model)),
             strengths=options.strengths,
-            captions=read_captions(options.captions) if options.captions else None,
+            captions=_captions(options),
             relative_ridge=options.ridge,
             cache_folder=options.cache,
             on_progress=lambda fraction: _show_percent(fraction, bar),
@@ -127,16 +128,16 @@ def merge_command(options: argparse.Namespace) -> None:
 
 
 def sample_command(options: argparse.Namespace) -> None:
-    from .host.diffusers import load_pipeline, sample, side_by_side
+    from .host.diffusers import sample, side_by_side
 
-    pipeline = load_pipeline(options.model, options.device, DTYPES[options.precision])
+    pipeline = _load(options.model, options.device, DTYPES[options.precision])
     concept = read_concept(options.concept) if options.concept else None
     pictures = sample(
         pipeline,
         [options.prompt] * options.count,
         concept,
         strength=options.strength,
-        resolution=options.resolution,
+        resolution=options.resolution or _recipe(options.model).resolution,
         seed=options.seed,
     )
     side_by_side(pictures).save(options.output)
@@ -162,6 +163,36 @@ def demo_command(options: argparse.Namespace) -> None:
     from .miniature.demo import run_demo
 
     run_demo(options.output)
+
+
+def _recipe(model: str) -> TrainConfig:
+    """The training settings that suit a model."""
+    if model != MINIATURE:
+        return TrainConfig()
+    from .miniature.model import CONFIG
+
+    return CONFIG
+
+
+def _load(model: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    if model == MINIATURE:
+        from .miniature.model import miniature_pipeline
+
+        return miniature_pipeline().to(device)
+    from .host.diffusers import load_pipeline
+
+    return load_pipeline(model, device, dtype)
+
+
+def _captions(options: argparse.Namespace) -> list[str] | None:
+    """Regularization captions of a merge; None for our own."""
+    if options.captions:
+        return read_captions(options.captions)
+    if options.model != MINIATURE:
+        return None
+    from .miniature.world import world_captions
+
+    return world_captions()
 
 
 @contextmanager
@@ -215,7 +246,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True)
 
-    demo = commands.add_parser("demo", help="the main job end to end on a small random model")
+    demo = commands.add_parser(
+        "demo", help="the whole way on a small model that comes with this, in minutes"
+    )
     demo.add_argument("--output", type=Path, default=Path("demo"), metavar="FOLDER")
     demo.set_defaults(command=demo_command)
 
@@ -226,13 +259,11 @@ def _parser() -> argparse.ArgumentParser:
     teach.add_argument("--token", default="<new1>", help="its new word")
     teach.add_argument("--initializer", default="", help="word the token starts from")
     teach.add_argument("--regularization", type=Path, help="folder of ordinary class pictures")
-    teach.add_argument("--steps", type=int, default=DEFAULTS.steps)
-    teach.add_argument("--batch-size", type=int, default=DEFAULTS.batch_size)
-    teach.add_argument("--learning-rate", type=float, default=DEFAULTS.learning_rate)
-    teach.add_argument("--resolution", type=int, default=DEFAULTS.resolution)
-    teach.add_argument(
-        "--gradient-cut", choices=get_args(GradientCut), default=DEFAULTS.gradient_cut
-    )
+    teach.add_argument("--steps", type=int, help=f"default {DEFAULTS.steps}")
+    teach.add_argument("--batch-size", type=int, help=f"default {DEFAULTS.batch_size}")
+    teach.add_argument("--learning-rate", type=float, help=f"default {DEFAULTS.learning_rate:g}")
+    teach.add_argument("--resolution", type=int, help=f"default {DEFAULTS.resolution}")
+    teach.add_argument("--gradient-cut", choices=get_args(GradientCut))
     teach.add_argument("--no-augment", action="store_true", help="no random sizes")
     teach.add_argument("--no-flip", action="store_true", help="no mirrored views")
     teach.add_argument("--seed", type=int, default=DEFAULTS.seed)
@@ -256,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("--concept", type=Path)
     draw.add_argument("--strength", type=float, default=1.0)
     draw.add_argument("--count", type=int, default=1)
-    draw.add_argument("--resolution", type=int, default=DEFAULTS.resolution)
+    draw.add_argument("--resolution", type=int, help=f"default {DEFAULTS.resolution}")
     draw.add_argument("--seed", type=int, default=0)
     draw.add_argument("--output", type=Path, default=Path("sample.png"))
     draw.set_defaults(command=sample_command)
@@ -268,6 +299,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="folder in diffusers' layout")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help=f"folder in diffusers' layout, or {MINIATURE!r}: the small one of the demo",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=DTYPES, default="float32", help="of frozen weights")

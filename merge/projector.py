@@ -114,8 +114,11 @@ def constraint_projector(
     """
     c = constraints.to(torch.float64)
     z = torch.linalg.solve_triangular(factor.upper, c, upper=True, left=False)
-    if slack is not None:
-        z = torch.cat([z, slack.to(z).sqrt().diag()], dim=1)
+    scale = torch.ones_like(z[:, :1])
+    if slack is not None:  # a row with much slack must not pass for a badly conditioned one
+        slack = slack.to(z)
+        scale = (1 + slack / z.square().sum(1)).rsqrt()[:, None]
+        z = scale * torch.cat([z, slack.sqrt().diag()], dim=1)
     u, singular, vh = torch.linalg.svd(z, full_matrices=False)
     smallest = float(singular[-1]) if len(singular) == len(c) else 0.0
     condition = float(singular[0]) / smallest if smallest > 0 else float("inf")
@@ -123,7 +126,7 @@ def constraint_projector(
     mu = DAMPING if damped else 0.0
     inverse = singular / (singular.square() + mu * singular[0].square())
     vh = vh[:, : c.shape[1]]
-    p = (u * inverse) @ torch.linalg.solve_triangular(factor.upper, vh.T, upper=True).T
+    p = scale * ((u * inverse) @ torch.linalg.solve_triangular(factor.upper, vh.T, upper=True).T)
     q, r = torch.linalg.qr(p.T)
     rows, left = q.T, r.T
     if (

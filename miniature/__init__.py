@@ -1,1 +1,1 @@
-"""A model small enough to run the main job anywhere, without downloading anything."""
+"""A small world, a model that draws it, concepts that are new to it, and a judge of the lot."""

@@ -19,7 +19,9 @@ from ..concept.prompts import subject
 from ..merge.compose import merge_concepts
 from ..trainer.config import GradientCut
 from .cells import markdown_table, run_cells
-from .laboratory import CONFIG, Laboratory, Subject, added, pair_of_subjects, world_captions
+from .laboratory import Laboratory, Subject, added, pair_of_subjects
+from .model import CONFIG
+from .world import world_captions
 
 _TEMPLATES = (
     "{}",

@@ -16,7 +16,9 @@ from pathlib import Path
 from ..concept.concept import Concept
 from ..merge.compose import merge_concepts
 from .cells import markdown_table, run_cells
-from .laboratory import CONFIG, Laboratory, Score, added, pair_of_subjects, world_captions
+from .laboratory import Laboratory, Score, added, pair_of_subjects
+from .model import CONFIG
+from .world import world_captions
 
 SINGLE, PAIR = "one concept", "two concepts"
 # The whole UNet learns at a lower rate, as in the paper's ablation and in DreamBooth.

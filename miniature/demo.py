@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from PIL import Image
 from tqdm import tqdm
 
 from ..concept.atomic import write_atomically
@@ -22,14 +20,15 @@ from ..merge.compose import merge_concepts
 from ..trainer.data import instance_caption, load_folder
 from ..trainer.loop import Event, StepDone, train
 from ..trainer.prepare import prepare
-from .laboratory import CONFIG, GUIDANCE, SAMPLING_STEPS, Subject, pair_of_subjects, world_captions
-from .model import PICTURE_EDGE, miniature_pipeline
-from .world import class_caption
+from .laboratory import Subject, pair_of_subjects
+from .model import CONFIG, GUIDANCE, PICTURE_EDGE, SAMPLING_STEPS, miniature_pipeline
+from .sheet import Row, images, lay_out
+from .world import class_caption, world_captions
 
 log = logging.getLogger("custom_diffusion")
 
 PAIR = 7
-_COLUMNS, _TILE, _GAP, _LABEL = 6, 112, 6, 330
+_COLUMNS = 6
 
 
 def run_demo(folder: Path) -> Path:
@@ -87,67 +86,37 @@ def _sheet(
 ) -> Image.Image:
     """What was given, and what the model draws before and afterwards."""
     one, two = pair
-    classes = [class_caption(subject.look.shape) for subject in pair]
+    alone = [f"photo of a {subject.words}" for subject in pair]
     together = f"photo of a {one.words} and a {two.words}"
-    half = _COLUMNS // 2
-    drawn: list[tuple[str, str, list[str], Concept | None]] = [
-        ("The model before", " | ".join(classes), [c for c in classes for _ in range(half)], None),
-        *(
-            (
-                f"Concept {number} alone",
-                f"photo of a {subject.words}",
-                [f"photo of a {subject.words}"] * _COLUMNS,
-                concept,
-            )
-            for number, subject, concept in zip((1, 2), pair, concepts, strict=True)
-        ),
-        ("Both, merged in closed form", together, [together] * _COLUMNS, merged),
-        (
-            "The classes, after the merge",
-            " | ".join(classes),
-            [c for c in classes for _ in range(half)],
-            merged,
-        ),
+    classes = [class_caption(subject.look.shape) for subject in pair]
+    drawn: list[tuple[str, Sequence[str], Concept | None]] = [
+        ("The model before", classes, None),
+        ("Concept 1 alone", alone[:1], concepts[0]),
+        ("Concept 2 alone", alone[1:], concepts[1]),
+        ("Both, merged in closed form", [together], merged),
+        ("The classes, after the merge", classes, merged),
     ]
     rows = [
-        (
-            f"Given: pictures of {subject.words}",
-            f"{_COLUMNS} of {len(subject.training.images)}",
+        Row(
+            f"Given: {len(subject.training.images)} pictures",
+            f"of {subject.words}",
             [image.open() for image in subject.training.images[:_COLUMNS]],
         )
         for subject in pair
     ]
     with _bar("drawing", len(drawn)) as advance:
-        for number, (title, words, prompts, concept) in enumerate(drawn, 1):
+        for number, (title, prompts, concept) in enumerate(drawn, 1):
             images_bhwc = sample(
                 pipeline,
-                prompts,
+                [prompt for prompt in prompts for _ in range(_COLUMNS // len(prompts))],
                 concept,
                 resolution=PICTURE_EDGE,
                 steps=SAMPLING_STEPS,
                 guidance=GUIDANCE,
             )
-            rows.append((title, words, [_to_image(image) for image in images_bhwc]))
+            rows.append(Row(title, " | ".join(prompts), images(images_bhwc.permute(0, 3, 1, 2))))
             advance(number)
-    return _lay_out(rows)
-
-
-def _lay_out(rows: list[tuple[str, str, list[Image.Image]]]) -> Image.Image:
-    step = _TILE + _GAP
-    sheet = Image.new("RGB", (_LABEL + _COLUMNS * step + _GAP, len(rows) * step + _GAP), "white")
-    pen = ImageDraw.Draw(sheet)
-    large, small = ImageFont.load_default(17), ImageFont.load_default(13)
-    for number, (title, words, images) in enumerate(rows):
-        top = _GAP + number * step
-        pen.text((2 * _GAP, top + _TILE / 2 - 22), title, "black", large)
-        pen.text((2 * _GAP, top + _TILE / 2 + 4), words, "#555555", small)
-        for column, image in enumerate(images):
-            sheet.paste(image.resize((_TILE, _TILE)), (_LABEL + column * step, top))
-    return sheet
-
-
-def _to_image(image_hwc: Tensor) -> Image.Image:
-    return Image.fromarray((image_hwc * 255).round().to(torch.uint8).numpy())
+    return lay_out(rows)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from .world import BACKGROUNDS, MARKS, PATTERNS, SHAPES, Placed, Scene
 
 _MARK_RADIUS = 0.3
 _MARK_COLORS = {"none": (0.0, 0.0, 0.0), "white": (0.98, 0.98, 0.98), "black": (0.03, 0.03, 0.03)}
-_GRADIENT = 0.06  # backgrounds are this much lighter at the top than in the middle
+_GRADIENT = 0.06  # backgrounds are this much lighter at the top than at the bottom
 _HATCHES = 12  # lines over a picture in a hatched style
 
 

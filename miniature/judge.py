@@ -97,7 +97,7 @@ def image_alignment(seen: Seen, look: Look) -> Tensor:
     shape = SHAPES.index(look.shape)
     parts = [
         _alike(seen.color[:, shape], look.color),
-        _alike(seen.second_color[:, shape], look.second_color),
+        _second_alike(seen, shape, look.second_color),
         seen.pattern[:, shape, PATTERNS.index(look.pattern)],
         seen.mark[:, shape, MARKS.index(look.mark)],
     ]
@@ -119,7 +119,9 @@ def bleeds(seen: Seen, looks: Sequence[Look]) -> Tensor:
         shape = SHAPES.index(look.shape)
         own = _nearest(seen, shape, [look.color, look.second_color])
         others = [c for x in looks if x is not look for c in (x.color, x.second_color)]
-        worn = (_nearest(seen, shape, others) < own).any(1)
+        patterned = seen.pattern[:, shape, PATTERNS.index("plain")] < 0.5
+        visible = torch.stack([torch.ones_like(patterned), patterned], 1)
+        worn = ((_nearest(seen, shape, others) < own) & visible).any(1)
         results.append(worn & (seen.presence[:, shape] > 0.5))
     return torch.stack(results).any(0)
 
@@ -151,8 +153,9 @@ def _follows(seen: Seen, index: int, facts: Facts) -> Tensor:
         number = SHAPES.index(shape)
         colors = (seen.color[index, number], seen.second_color[index, number])
         right &= all(_name(c) == name for c, name in zip(colors, names, strict=False))
-        if len(names) == 1:  # one colour alone promises an object of that colour alone
-            right &= int(seen.pattern[index, number].argmax()) == PATTERNS.index("plain")
+        # One colour alone promises an object of that colour alone.
+        plain = int(seen.pattern[index, number].argmax()) == PATTERNS.index("plain")
+        right &= plain == (len(names) == 1) or not names
     return torch.tensor(right)
 
 
@@ -161,9 +164,10 @@ def _seen_share(seen: Seen, index: int, facts: Facts) -> Tensor:
     parts = [seen.presence[index, shape] for shape in shapes]
     parts.append(seen.count[index, len(shapes)])
     for shape, names in zip(shapes, facts.colors, strict=False):
-        colors = (seen.color[index, shape], seen.second_color[index, shape])
-        for color, name in zip(colors, names, strict=False):
-            parts.append(seen.presence[index, shape] * _alike(color, NAMED_COLORS[name]))
+        there = seen.presence[index, shape]
+        wanted = [NAMED_COLORS[name] for name in names]
+        parts += [there * _alike(seen.color[index, shape], color) for color in wanted[:1]]
+        parts += [there * _second_alike(seen, shape, color)[index] for color in wanted[1:]]
     if facts.background:
         parts.append(seen.background[index, list(BACKGROUNDS).index(facts.background)])
     if facts.place:
@@ -178,6 +182,12 @@ def _seen_share(seen: Seen, index: int, facts: Facts) -> Tensor:
 def _alike(colors: Tensor, color: Color) -> Tensor:
     distance = (colors - torch.tensor(color)).norm(dim=-1)
     return torch.exp(-((distance / COLOR_TOLERANCE) ** 2))
+
+
+def _second_alike(seen: Seen, shape: int, color: Color) -> Tensor:
+    """The same for the second colour (b,): an object without a pattern has none."""
+    patterned = 1 - seen.pattern[:, shape, PATTERNS.index("plain")]
+    return patterned * _alike(seen.second_color[:, shape], color)
 
 
 def _name(color: Tensor) -> str:

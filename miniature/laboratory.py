@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,19 +40,9 @@ from .judge import (
     kernel_distance,
     text_alignment,
 )
-from .model import PICTURE_EDGE, miniature_pipeline
+from .model import GUIDANCE, PICTURE_EDGE, SAMPLING_STEPS, miniature_pipeline
 from .recognizer import Recognizer, Seen, load_recognizer
-from .world import SHAPES, Look, captioned_scene, class_caption
-
-CONFIG = TrainConfig(
-    steps=150,
-    batch_size=8,
-    learning_rate=2e-3,
-    resolution=PICTURE_EDGE,
-    preview_every_steps=0,
-)
-"""The paper's recipe in miniature; only steps and learning rate differ."""
-SAMPLING_STEPS, GUIDANCE = 15, 4.0
+from .world import SHAPES, Look, class_caption
 
 _SINGLE_PROMPTS = (
     "photo of a {0}",
@@ -221,12 +210,6 @@ def pair_of_subjects(number: int, seed: int) -> tuple[Subject, Subject]:
 def _subject(look: Look, token: str, seed: int) -> Subject:
     others = class_pictures(look.shape, REGULARIZATION_IMAGES, seed)
     return Subject(look, token, training_concept(look, token, seed, others))
-
-
-def world_captions(count: int = 1000) -> list[str]:
-    """Regularization captions for a merge, from the world's own grammar."""
-    rng = random.Random("regularization captions")
-    return [captioned_scene(rng)[1] for _ in range(count)]
 
 
 def evaluation_prompts(

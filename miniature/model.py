@@ -18,13 +18,22 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..concept.errors import IncompatibleModelError
-from ..trainer.config import LATENT_PIXELS
+from ..trainer.config import LATENT_PIXELS, TrainConfig
 
 WEIGHTS = Path(__file__).parent / "weights"
 LATENT_EDGE = 24
 PICTURE_EDGE = LATENT_EDGE * LATENT_PIXELS
 CONTEXT_WIDTH = 128
 CONTEXT_LENGTH = 32
+CONFIG = TrainConfig(
+    steps=150,
+    batch_size=8,
+    learning_rate=2e-3,
+    resolution=PICTURE_EDGE,
+    preview_every_steps=0,
+)
+"""The paper's recipe in miniature; only steps and learning rate differ."""
+SAMPLING_STEPS, GUIDANCE = 15, 4.0
 UNET_FILE, TEXT_FILE = "unet.safetensors", "text_encoder.safetensors"
 
 
@@ -77,10 +86,13 @@ def untrained_pipeline(vocabulary: Path = WEIGHTS, seed: int = 0) -> Any:
                 pad_token_id=words - 1,
             )
         )
+    # Stable Diffusion's own noise ends at a beta of 0.012. Through that so few latents still show
+    # their mean, and the background would come from the noise instead of the prompt.
     scheduler = DDPMScheduler(
         beta_start=0.00085,
-        beta_end=0.012,
+        beta_end=0.02,
         beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
         clip_sample=False,
         steps_offset=1,
     )

@@ -1,7 +1,7 @@
 """The miniature world: what can be in a picture, and how a caption says it.
 
 A scene holds one or two objects of different shapes. An object has a main colour, often a pattern
-in a second colour, sometimes a mark. Captions name only a part of that, most often the class alone:
+in a second colour, sometimes a mark. Captions name only a part of that, often the class alone:
 a model that is trained on them can draw far more than it has words for, as Stable Diffusion can.
 
 Half of all colours have names. No object of the world has two nameless ones: that is kept for the
@@ -121,7 +121,7 @@ def random_look(rng: random.Random, shape: str | None = None) -> Look:
         color=color,
         pattern=rng.choice(PATTERNS[1:]) if rng.random() < 0.55 else "plain",
         second_color=second,
-        mark=rng.choice(MARKS[1:]) if rng.random() < 0.4 else "none",
+        mark=rng.choice(MARKS[1:]) if rng.random() < 0.3 else "none",
     )
 
 
@@ -158,10 +158,9 @@ def class_caption(shape: str) -> str:
     return f"photo of a {shape}"
 
 
-def random_caption(scene: Scene, rng: random.Random, name: str = "") -> str:
-    """One of the many true captions of a scene; `name` is what the first object is called."""
-    names = [name or _describe(scene.objects[0].look, rng)]
-    names += [_describe(placed.look, rng) for placed in scene.objects[1:]]
+def random_caption(scene: Scene, rng: random.Random) -> str:
+    """One of the many true captions of a scene."""
+    names = [_describe(placed.look, rng) for placed in scene.objects]
     if len(names) == 1:
         words = names[0]
         place = _place_words(scene.objects[0])
@@ -190,6 +189,12 @@ def captioned_scene(rng: random.Random) -> tuple[Scene, str]:
     return scene, random_caption(scene, rng)
 
 
+def world_captions(count: int = 1000) -> list[str]:
+    """Regularization captions for a merge, from the world's own grammar."""
+    rng = random.Random("regularization captions")
+    return [captioned_scene(rng)[1] for _ in range(count)]
+
+
 def color_name(color: Color) -> str:
     """The name of a named colour; empty for any other."""
     name, near = min(NAMED_COLORS.items(), key=lambda item: _distance(color, item[1]))
@@ -205,8 +210,8 @@ def vocabulary() -> list[str]:
 
 
 def _describe(look: Look, rng: random.Random) -> str:
-    """`red circle`, `red and blue striped circle`, or, most often, just `circle`."""
-    if rng.random() < 0.4:
+    """`red circle`, `red and blue striped circle`, or just `circle`."""
+    if rng.random() < 0.25:
         words = look.shape
     else:
         colors = [color_name(look.color)]

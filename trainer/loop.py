@@ -58,12 +58,15 @@ def train(
     """Teaches concepts together by Custom Diffusion and returns what was learnt as one concept.
 
     `banks` hold the latents of each. `network_weights` are weights of the network that learn too,
-    in place and outside the concept: for baselines that train more than Custom Diffusion does.
+    in place and outside the concept: for baselines that train more than Custom Diffusion does. They
+    must require gradients.
 
     `should_stop` is asked before every step; stopping returns what was learnt so far. The models
     are only borrowed: afterwards, however it ends, they are as before. Random numbers come from the
     seed alone. Raises TrainingError when the loss is not finite.
     """
+    if len(training_concepts) != len(banks):
+        raise ValueError(f"{len(training_concepts)} concepts need as many banks, not {len(banks)}")
     rng = random.Random(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
 

@@ -142,13 +142,24 @@ def training_map(*modules: nn.Module) -> list[dict[str, bool]]:
 
 def cat_concept(images: int = 2, regularization: int = 0, **changes: Any) -> TrainingConcept:
     """`<new1> cat` with plain pictures."""
+    return _plain_concept("<new1>", "cat", images, regularization, **changes)
+
+
+def dog_concept(images: int = 2, regularization: int = 0, **changes: Any) -> TrainingConcept:
+    """`<new2> dog`, to be taught together with the cat."""
+    return _plain_concept("<new2>", "dog", images, regularization, **changes)
+
+
+def _plain_concept(
+    token: str, noun: str, images: int, regularization: int, **changes: Any
+) -> TrainingConcept:
     picture = Image.new("RGB", (RESOLUTION, RESOLUTION), (200, 120, 40))
     return TrainingConcept(
-        images=tuple(CaptionedImage(picture, "photo of a <new1> cat") for _ in range(images)),
-        class_noun="cat",
-        token="<new1>",
+        images=tuple(CaptionedImage(picture, f"photo of a {token} {noun}") for _ in range(images)),
+        class_noun=noun,
+        token=token,
         regularization=tuple(
-            CaptionedImage(picture, f"cat number {n}") for n in range(regularization)
+            CaptionedImage(picture, f"{noun} number {n}") for n in range(regularization)
         ),
         **changes,
     )

@@ -7,15 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from custom_diffusion.cli import main
 from custom_diffusion.concept.file import read_concept
-from custom_diffusion.miniature.demo import run_demo
-from custom_diffusion.miniature.random_model import random_pipeline
+from custom_diffusion.miniature import demo
 from PIL import Image
 from support.graphs import draw_pictures
+from support.tiny_models import tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--steps", "2", "--batch-size", "2", "--resolution", "64", "--device", "cpu"]
@@ -24,7 +25,7 @@ QUICK = ["--steps", "2", "--batch-size", "2", "--resolution", "64", "--device", 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
-    random_pipeline().save_pretrained(folder)
+    tiny_pipeline().save_pretrained(folder)
     return folder
 
 
@@ -104,30 +105,35 @@ def test_an_existing_file_is_not_replaced(model: Path, photos: Path, tmp_path: P
 
 
 def test_ctrl_c_saves_what_was_learnt(model: Path, photos: Path, tmp_path: Path) -> None:
-    package = tmp_path / "package"
+    path = tmp_path / "cat.safetensors"
+    command = ["train", "--model", str(model), "--images", str(photos), "--class-noun", "cat"]
+    command += ["--output", str(path), "--steps", "100000", "--batch-size", "1"]
+    command += ["--resolution", "64", "--device", "cpu"]
+    assert interrupted(command, b"loss=", tmp_path) == 0  # at the bar of the first steps
+    assert 1 <= read_concept(path).provenance["steps"] < 100_000
+
+
+def interrupted(command: list[str], when_seen: bytes, folder: Path) -> int:
+    """Exit status of a command that is sent Ctrl-C shortly after it has written these words."""
+    package = folder / "package"
     package.mkdir()
     (package / "custom_diffusion").symlink_to(ROOT, target_is_directory=True)
-    path = tmp_path / "cat.safetensors"
-    command = [sys.executable, "-m", "custom_diffusion", "train", "--model", str(model)]
-    command += ["--images", str(photos), "--class-noun", "cat", "--output", str(path)]
-    command += ["--steps", "100000", "--batch-size", "1", "--resolution", "64", "--device", "cpu"]
     with subprocess.Popen(
-        command,
-        cwd=tmp_path,
+        [sys.executable, "-m", "custom_diffusion", *command],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"},
         stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
         assert process.stderr is not None
         seen = b""
-        while b"loss=" not in seen:  # the bar of the first steps
+        while when_seen not in seen:
             seen += process.stderr.read1(4096)
             assert process.poll() is None, seen.decode()
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         process.stderr.read()
-        assert process.wait(60) == 0
-    assert 1 <= read_concept(path).provenance["steps"] < 100_000
+        return process.wait(60)
 
 
 def test_an_interrupted_command_says_so(
@@ -141,9 +147,42 @@ def test_an_interrupted_command_says_so(
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_the_demo_leaves_concepts_and_a_picture(tmp_path: Path) -> None:
-    picture = run_demo(tmp_path)
+def test_the_demo_leaves_concepts_and_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they show is for test_fidelity.py; here two steps are enough."""
+    monkeypatch.setattr(demo, "CONFIG", replace(demo.CONFIG, steps=2))
+    monkeypatch.setattr(demo, "SAMPLING_STEPS", 2)
+    picture = demo.run_demo(tmp_path)
     assert Image.open(picture).width > 500
-    names = {"ball.safetensors", "box.safetensors", "both.safetensors"}
-    assert names <= {path.name for path in tmp_path.iterdir()}
-    assert len(read_concept(tmp_path / "both.safetensors").tokens) == 2
+    files = {path.stem: path for path in tmp_path.glob("*.safetensors")}
+    both = read_concept(files.pop("both"))
+    assert [token.class_noun for token in both.tokens] == [
+        read_concept(file).tokens[0].class_noun
+        for file in sorted(files.values(), key=lambda file: file.stat().st_mtime_ns)
+    ]
+    for shape in files:
+        assert len(list((tmp_path / shape).glob("*.png"))) == 8
+
+
+def test_ctrl_c_in_the_demo_leaves_only_whole_files(tmp_path: Path) -> None:
+    assert interrupted(["demo", "--output", "demo"], b"2/", tmp_path) == 130
+    left = [path for path in (tmp_path / "demo").rglob("*") if path.is_file()]
+    assert left and all(path.suffix == ".png" for path in left)
+    for path in left:
+        Image.open(path).load()
+
+
+def test_the_miniature_is_a_model_like_any_other(tmp_path: Path) -> None:
+    folder = tmp_path / "hearts"
+    draw_pictures(folder)
+    concept, picture = tmp_path / "heart.safetensors", tmp_path / "heart.png"
+    words = ["--class-noun", "heart", "--output", str(concept), "--steps", "2"]
+    assert main(["train", "--model", "miniature", "--images", str(folder), *words]) == 0
+    assert read_concept(concept).family.name == "miniature"
+    both = tmp_path / "both.safetensors"
+    alike = [str(concept), str(concept), "--tokens", "<a>", "<b>"]
+    assert main(["merge", *alike, "--model", "miniature", "--output", str(both)]) == 0
+    prompt = ["--prompt", "photo of a <a> heart", "--output", str(picture)]
+    assert main(["sample", "--model", "miniature", "--concept", str(both), *prompt]) == 0
+    assert Image.open(picture).size == (192, 192)

@@ -340,6 +340,14 @@ def test_fingerprints_tell_tokens_apart(encoder: ClipTextEncoder) -> None:
 # Where a new word starts
 
 
+def test_a_piece_that_ends_a_word_is_another_than_the_same_letters_within_one(
+    encoder: ClipTextEncoder,
+) -> None:
+    assert encoder.piece_id("cat</w>") == 2368
+    assert encoder.piece_id("cat") == 1481
+    assert with_new(encoder, a=2).piece_id("cat</w>") == 2368
+
+
 def test_vocabulary_rows_are_copies(encoder: ClipTextEncoder, model: CLIPTextModel) -> None:
     row = encoder.vocabulary_row(2368)["clip_l"]
     wanted = model.get_input_embeddings().weight[2368].clone()

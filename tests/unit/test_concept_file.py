@@ -86,7 +86,7 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 
 class TestRoundTrip:
-    @pytest.mark.parametrize("family", ["sd15", "sd2", "sdxl"])
+    @pytest.mark.parametrize("family", ["sd15", "sd2", "sdxl", "miniature"])
     @pytest.mark.parametrize("rank", [None, 4], ids=["dense", "low rank"])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16], ids=str)
     def test_what_is_read_is_what_was_written(

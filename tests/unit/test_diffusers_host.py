@@ -21,6 +21,7 @@ from custom_diffusion.host.diffusers import (
     borrowed_models,
     load_pipeline,
     sample,
+    side_by_side,
     text_encoder,
 )
 from custom_diffusion.trainer.config import TrainConfig
@@ -350,23 +351,55 @@ def test_a_concept_of_another_family_is_refused_with_both_names(
 # Sampling
 
 
-def test_samples_lie_side_by_side_and_depend_on_seed_and_concept(
+def drawn(
+    pipeline: StableDiffusionPipeline,
+    *prompts: str,
+    concept: Concept | None = None,
+    seed: int = 0,
+) -> Tensor:
+    return sample(pipeline, prompts, concept, resolution=RESOLUTION, seed=seed, steps=2)
+
+
+def test_samples_depend_on_seed_and_concept_alone(
     pipeline: StableDiffusionPipeline, concept: Concept
 ) -> None:
     weights, flags = state(*modules_of(pipeline)), requires_grad_map(*modules_of(pipeline))
     generator_state = torch.get_rng_state()
-
-    def drawn(seed: int, taught: Concept | None) -> Image.Image:
-        return sample(pipeline, PROMPT, taught, count=2, resolution=RESOLUTION, seed=seed, steps=2)
-
-    first = drawn(0, None)
-    assert first.size == (2 * RESOLUTION, RESOLUTION)
-    assert first.tobytes() == drawn(0, None).tobytes()
-    assert first.tobytes() != drawn(1, None).tobytes()
-    assert first.tobytes() != drawn(0, concept).tobytes()
+    first = drawn(pipeline, PROMPT, PROMPT)
+    assert first.shape == (2, RESOLUTION, RESOLUTION, 3)
+    assert first.dtype == torch.float32
+    assert 0 <= first.min() < first.max() <= 1
+    assert torch.equal(first, drawn(pipeline, PROMPT, PROMPT))
+    assert not torch.equal(first, drawn(pipeline, PROMPT, PROMPT, seed=1))
+    assert not torch.equal(first, drawn(pipeline, PROMPT, PROMPT, concept=concept))
     assert same_state(weights, *modules_of(pipeline))
     assert requires_grad_map(*modules_of(pipeline)) == flags
     assert torch.equal(torch.get_rng_state(), generator_state)
+
+
+def test_one_prompt_twice_gives_two_pictures(pipeline: StableDiffusionPipeline) -> None:
+    one, other = drawn(pipeline, PROMPT, PROMPT)
+    assert (one - other).abs().max() > 1e-2
+
+
+def test_a_picture_depends_on_its_own_prompt_and_not_on_the_others(
+    pipeline: StableDiffusionPipeline, concept: Concept
+) -> None:
+    alone = drawn(pipeline, PROMPT, concept=concept)
+    pair = drawn(pipeline, PROMPT, "a dog", concept=concept)
+    other_pair = drawn(pipeline, PROMPT, "photo of a house", concept=concept)
+    torch.testing.assert_close(pair[:1], alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(other_pair[:1], alone, atol=1e-5, rtol=0)
+    assert (pair[1] - other_pair[1]).abs().max() > 1e-3
+
+
+def test_pictures_lie_side_by_side_in_order() -> None:
+    shades = torch.tensor([0.0, 0.5, 1.0])
+    image = side_by_side(shades[:, None, None, None].expand(3, 4, 5, 3))
+    assert (image.size, image.mode) == ((15, 4), "RGB")
+    assert [image.getpixel((x, 3)) for x in (0, 4, 5, 9, 10, 14)] == [
+        (shade,) * 3 for shade in (0, 0, 128, 128, 255, 255)
+    ]
 
 
 # The whole way
@@ -438,8 +471,9 @@ def test_a_pipeline_folder_is_loaded_and_trains_in_half_precision(
 
 def test_a_pipeline_in_half_precision_can_draw(concept: Concept, model_folder: Path) -> None:
     loaded = load_pipeline(model_folder, dtype=torch.bfloat16)
-    picture = sample(loaded, PROMPT, concept, resolution=RESOLUTION, steps=2)
-    assert picture.size == (RESOLUTION, RESOLUTION)
+    pictures = drawn(loaded, PROMPT, concept=concept)
+    assert pictures.isfinite().all()
+    assert side_by_side(pictures).size == (RESOLUTION, RESOLUTION)
 
 
 def test_a_folder_without_a_pipeline_is_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -62,7 +63,9 @@ def config(**changes: Any) -> TrainConfig:
     return TrainConfig(**{"resolution": 64, "batch_size": 4, "views_per_image": 8, **changes})
 
 
-def bank_of(images: int, regularization: int = 0, deviation: float = 0.0) -> LatentBank:
+def bank_of(
+    images: int, regularization: int = 0, deviation: float = 0.0, name: str = ""
+) -> LatentBank:
     """One view an image; the mean of instance n is n, of regularization image n it is -1 - n."""
 
     def view(value: float, prompt: str) -> EncodedView:
@@ -71,14 +74,20 @@ def bank_of(images: int, regularization: int = 0, deviation: float = 0.0) -> Lat
         return EncodedView(mean, spread, torch.full((8, 8), value), prompt)
 
     return LatentBank(
-        tuple((view(float(n), f"instance {n}"),) for n in range(images)),
-        tuple(view(-1.0 - n, f"regularization {n}") for n in range(regularization)),
+        tuple((view(float(n), f"{name}instance {n}"),) for n in range(images)),
+        tuple(view(-1.0 - n, f"{name}regularization {n}") for n in range(regularization)),
     )
 
 
 def draw(bank: LatentBank, settings: TrainConfig, count: int, seed: int = 0) -> list[Batch]:
+    return draw_together([bank], settings, count, seed)
+
+
+def draw_together(
+    banks: Sequence[LatentBank], settings: TrainConfig, count: int, seed: int = 0
+) -> list[Batch]:
     generator = torch.Generator().manual_seed(seed)
-    return list(islice(batches([bank], settings, random.Random(seed), generator), count))
+    return list(islice(batches(banks, settings, random.Random(seed), generator), count))
 
 
 def red_is_left(view: EncodedView) -> bool:
@@ -226,6 +235,61 @@ def test_batches_depend_on_their_generators_alone() -> None:
     assert any(b.prompts != o.prompts for b, o in zip(one, other, strict=True))
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert random.getstate() == python_state
+
+
+def test_batches_of_one_concept_draw_its_random_numbers_in_this_order() -> None:
+    """To the bit what runs of one concept always drew: the order of the images, then their views,
+    then the latents.
+    """
+    views = tuple(bank_of(3, 0, 1.0, f"{n} ").instances[n] * 2 for n in range(3))
+    bank = LatentBank(views, bank_of(0, 2, 1.0).regularization)
+    rng, generator = random.Random(7), torch.Generator().manual_seed(7)
+    orders: dict[str, list[int]] = {"instance": [], "regularization": []}
+
+    def following(kind: str, count: int) -> int:
+        if not orders[kind]:
+            orders[kind] = rng.sample(range(count), count)
+        return orders[kind].pop(0)
+
+    for batch in draw(bank, config(batch_size=5), 6, seed=7):
+        drawn = [rng.choice(bank.instances[following("instance", 3)]) for _ in range(3)]
+        drawn += [bank.regularization[following("regularization", 2)] for _ in range(2)]
+        mean = torch.stack([view.mean for view in drawn])
+        assert batch.prompts == tuple(view.prompt for view in drawn)
+        assert torch.equal(batch.latents_bchw, mean + torch.randn(mean.shape, generator=generator))
+
+
+# Several concepts
+
+
+def names(prompts: Sequence[str]) -> list[str]:
+    return [prompt.split()[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_concepts_take_turns_within_and_across_batches(size: int) -> None:
+    banks = [bank_of(2, name="cat "), bank_of(7, name="dog "), bank_of(3, name="mug ")]
+    drawn = [p for b in draw_together(banks, config(batch_size=size), 24) for p in b.prompts]
+    assert names(drawn) == ["cat", "dog", "mug"] * (8 * size)
+
+
+def test_concepts_come_up_equally_often_however_many_images_they_have() -> None:
+    banks = [bank_of(2, name="cat "), bank_of(7, name="dog ")]
+    settings = config(batch_size=4)
+    drawn = Counter(p for b in draw_together(banks, settings, 35) for p in b.prompts)
+    assert [drawn[f"cat instance {n}"] for n in range(2)] == [35] * 2
+    assert [drawn[f"dog instance {n}"] for n in range(7)] == [10] * 7
+
+
+def test_regularization_sets_of_all_concepts_are_used_in_turn() -> None:
+    banks = [bank_of(2, 3, name="cat "), bank_of(3, name="dog "), bank_of(2, 5, name="mug ")]
+    drawn = draw_together(banks, config(batch_size=4), 30)
+    prior = [prompt for batch in drawn for prompt in batch.prompts[2:]]
+    assert all(batch.prior == 2 for batch in drawn)
+    assert names(prior) == ["cat", "mug"] * 30
+    assert {prompt.split()[1] for prompt in prior} == {"regularization"}
+    assert [Counter(prior)[f"cat regularization {n}"] for n in range(3)] == [10] * 3
+    assert [Counter(prior)[f"mug regularization {n}"] for n in range(5)] == [6] * 5
 
 
 # Checks before any time is spent

@@ -140,7 +140,9 @@ def test_only_keys_and_values_of_cross_attention_are_projections(
     assert is_projection(layer) is expected
 
 
-@pytest.mark.parametrize(("width", "name"), [(768, "sd15"), (1024, "sd2"), (2048, "sdxl")])
+@pytest.mark.parametrize(
+    ("width", "name"), [(768, "sd15"), (1024, "sd2"), (2048, "sdxl"), (128, "miniature")]
+)
 def test_the_text_width_tells_the_family(width: int, name: str) -> None:
     assert family_of_width(width) is FAMILIES[name]
 
@@ -151,6 +153,7 @@ def test_the_text_width_tells_the_family(width: int, name: str) -> None:
         ("sd15", {"clip_l": 768}),
         ("sd2", {"clip_h": 1024}),
         ("sdxl", {"clip_l": 768, "clip_g": 1280}),
+        ("miniature", {"clip_l": 128}),
     ],
 )
 def test_the_text_encoders_of_a_family_fill_its_text_width(

@@ -9,14 +9,14 @@ import copy
 import dataclasses
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from custom_diffusion.concept.concept import Concept
-from custom_diffusion.concept.errors import TokenError, TrainingError
+from custom_diffusion.concept.errors import ConfigError, TokenError, TrainingError
 from custom_diffusion.concept.layers import layer_from_diffusers
 from custom_diffusion.host.clip_text import ClipTextEncoder
 from custom_diffusion.host.diffusers import (
@@ -34,6 +34,7 @@ from support.tiny_models import (
     VOCABULARY_SIZE,
     cat_concept,
     clip_tokenizer,
+    dog_concept,
     random_bank,
     requires_grad_map,
     same_state,
@@ -66,11 +67,18 @@ def trained(
     return train(settings, [concept], [bank], models.denoiser, models.text_encoder, **options)
 
 
+def trained_together(
+    models: DiffusersModels, settings: TrainConfig, *concepts: TrainingConcept, **options: Any
+) -> Concept:
+    banks = [random_bank(concept) for concept in concepts]
+    return train(settings, concepts, banks, models.denoiser, models.text_encoder, **options)
+
+
 def same_concept(one: Concept, other: Concept) -> bool:
     return (
         one.provenance["final_losses"] == other.provenance["final_losses"]
         and all(torch.equal(one.deltas[k].dense(), other.deltas[k].dense()) for k in one.layers)
-        and torch.equal(row_of(one), row_of(other))
+        and torch.equal(rows_of(one), rows_of(other))
     )
 
 
@@ -78,25 +86,29 @@ def row_of(concept: Concept) -> Tensor:
     return concept.tokens[0].embeddings["clip_l"]
 
 
-def with_tokenizer_of_its_own(token: str) -> Any:
+def rows_of(concept: Concept) -> Tensor:
+    return torch.cat([token.embeddings["clip_l"] for token in concept.tokens])
+
+
+def tokenizer_that_knows(concepts: Sequence[TrainingConcept]) -> Any:
     tokenizer = copy.deepcopy(clip_tokenizer())
-    tokenizer.add_tokens([token])
+    tokenizer.add_tokens([concept.token for concept in concepts])
     return tokenizer
 
 
 def naive_training(
     pipeline: StableDiffusionPipeline,
     settings: TrainConfig,
-    concept: TrainingConcept,
-    bank: LatentBank,
+    concepts: Sequence[TrainingConcept],
+    banks: Sequence[LatentBank],
 ) -> tuple[list[float], dict[str, Tensor], Tensor]:
-    """Losses, change of every projection by layer, and the token's row."""
+    """Losses, change of every projection by layer, and the rows of the tokens."""
     unet = copy.deepcopy(pipeline.unet).requires_grad_(False)
     text_model = copy.deepcopy(pipeline.text_encoder).requires_grad_(False)
-    tokenizer, scheduler = with_tokenizer_of_its_own(concept.token), pipeline.scheduler
-    text_model.resize_token_embeddings(VOCABULARY_SIZE + 1, mean_resizing=False)
+    tokenizer, scheduler = tokenizer_that_knows(concepts), pipeline.scheduler
+    text_model.resize_token_embeddings(VOCABULARY_SIZE + len(concepts), mean_resizing=False)
     table = text_model.get_input_embeddings().weight
-    table.data[VOCABULARY_SIZE] = table.data[42170]
+    table.data[VOCABULARY_SIZE:] = table.data[[42170, 47629][: len(concepts)]]
     table.requires_grad_(True)
     others = table.detach()[:VOCABULARY_SIZE].clone()
     trainable = [p for n, p in unet.named_parameters() if "attn2.to_k" in n or "attn2.to_v" in n]
@@ -112,7 +124,7 @@ def naive_training(
         [*trainable, table], settings.learning_rate, weight_decay=settings.weight_decay, fused=False
     )
     generator = torch.Generator().manual_seed(settings.seed)
-    stream = batches([bank], settings, random.Random(settings.seed), generator)
+    stream = batches(banks, settings, random.Random(settings.seed), generator)
     losses = []
     for _ in range(settings.steps):
         batch = next(stream)
@@ -161,18 +173,18 @@ def naive_training(
 
 
 def assert_equal_to_naive(
-    pipeline: StableDiffusionPipeline, settings: TrainConfig, concept: TrainingConcept
+    pipeline: StableDiffusionPipeline, settings: TrainConfig, *concepts: TrainingConcept
 ) -> None:
-    bank = random_bank(concept)
     with borrowed_models(pipeline) as models:
-        ours = trained(models, settings, concept, bank)
-    losses, deltas, row = naive_training(pipeline, settings, concept, bank)
+        ours = trained_together(models, settings, *concepts)
+    banks = [random_bank(concept) for concept in concepts]
+    losses, deltas, rows = naive_training(pipeline, settings, concepts, banks)
     np.testing.assert_allclose(ours.provenance["final_losses"], losses, atol=1e-5, rtol=0)
     assert ours.deltas.keys() == deltas.keys()
     for layer, delta in deltas.items():
         assert delta.any()
         torch.testing.assert_close(ours.deltas[layer].dense(), delta, atol=1e-5, rtol=1e-3)
-    torch.testing.assert_close(row_of(ours), row, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(rows_of(ours), rows, atol=1e-5, rtol=1e-3)
 
 
 # Equal to a naive loop
@@ -210,6 +222,14 @@ def test_three_steps_without_clipping_or_decay_equal_those_of_a_naive_loop(
 ) -> None:
     settings = config(batch_size=2, max_gradient_norm=None, weight_decay=0.0)
     assert_equal_to_naive(pipeline, settings, cat_concept())
+
+
+def test_three_steps_of_two_concepts_equal_those_of_a_naive_loop(
+    pipeline: StableDiffusionPipeline,
+) -> None:
+    """In the last two of a batch regularization images of both, in turn."""
+    concepts = cat_concept(2, regularization=1), dog_concept(3, regularization=2)
+    assert_equal_to_naive(pipeline, config(batch_size=4, prior_weight=0.7), *concepts)
 
 
 def test_v_prediction_and_epsilon_learn_different_things(
@@ -376,6 +396,72 @@ def test_a_concept_says_what_it_is_and_where_it_came_from(models: DiffusersModel
     assert result.provenance["instance_images"] == 2
     assert result.provenance["regularization_images"] == 3
     assert TrainConfig(**result.provenance["config"]) == settings
+
+
+# Several concepts together
+
+
+def test_every_token_learns(models: DiffusersModels) -> None:
+    """Kumari et al.'s own code skips the last index when it clears the gradients of all other
+    words: there the last of several tokens learns nothing.
+    """
+    encoder = models.text_encoder
+    starts = torch.cat([encoder.vocabulary_row(row)["clip_l"] for row in (42170, 47629)])
+    settings = config(weight_decay=0.0)  # what moves, moves by its gradient
+    for concepts in ((cat_concept(), dog_concept()), (dog_concept(), cat_concept())):
+        result = trained_together(models, settings, *concepts)
+        learnt = {token.name: token.embeddings["clip_l"] for token in result.tokens}
+        moved = torch.cat([learnt["<new1>"], learnt["<new2>"]]) - starts
+        assert ((moved.abs() > 1e-5).float().mean(1) > 0.9).all()
+
+
+def test_one_concept_holds_all_that_was_taught_together(models: DiffusersModels) -> None:
+    concepts = dog_concept(3, regularization=1), cat_concept(2, regularization=2, initializer="cat")
+    result = trained_together(models, config(steps=1, batch_size=2), *concepts)
+    assert [(t.name, t.class_noun, t.initializer) for t in result.tokens] == [
+        ("<new2>", "dog", ""),
+        ("<new1>", "cat", "cat"),
+    ]
+    assert all(token.embeddings["clip_l"].shape == (1, 768) for token in result.tokens)
+    assert result.constraint_prompts == (
+        "<new2> dog", "photo of a <new2> dog", "<new1> cat", "photo of a <new1> cat",
+    )  # fmt: skip
+    assert len(result.deltas) == 12
+    assert result.provenance["instance_images"] == 5
+    assert result.provenance["regularization_images"] == 3
+
+
+def test_concepts_with_one_token_cannot_be_taught_together(models: DiffusersModels) -> None:
+    with pytest.raises(ConfigError) as caught:
+        trained_together(models, config(), cat_concept(), dog_concept(), cat_concept(3))
+    assert "modifier tokens are <new1>, <new2>, <new1>" in str(caught.value)
+    assert "rename those that are alike" in str(caught.value)
+
+
+# Weights of the network that learn too
+
+
+def test_given_weights_of_the_network_learn_in_place_and_no_others(
+    pipeline: StableDiffusionPipeline,
+) -> None:
+    own = copy.copy(pipeline)
+    own.unet = copy.deepcopy(pipeline.unet)
+    before = state(*everything(own))
+    with borrowed_models(own) as models:
+        given = {n: p for n, p in own.unet.named_parameters() if n.endswith("attn2.to_q.weight")}
+        for parameter in given.values():
+            parameter.requires_grad_(True)
+        result = trained(models, config(), network_weights=list(given.values()))
+    after = state(*everything(own))
+    changed = {
+        name
+        for old, new in zip(before, after, strict=True)
+        for name in old
+        if not torch.equal(old[name], new[name])
+    }
+    assert changed == given.keys()
+    assert len(given) == 6
+    assert len(result.deltas) == 12
 
 
 # Stopping and events

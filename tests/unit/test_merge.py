@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from custom_diffusion.concept.file import read_concept, write_concept
 from custom_diffusion.concept.layers import FAMILIES
 from custom_diffusion.concept.text import encode_unpadded
 from custom_diffusion.merge.caption_cache import cached_caption_factor
-from custom_diffusion.merge.captions import regularization_captions
 from custom_diffusion.merge.closed_form import constrained_least_squares
 from custom_diffusion.merge.compose import merge_concepts
 from custom_diffusion.merge.projector import (
@@ -35,7 +33,7 @@ from custom_diffusion.merge.projector import (
     caption_factor,
     constraint_projector,
 )
-from custom_diffusion.merge.report import LARGE_CHANGE, LARGE_RESIDUAL, MergeReport
+from custom_diffusion.merge.report import LARGE_CHANGE, LARGE_RESIDUAL
 from custom_diffusion.merge.rows import SAME_ROW_DISTANCE
 from safetensors.torch import load_file, save_file
 from support.concepts import (
@@ -51,79 +49,24 @@ from support.concepts import (
     solve_by_elimination,
     spectral_matrix,
 )
+from support.merging import (
+    CAPTIONS,
+    CAT,
+    DOG,
+    RIDGE,
+    VASE,
+    WIDTH,
+    caption_rows,
+    change_of,
+    constrained_features,
+    distance,
+    knowing,
+    merge,
+)
 from support.text import RecurrentTextEncoder
 from torch import Tensor
 
-WIDTH = 64
-RIDGE = 1e-4
-CAPTIONS = regularization_captions(60, seed=1)
-
-CAT = random_concept("<new1>", "cat", seed=1)
-DOG = random_concept("<new2>", "dog", seed=2)
-VASE = random_concept("<new3>", "vase", seed=3)
 SETS = {"one": [CAT], "two": [CAT, DOG], "three": [CAT, DOG, VASE]}
-
-
-def merge(
-    concepts: Sequence[Concept],
-    strengths: Sequence[float] | None = None,
-    encoder: RecurrentTextEncoder | None = None,
-    captions: Sequence[str] = CAPTIONS,
-    cache: Path | None = None,
-) -> tuple[Concept, MergeReport]:
-    return merge_concepts(
-        concepts,
-        encoder or RecurrentTextEncoder(WIDTH),
-        strengths=strengths,
-        captions=captions,
-        relative_ridge=RIDGE,
-        cache_folder=cache,
-    )
-
-
-def knowing(concepts: Sequence[Concept]) -> RecurrentTextEncoder:
-    """The encoder that knows the modifier tokens of all the concepts."""
-    embeddings: dict[str, dict[str, Tensor]] = {"clip_l": {}}
-    for concept in concepts:
-        for token in concept.tokens:
-            embeddings["clip_l"][token.name] = token.embeddings["clip_l"]
-    return RecurrentTextEncoder(WIDTH).with_tokens(embeddings)
-
-
-def constrained_features(concept: Concept, encoder: RecurrentTextEncoder) -> Tensor:
-    """Modifier token to end of text of both prompts, each padded and encoded alone; float64."""
-    (token,) = concept.tokens
-    rows = []
-    for prompt in (
-        f"{token.name} {token.class_noun}",
-        f"photo of a {token.name} {token.class_noun}",
-    ):
-        ids = encoder.tokenize(prompt)
-        start = ids.index(encoder.tokenize_words(token.name)[0])
-        rows.append(encoder.encode(encoder.pad([ids]))[0, start : len(ids)])
-    return torch.cat(rows).double()
-
-
-def caption_rows(captions: Sequence[str] = CAPTIONS) -> Tensor:
-    """C_reg, with the ridge as further rows of its own; float64."""
-    encoder = RecurrentTextEncoder(WIDTH)
-    words = [encoder.encode(torch.tensor([encoder.tokenize(c)]))[0, 1:] for c in captions]
-    features = torch.cat(words).double()
-    ridge = RIDGE * features.square().sum() / WIDTH
-    return torch.cat([features, ridge.sqrt() * torch.eye(WIDTH, dtype=torch.float64)])
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
-def change_of(concept: Concept, layer: str) -> Tensor:
-    if layer not in concept.deltas:
-        return torch.zeros(LAYERS[layer], WIDTH, dtype=torch.float64)
-    delta = concept.deltas[layer]
-    if isinstance(delta, LowRankDelta):
-        return delta.up.double() @ delta.down.double()
-    return delta.dense().double()
 
 
 class TestEquation:

@@ -1,0 +1,117 @@
+"""Does the pack do what it is for? The real trainer and the real merge on the miniature, judged.
+
+The thresholds lie between what a working trainer reaches and what is left of it when keys and
+values do not learn, when the embedding does not, or when the loss has the wrong target
+(docs/fidelity.md has the figures).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from custom_diffusion.concept.concept import Concept
+from custom_diffusion.concept.file import read_concept, write_concept
+from custom_diffusion.merge.compose import merge_concepts
+from custom_diffusion.miniature.check import caption_table, concept_table, prompt_following
+from custom_diffusion.miniature.laboratory import Laboratory, Score, Subject, pair_of_subjects
+from custom_diffusion.miniature.model import CONFIG
+from custom_diffusion.miniature.world import world_captions
+from custom_diffusion.trainer.tokens import initial_embedding, token_number
+
+PAIR = 50
+"""Any pair that nothing was tuned on"""
+LEARNT, PART, BOTH = 0.6, 0.1, 0.5
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Laboratory]:
+    threads = torch.get_num_threads()
+    yield Laboratory()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Subject, Subject]:
+    return pair_of_subjects(PAIR, seed=0)
+
+
+@pytest.fixture(scope="module")
+def concepts(
+    lab: Laboratory, pair: tuple[Subject, Subject], tmp_path_factory: pytest.TempPathFactory
+) -> list[Concept]:
+    """Both, taught apart, and back from their files."""
+    folder = tmp_path_factory.mktemp("concepts")
+    return [
+        read_concept(write_concept(lab.teach([one], CONFIG), folder / f"{number}.safetensors"))
+        for number, one in enumerate(pair)
+    ]
+
+
+@pytest.fixture(scope="module")
+def merged(lab: Laboratory, concepts: list[Concept]) -> Concept:
+    return merge_concepts(concepts, lab.encoder, captions=world_captions())[0]
+
+
+@pytest.fixture(scope="module")
+def merged_score(lab: Laboratory, pair: tuple[Subject, Subject], merged: Concept) -> Score:
+    return lab.score(pair, merged, seed=1)
+
+
+def without_deltas(concept: Concept) -> Concept:
+    return replace(concept, deltas={})
+
+
+def with_first_embedding(concept: Concept, lab: Laboratory) -> Concept:
+    """The concept as if its modifier token had not learnt."""
+    (token,) = concept.tokens
+    start = initial_embedding(lab.encoder, token.initializer, token_number(token.name))
+    return replace(concept, tokens=(replace(token, embeddings=start),))
+
+
+@pytest.mark.parametrize("objects, least", [(1, 0.9), (2, 0.8)])
+def test_the_model_draws_what_unseen_captions_say(
+    lab: Laboratory, objects: int, least: float
+) -> None:
+    assert prompt_following(lab, objects, count=60) >= least
+
+
+def test_the_judge_tells_concepts_from_almost_concepts(lab: Laboratory) -> None:
+    scores = concept_table(lab.recognizer, concepts=10, pictures=10)
+    assert scores.pop("the concept") > 0.85
+    assert scores.pop("another shape") < 0.05
+    assert scores.pop("no object") < 0.01
+    assert all(score < 0.75 for score in scores.values())
+    captions = caption_table(lab.recognizer, pictures=100)
+    right, followed = captions.pop("as the caption says")
+    assert right > 0.9 and followed > 0.95
+    assert all(score < right - 0.05 for score, _ in captions.values())
+
+
+def test_a_concept_is_learnt_by_keys_values_and_token(
+    lab: Laboratory, pair: tuple[Subject, Subject], concepts: list[Concept]
+) -> None:
+    for one, concept in zip(pair, concepts, strict=True):
+        learnt = lab.likeness(one, concept, seed=1)
+        assert learnt > LEARNT
+        assert lab.likeness(one, without_deltas(concept), seed=1) < learnt - PART
+        assert lab.likeness(one, with_first_embedding(concept, lab), seed=1) < learnt - PART
+
+
+def test_the_class_is_not_the_concept(
+    lab: Laboratory, pair: tuple[Subject, Subject], concepts: list[Concept]
+) -> None:
+    for one, concept in zip(pair, concepts, strict=True):
+        score = lab.score([one], concept, seed=1)
+        assert score.class_alignment < score.image_alignment - 0.25
+
+
+def test_a_merge_keeps_both_concepts(
+    lab: Laboratory, pair: tuple[Subject, Subject], merged: Concept, merged_score: Score
+) -> None:
+    for one in pair:
+        assert lab.likeness(one, merged, seed=1) > LEARNT - 0.1
+    assert merged_score.both_present is not None
+    assert merged_score.both_present > BOTH
