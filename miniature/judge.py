@@ -51,8 +51,8 @@ class Facts:
     """What a prompt says, without the looks of concepts."""
 
     shapes: tuple[str, ...]
-    colors: tuple[tuple[str, ...], ...] = ()
-    """Names of each shape's colours, main one first; empty where nothing is said."""
+    colors: tuple[str, ...] = ()
+    """Of each shape; empty where nothing is said."""
     background: str = ""
     place: str = ""
     """Of the only object, or of the first relative to the second."""
@@ -61,15 +61,15 @@ class Facts:
     def of(caption: str) -> Facts:
         """Reads a caption of the world's grammar; words that it does not know say nothing."""
         shapes: list[str] = []
-        colors: list[tuple[str, ...]] = []
-        pending: tuple[str, ...] = ()
+        colors: list[str] = []
+        color = ""
         for word in caption.split():
             if word in NAMED_COLORS:
-                pending += (word,)
+                color = word
             elif word in SHAPES:
                 shapes.append(word)
-                colors.append(pending)
-                pending = ()
+                colors.append(color)
+                color = ""
         return Facts(
             shapes=tuple(shapes),
             colors=tuple(colors),
@@ -149,13 +149,11 @@ def _follows(seen: Seen, index: int, facts: Facts) -> Tensor:
     there = seen.presence[index] > 0.5
     wanted = torch.tensor([shape in facts.shapes for shape in SHAPES])
     right = torch.equal(there, wanted) and int(seen.count[index].argmax()) == len(facts.shapes)
-    for shape, names in zip(facts.shapes, facts.colors, strict=False):
-        number = SHAPES.index(shape)
-        colors = (seen.color[index, number], seen.second_color[index, number])
-        right &= all(_name(c) == name for c, name in zip(colors, names, strict=False))
-        # One colour alone promises an object of that colour alone.
-        plain = int(seen.pattern[index, number].argmax()) == PATTERNS.index("plain")
-        right &= plain == (len(names) == 1) or not names
+    for shape, name in zip(facts.shapes, facts.colors, strict=False):
+        if name:  # promises an object of that colour alone
+            number = SHAPES.index(shape)
+            right &= _name(seen.color[index, number]) == name
+            right &= int(seen.pattern[index, number].argmax()) == PATTERNS.index("plain")
     return torch.tensor(right)
 
 
@@ -163,11 +161,10 @@ def _seen_share(seen: Seen, index: int, facts: Facts) -> Tensor:
     shapes = [SHAPES.index(shape) for shape in facts.shapes]
     parts = [seen.presence[index, shape] for shape in shapes]
     parts.append(seen.count[index, len(shapes)])
-    for shape, names in zip(shapes, facts.colors, strict=False):
-        there = seen.presence[index, shape]
-        wanted = [NAMED_COLORS[name] for name in names]
-        parts += [there * _alike(seen.color[index, shape], color) for color in wanted[:1]]
-        parts += [there * _second_alike(seen, shape, color)[index] for color in wanted[1:]]
+    for shape, name in zip(shapes, facts.colors, strict=False):
+        if name:
+            alike = _alike(seen.color[index, shape], NAMED_COLORS[name])
+            parts.append(seen.presence[index, shape] * alike)
     if facts.background:
         parts.append(seen.background[index, list(BACKGROUNDS).index(facts.background)])
     if facts.place:

@@ -1,7 +1,7 @@
 """Trains the miniature: `python -m custom_diffusion.miniature.pretrain`.
 
-UNet and text encoder learn together, from pictures that are drawn while they learn. Everything
-random comes from the seed.
+The text encoder learns words first (`words.py`), then UNet and text encoder learn together, from
+pictures that are drawn while they learn. Everything random comes from the seed.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from ..trainer.objective import add_noise, target
 from ..trainer.tokens import RARE_PIECES
 from .drawing import draw
 from .model import LATENT_EDGE, TEXT_FILE, UNET_FILE, WEIGHTS, untrained_pipeline
+from .words import pretrain_words
 from .world import Scene, captioned_scene, vocabulary
 
-STEPS, BATCH_SIZE, LEARNING_RATE = 4000, 32, 1e-3
+STEPS, BATCH_SIZE, LEARNING_RATE = 2000, 32, 1e-3
 WARMUP_STEPS = 200
 MOST_SIGNAL = 5.0
 """γ of the loss weights min(SNR, γ) / (SNR + 1) (Hang et al. 2023, for velocity): neither what no
@@ -40,11 +41,15 @@ AVERAGING = 0.999  # of the weights that are kept, over the steps
 
 def pretrain(folder: Path, steps: int = STEPS, seed: int = 0, save_every_steps: int = 0) -> None:
     """Trains the miniature from nothing and leaves its weights in `folder`, in half precision."""
+    from diffusers.models.attention_processor import AttnProcessor
+
     folder.mkdir(parents=True, exist_ok=True)
     write_vocabulary(folder)
     pipeline = untrained_pipeline(folder, seed)
     unet, text_encoder = pipeline.unet, pipeline.text_encoder
     parameters = [*unet.parameters(), *text_encoder.parameters()]
+    pretrain_words(text_encoder, pipeline.tokenizer, seed)
+    unet.set_attn_processor(AttnProcessor())  # on a CPU, for so few positions, the faster one
     average = WeightAverage(parameters)
     optimizer = torch.optim.AdamW(
         parameters, lr=LEARNING_RATE, weight_decay=1e-2, betas=(0.9, 0.99), fused=True

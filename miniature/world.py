@@ -111,7 +111,7 @@ def odd_color(rng: random.Random, hues: tuple[int, int] | None = None) -> Color:
 
 def random_look(rng: random.Random, shape: str | None = None) -> Look:
     """Any look of the world: never two colours without a name."""
-    odd = rng.random() < 0.4
+    odd = rng.random() < 0.35
     color = odd_color(rng) if odd else named_color(rng)
     second = odd_color(rng) if not odd and rng.random() < 0.4 else named_color(rng)
     while _distance(color, second) < 0.35:
@@ -119,9 +119,9 @@ def random_look(rng: random.Random, shape: str | None = None) -> Look:
     return Look(
         shape=shape or rng.choice(SHAPES),
         color=color,
-        pattern=rng.choice(PATTERNS[1:]) if rng.random() < 0.55 else "plain",
+        pattern=rng.choice(PATTERNS[1:]) if rng.random() < 0.45 else "plain",
         second_color=second,
-        mark=rng.choice(MARKS[1:]) if rng.random() < 0.3 else "none",
+        mark=rng.choice(MARKS[1:]) if rng.random() < 0.25 else "none",
     )
 
 
@@ -185,7 +185,7 @@ def random_caption(scene: Scene, rng: random.Random) -> str:
 
 def captioned_scene(rng: random.Random) -> tuple[Scene, str]:
     """A picture of the world and its caption: what the base model is trained on."""
-    scene = random_scene(rng, style=random_style(rng) if rng.random() < 0.08 else None)
+    scene = random_scene(rng, style=random_style(rng) if rng.random() < 0.05 else None)
     return scene, random_caption(scene, rng)
 
 
@@ -210,18 +210,12 @@ def vocabulary() -> list[str]:
 
 
 def _describe(look: Look, rng: random.Random) -> str:
-    """`red circle`, `red and blue striped circle`, or just `circle`."""
-    if rng.random() < 0.25:
-        words = look.shape
-    else:
-        colors = [color_name(look.color)]
-        if look.pattern != "plain":
-            colors.append(color_name(look.second_color))
-        # A colour alone promises an object of that colour alone.
-        words = f"{' and '.join(colors)} " if all(colors) else ""
-        if look.pattern != "plain" and (words or rng.random() < 0.7):
-            words += f"{look.pattern} "
-        words += look.shape
+    """`red circle` where it is all red, `striped circle`, or just `circle`."""
+    words = look.shape
+    if look.pattern != "plain" and rng.random() < 0.5:
+        words = f"{look.pattern} {words}"
+    elif look.pattern == "plain" and color_name(look.color) and rng.random() < 0.85:
+        words = f"{color_name(look.color)} {words}"
     if look.mark != "none" and rng.random() < 0.3:
         words += f" with a {look.mark} mark"
     return words

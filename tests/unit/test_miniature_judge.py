@@ -59,20 +59,20 @@ def sight(looks: Sequence[Look], *places: tuple[float, float], background: str =
 @pytest.mark.parametrize(
     "caption, facts",
     [
-        ("circle", Facts(("circle",), ((),))),
-        ("photo of a red circle", Facts(("circle",), (("red",),))),
-        ("blue and green ringed heart in fog", Facts(("heart",), (("blue", "green"),), "in fog")),
-        ("a cross with a black mark at night", Facts(("cross",), ((),), "at night")),
-        ("far away photo of a cross at the top", Facts(("cross",), ((),), "", "at the top")),
+        ("circle", Facts(("circle",), ("",))),
+        ("photo of a red circle", Facts(("circle",), ("red",))),
+        ("blue heart in fog", Facts(("heart",), ("blue",), "in fog")),
+        ("a cross with a black mark at night", Facts(("cross",), ("",), "at night")),
+        ("far away photo of a cross at the top", Facts(("cross",), ("",), "", "at the top")),
         (
             "painting of a <new1> circle beside a yellow square on sand in the style of art",
-            Facts(("circle", "square"), ((), ("yellow",)), "on sand"),
+            Facts(("circle", "square"), ("", "yellow"), "on sand"),
         ),
         (
-            "triangle to the right of a red and blue split cross",
-            Facts(("triangle", "cross"), ((), ("red", "blue")), "", "to the right of"),
+            "red triangle to the right of a split cross",
+            Facts(("triangle", "cross"), ("red", ""), "", "to the right of"),
         ),
-        ("heart above a circle", Facts(("heart", "circle"), ((), ()), "", "above")),
+        ("heart above a circle", Facts(("heart", "circle"), ("", ""), "", "above")),
         ("a caterpillar", Facts(())),
     ],
 )
@@ -137,8 +137,6 @@ def test_bleeding_is_wearing_a_colour_of_the_other(seed: int) -> None:
         ("red circle on snow", sight([CIRCLE], background="at night"), 3 / 4, True),
         ("red circle", sight([replace(CIRCLE, color=BLUE)]), 2 / 3, False),
         ("red circle", sight([SPLIT]), 1, False),  # its red is there, but not alone
-        ("red and blue split circle", sight([SPLIT]), 1, True),
-        ("red and green split circle", sight([SPLIT]), 3 / 4, False),
         ("circle on the left", sight([CIRCLE], LEFT), 1, True),
         ("circle on the left", sight([CIRCLE], RIGHT), 2 / 3, True),
         ("circle at the top", sight([CIRCLE], TOP), 1, True),

@@ -78,7 +78,7 @@ def test_no_pattern_of_the_world_has_two_nameless_colours_or_two_alike() -> None
     assert all(color_name(look.color) or color_name(look.second_color) for look in patterned)
     assert all(math.dist(look.color, look.second_color) > 0.3 for look in patterned)
     nameless = [look for look in patterned if not color_name(look.color)]
-    assert 0.3 < len(nameless) / len(patterned) < 0.5, "each alone is common all the same"
+    assert 0.2 < len(nameless) / len(patterned) < 0.5, "each alone is common all the same"
 
 
 def test_a_caption_is_true_of_its_scene() -> None:
@@ -87,10 +87,9 @@ def test_a_caption_is_true_of_its_scene() -> None:
     for scene, caption in scenes_of(1000):
         facts = Facts.of(caption)
         assert facts.shapes == tuple(placed.look.shape for placed in scene.objects), caption
-        for placed, names in zip(scene.objects, facts.colors, strict=True):
-            seen = 1 if placed.look.pattern == "plain" else 2
-            colors = (placed.look.color, placed.look.second_color)[:seen]
-            assert names in ((), tuple(map(color_name, colors))), caption  # all of them or none
+        for placed, name in zip(scene.objects, facts.colors, strict=True):
+            plain = placed.look.pattern == "plain"
+            assert not name or (plain and name == color_name(placed.look.color)), caption
         assert facts.background in ("", scene.background)
         backgrounds += bool(facts.background)
         if facts.place:
