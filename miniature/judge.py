@@ -95,10 +95,11 @@ def image_alignment(seen: Seen, look: Look) -> Tensor:
     an object of the shape.
     """
     shape = SHAPES.index(look.shape)
+    pattern = seen.pattern[:, shape, PATTERNS.index(look.pattern)]
     parts = [
         _alike(seen.color[:, shape], look.color),
-        _second_alike(seen, shape, look.second_color),
-        seen.pattern[:, shape, PATTERNS.index(look.pattern)],
+        pattern if look.pattern == "plain" else _second_alike(seen, shape, look.second_color),
+        pattern,
         seen.mark[:, shape, MARKS.index(look.mark)],
     ]
     return seen.presence[:, shape] * torch.stack(parts).mean(0)
