@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +19,40 @@ CONTEXT_LENGTH = 77
 def clip_tokenizer() -> Any:
     """A `transformers.CLIPTokenizer` with the vocabulary and the padding of SD 1.x."""
     from open_clip.tokenizer import SimpleTokenizer
-    from transformers import CLIPTokenizer
 
     ours = SimpleTokenizer()
     *pieces, _, _ = (
         ours.encoder
     )  # bytes, bytes that end a word, merges; then open_clip's start, end
-    vocabulary = {piece: index for index, piece in enumerate([*pieces, START, END])}
-    merges = [" ".join(pair) for pair in ours.bpe_ranks]
-    with (
-        tempfile.TemporaryDirectory() as name
-    ):  # files are what every release of transformers reads
-        folder = Path(name)
-        (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-        lines = ["#version: 0.2", *merges, ""]
-        (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
-        return CLIPTokenizer.from_pretrained(
-            name,
-            local_files_only=True,
-            bos_token=START,
-            eos_token=END,
-            unk_token=END,
-            pad_token=END,
-            model_max_length=CONTEXT_LENGTH,
-        )
+    merges = list(ours.bpe_ranks)
+    with tempfile.TemporaryDirectory() as name:
+        write_vocabulary(Path(name), [*pieces, START, END], merges)
+        return read_tokenizer(Path(name), CONTEXT_LENGTH)
+
+
+def write_vocabulary(
+    folder: Path, pieces: Sequence[str], merges: Iterable[tuple[str, str]]
+) -> None:
+    """Writes vocab.json and merges.txt: files are what every release of transformers reads."""
+    indices = {piece: index for index, piece in enumerate(pieces)}
+    (folder / "vocab.json").write_text(json.dumps(indices), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
+    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+
+
+def read_tokenizer(folder: Path, context_length: int) -> Any:
+    """A `transformers.CLIPTokenizer` of such a folder, with the padding of SD 1.x."""
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(
+        str(folder),
+        local_files_only=True,
+        bos_token=START,
+        eos_token=END,
+        unk_token=END,
+        pad_token=END,
+        model_max_length=context_length,
+    )
 
 
 def clip_pieces(words: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:

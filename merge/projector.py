@@ -129,9 +129,8 @@ def constraint_projector(
     p = scale * ((u * inverse) @ torch.linalg.solve_triangular(factor.upper, vh.T, upper=True).T)
     q, r = torch.linalg.qr(p.T)
     rows, left = q.T, r.T
-    if (
-        not damped and slack is None
-    ):  # the rows are kept in float32: meet the constraints with them as rounded
+    if not damped and slack is None:
+        # The rows are kept in float32: meet the constraints with them as rounded.
         rows = rows.float().double()
         left = torch.linalg.inv(rows @ c.T)
     return Projector(left, rows, condition, damped)

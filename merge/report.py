@@ -31,8 +31,10 @@ class MergeReport:
 
     def lines(self) -> Iterator[str]:
         exact = "damped" if self.damped else "exact"
+        soft = sum(row.soft for row in self.rows)
+        softly = f" and {soft} rows of padding, softly" if soft else ""
         yield (
-            f"{len(self.rows)} constraint rows, {self.shared_rows} different; {exact} "
+            f"{len(self.rows) - soft} constraint rows{softly}, {self.shared_rows} different; {exact} "
             f"(condition {self.condition:.3g}); {self.captions} regularization captions"
         )
         for index, residual in enumerate(self.residuals):

@@ -123,7 +123,10 @@ def shared_rows(
 
 
 def conflicts(rows: Sequence[ConstraintRow], groups: Sequence[Sequence[int]]) -> Iterator[str]:
-    involved = {frozenset((rows[i].concept, rows[i].prompt) for i in group) for group in groups}
+    involved = {
+        frozenset((rows[i].concept, rows[i].prompt) for i in group if not rows[i].soft)
+        for group in groups
+    }
     for members in sorted(involved, key=sorted):
         if len({concept for concept, _ in members}) > 1:
             where = " and ".join(f"concept {c + 1} in '{prompt}'" for c, prompt in sorted(members))

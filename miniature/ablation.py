@@ -6,19 +6,15 @@ each with several sets of rows, and has the results judged. The defaults of the 
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from ..concept.concept import Concept
 from ..concept.prompts import subject
 from ..merge.compose import merge_concepts
 from ..trainer.config import GradientCut
-from .cells import markdown_table, run_cells
+from .cells import markdown_table, options, run_command
 from .laboratory import Laboratory, Subject, added, pair_of_subjects
 from .model import CONFIG
 from .world import world_captions
@@ -121,21 +117,7 @@ def _merged(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--concept-seed", type=int, default=100, help="first pair")
-    parser.add_argument("--concepts", type=int, default=5)
-    parser.add_argument("--seeds", type=int, default=1, help="trainings of each")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--json", type=Path, help="write every result to this file, too")
-    options = parser.parse_args()
-    numbers = range(options.concept_seed, options.concept_seed + options.concepts)
-
-    def report(rows: list[tuple[str, str, Kept]]) -> None:
-        if options.json:
-            results = [{"cut": c, "rows": r, **asdict(kept)} for c, r, kept in rows]
-            options.json.write_text(json.dumps(results, indent=1))
-
-    rows = run_cells(run_cell, numbers, range(options.seeds), options.processes, report)
+    rows = run_command(options(__doc__, concept_seed=100, seeds=1), run_cell)
     columns = {
         "each alone, before": ("before", 2),
         "each alone": ("alone", 2),

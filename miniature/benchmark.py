@@ -6,16 +6,12 @@ tuned on. Concept n is the first of pair n; its partner is the second.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 
 from ..concept.concept import Concept
 from ..merge.compose import merge_concepts
-from .cells import markdown_table, run_cells
+from .cells import markdown_table, options, run_command
 from .laboratory import Laboratory, Score, added, pair_of_subjects
 from .model import CONFIG
 from .world import world_captions
@@ -78,21 +74,7 @@ def _cell(lab: Laboratory, number: int, seed: int) -> Iterator[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--concept-seed", type=int, default=0, help="first concept")
-    parser.add_argument("--concepts", type=int, default=5)
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--json", type=Path, help="write every score to this file, too")
-    options = parser.parse_args()
-    numbers = range(options.concept_seed, options.concept_seed + options.concepts)
-
-    def report(rows: list[Row]) -> None:
-        if options.json:
-            scores = [{"table": kind, "method": m, **asdict(score)} for kind, m, score in rows]
-            options.json.write_text(json.dumps(scores, indent=1))
-
-    rows = run_cells(run_cell, numbers, range(options.seeds), options.processes, report)
+    rows = run_command(options(__doc__, concept_seed=0, seeds=3), run_cell)
     for kind, columns in ((SINGLE, _COLUMNS), (PAIR, _PAIR_COLUMNS)):
         part = [(method, score) for name, method, score in rows if name == kind]
         print(f"{markdown_table(kind, part, columns)}\n")

@@ -88,7 +88,7 @@ class Score:
     drift: float
     """1000 times the KID of the bare class"""
     class_alignment: float
-    """Image alignment of pictures of the bare class: 0.2 to 0.3 where nothing has leaked"""
+    """Image alignment of pictures of the bare class: what has leaked from the token"""
     both_present: float | None = None
     bleed: float | None = None
 

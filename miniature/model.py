@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..concept.errors import IncompatibleModelError
+from ..host.open_clip_vocabulary import read_tokenizer
 from ..trainer.config import LATENT_PIXELS, TrainConfig
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -99,7 +100,7 @@ def untrained_pipeline(vocabulary: Path = WEIGHTS, seed: int = 0) -> Any:
     pipeline = StableDiffusionPipeline(
         vae=BlockAutoencoder(),
         text_encoder=text_encoder,
-        tokenizer=load_tokenizer(vocabulary),
+        tokenizer=read_tokenizer(vocabulary, CONTEXT_LENGTH),
         unet=unet,
         scheduler=scheduler,
         safety_checker=None,
@@ -108,22 +109,6 @@ def untrained_pipeline(vocabulary: Path = WEIGHTS, seed: int = 0) -> Any:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """A `CLIPTokenizer` from the vocab.json and merges.txt of a folder."""
-    from transformers import CLIPTokenizer
-
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    return CLIPTokenizer.from_pretrained(
-        str(folder),
-        local_files_only=True,
-        bos_token=start,
-        eos_token=end,
-        unk_token=end,
-        pad_token=end,
-        model_max_length=CONTEXT_LENGTH,
-    )
 
 
 class BlockAutoencoder(nn.Module):

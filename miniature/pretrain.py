@@ -7,7 +7,6 @@ pictures that are drawn while they learn. Everything random comes from the seed.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import time
@@ -21,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..host.open_clip_vocabulary import END, START, clip_pieces, write_vocabulary
 from ..trainer.objective import add_noise, target
 from ..trainer.tokens import RARE_PIECES
 from .drawing import draw
@@ -44,7 +44,7 @@ def pretrain(folder: Path, steps: int = STEPS, seed: int = 0, save_every_steps: 
     from diffusers.models.attention_processor import AttnProcessor
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_vocabulary(folder)
+    write_world_vocabulary(folder)
     pipeline = untrained_pipeline(folder, seed)
     unet, text_encoder = pipeline.unet, pipeline.text_encoder
     parameters = [*unet.parameters(), *text_encoder.parameters()]
@@ -90,20 +90,14 @@ def pretrain(folder: Path, steps: int = STEPS, seed: int = 0, save_every_steps: 
                 _save(text_encoder, folder / TEXT_FILE)
 
 
-def write_vocabulary(folder: Path) -> None:
+def write_world_vocabulary(folder: Path) -> None:
     """Writes the part of CLIP's vocabulary that splits the world's words as CLIP does.
 
     Any other word falls apart into smaller pieces, in the end letters.
     """
-    from ..host.open_clip_vocabulary import clip_pieces
-
     pieces, merges = clip_pieces(vocabulary())
     pieces += [piece for piece in RARE_PIECES if piece not in pieces]
-    pieces += ["<|startoftext|>", "<|endoftext|>"]
-    indices = {piece: index for index, piece in enumerate(pieces)}
-    (folder / "vocab.json").write_text(json.dumps(indices), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
-    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    write_vocabulary(folder, [*pieces, START, END], merges)
 
 
 class WeightAverage:

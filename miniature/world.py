@@ -4,7 +4,7 @@ A scene holds one or two objects of different shapes. An object has a main colou
 in a second colour, sometimes a mark. Captions name only a part of that, often the class alone:
 a model that is trained on them can draw far more than it has words for, as Stable Diffusion can.
 
-Half of all colours have names. No object of the world has two nameless ones: that is kept for the
+Some colours have names, some have none. No object of the world has two nameless ones: that is kept for the
 concepts (`concepts.py`), so that their looks are new to the model.
 """
 

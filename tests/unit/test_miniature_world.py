@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from custom_diffusion.host.open_clip_vocabulary import clip_tokenizer
+from custom_diffusion.host.open_clip_vocabulary import clip_tokenizer, read_tokenizer
 from custom_diffusion.miniature import world
 from custom_diffusion.miniature.concepts import concept_look, concept_style
 from custom_diffusion.miniature.drawing import draw
 from custom_diffusion.miniature.judge import Facts
-from custom_diffusion.miniature.model import load_tokenizer
-from custom_diffusion.miniature.pretrain import write_vocabulary
+from custom_diffusion.miniature.model import CONTEXT_LENGTH
+from custom_diffusion.miniature.pretrain import write_world_vocabulary
 from custom_diffusion.miniature.world import Look, Placed, Scene, Style, color_name
 from custom_diffusion.trainer.tokens import RARE_PIECES
 from PIL import Image, ImageDraw
@@ -249,8 +249,8 @@ def test_the_vocabulary_holds_the_words_of_captions_and_no_others() -> None:
 
 
 def test_captions_fall_into_the_same_pieces_as_with_clips_whole_vocabulary(tmp_path: Path) -> None:
-    write_vocabulary(tmp_path)
-    ours, clips = load_tokenizer(tmp_path), clip_tokenizer()
+    write_world_vocabulary(tmp_path)
+    ours, clips = read_tokenizer(tmp_path, CONTEXT_LENGTH), clip_tokenizer()
     captions = [caption for _, caption in scenes_of(500)]
     pieces, wanted = (
         [t.convert_ids_to_tokens(ids) for ids in t(captions)["input_ids"]] for t in (ours, clips)
