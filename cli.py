@@ -252,7 +252,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", type=Path, default=Path("demo"), metavar="FOLDER")
     demo.set_defaults(command=demo_command)
 
-    teach = commands.add_parser("train", help="teach one concept from a folder of pictures")
+    teach = commands.add_parser(
+        "train",
+        help="teach one concept from a folder of pictures",
+        description="Teaches one concept. The defaults are Stable Diffusion's; the miniature has "
+        "its own steps, batch, rate and resolution.",
+    )
     _model_options(teach)
     teach.add_argument("--images", type=Path, required=True, help="folder of 4 to 20 pictures")
     teach.add_argument("--class-noun", required=True, help="everyday word for the thing: cat")

@@ -224,7 +224,8 @@ def sample(
         )
         edge = resolution // LATENT_PIXELS
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(len(prompts), 4, edge, edge, generator=generator)
+        channels = pipeline.unet.config.in_channels
+        noise = torch.randn(len(prompts), channels, edge, edge, generator=generator)
         latents = ddim_sample(
             models.denoiser.predict,
             noise.to(models.denoiser.device),

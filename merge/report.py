@@ -34,8 +34,8 @@ class MergeReport:
         soft = sum(row.soft for row in self.rows)
         softly = f" and {soft} rows of padding, softly" if soft else ""
         yield (
-            f"{len(self.rows) - soft} constraint rows{softly}, {self.shared_rows} different; {exact} "
-            f"(condition {self.condition:.3g}); {self.captions} regularization captions"
+            f"{len(self.rows) - soft} constraint rows{softly}, {self.shared_rows} different; "
+            f"{exact} (condition {self.condition:.3g}); {self.captions} regularization captions"
         )
         for index, residual in enumerate(self.residuals):
             yield f"concept {index + 1}: largest error on its own words {residual:.2%}"

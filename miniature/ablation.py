@@ -35,6 +35,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "and padding": {**_NOTHING, "padding_weight": 1.0},
     "and 8 templates": {**_NOTHING, "templates": _TEMPLATES},
     "and null rows": {**_NOTHING, "null_weight": 1.0},
+    "ridge 1e-2": {**_NOTHING, "relative_ridge": 1e-2},
     "and padding, null rows": {"padding_weight": 1.0, "null_weight": 1.0},
     "deltas added": {},
 }
@@ -68,8 +69,8 @@ def run_cell(number: int, seed: int) -> list[tuple[str, str, Kept]]:
         config = replace(CONFIG, seed=seed, gradient_cut=cut)
         concepts = [lab.teach([one], config) for one in pair]
         before = _alone(lab, pair, concepts, seed)
-        for name, options in ROWS.items():
-            merged, change = _merged(lab, concepts, options)
+        for name, variant in ROWS.items():
+            merged, change = _merged(lab, concepts, variant)
             score = lab.score(pair, merged, seed)
             alone = _alone(lab, pair, [merged, merged], seed)
             assert score.both_present is not None and score.bleed is not None

@@ -11,6 +11,7 @@ import argparse
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -20,9 +21,18 @@ from .drawing import draw
 from .judge import Facts, bleeds, both_present, follows, image_alignment, text_alignment
 from .laboratory import Laboratory
 from .model import LATENT_EDGE
-from .pretrain import training_captions
 from .recognizer import Recognizer, load_recognizer
-from .world import MARKS, PATTERNS, SHAPES, Look, Scene, named_color, random_caption, random_scene
+from .world import (
+    MARKS,
+    PATTERNS,
+    SHAPES,
+    Look,
+    Scene,
+    held_out,
+    named_color,
+    random_caption,
+    random_scene,
+)
 
 Change = Callable[[Look, random.Random], Look]
 CHANGES: dict[str, Change] = {
@@ -103,16 +113,10 @@ def caption_table(recognizer: Recognizer, pictures: int = 400) -> dict[str, tupl
 def prompt_following(
     laboratory: Laboratory, objects: int, count: int = 200, seed: int = 0
 ) -> float:
-    """Share of captions with so many objects, none seen in training, that the model follows."""
-    tokenizer = laboratory.pipeline.tokenizer
-    known = {caption for _, caption, _ in training_captions(tokenizer)}
+    """Share of captions with so many objects, none of them trained on, that the model follows."""
     rng = random.Random(f"unseen {objects} {seed}")
-    captions: list[str] = []
-    for _, caption in named_captions(rng, objects):
-        if caption not in known:
-            captions.append(caption)
-        if len(captions) == count:
-            break
+    unseen = (caption for _, caption in named_captions(rng, objects) if held_out(caption))
+    captions = list(islice(unseen, count))
     pictures = laboratory.draw(captions, None, seed)
     seen = laboratory.recognizer.look(pictures)
     return float(follows(seen, [Facts.of(caption) for caption in captions]).float().mean())

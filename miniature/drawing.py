@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -44,9 +43,7 @@ def _paint(placed: Sequence[Placed], x: Tensor, y: Tensor) -> tuple[Tensor, Tens
         return torch.tensor(values)[:, None, None]
 
     radius = each([p.radius for p in placed])
-    cos, sin = each([math.cos(p.turn) for p in placed]), each([math.sin(p.turn) for p in placed])
-    dx, dy = (x - each([p.x for p in placed])) / radius, (y - each([p.y for p in placed])) / radius
-    u, v = cos * dx + sin * dy, cos * dy - sin * dx
+    u, v = (x - each([p.x for p in placed])) / radius, (y - each([p.y for p in placed])) / radius
 
     shape = each([SHAPES.index(p.look.shape) for p in placed])
     pattern = each([PATTERNS.index(p.look.pattern) for p in placed])
@@ -56,7 +53,6 @@ def _paint(placed: Sequence[Placed], x: Tensor, y: Tensor) -> tuple[Tensor, Tens
             (v * 2.4 + 0.5).floor() % 2 != 0,  # striped
             u > 0,  # split
             ~_inside(shape, u / 0.62, v / 0.62),  # ringed
-            u * v > 0,  # quartered
         ]
     )
     second = second.gather(0, pattern.expand_as(u)[None])[0]
@@ -77,7 +73,6 @@ def _paint(placed: Sequence[Placed], x: Tensor, y: Tensor) -> tuple[Tensor, Tens
 
 def _inside(shape: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """Whether points in an object's own coordinates lie in its shape; y points down."""
-    hx, hy = 1.2 * u, 0.15 - 1.25 * v
     shapes = torch.stack(
         [
             u * u + v * v < 0.9,  # circle
@@ -85,7 +80,6 @@ def _inside(shape: Tensor, u: Tensor, v: Tensor) -> Tensor:
             (v < 0.75) & (u.abs() < 0.56 * (v + 1)),  # triangle
             torch.minimum(u.abs(), v.abs()).lt(0.34)
             & torch.maximum(u.abs(), v.abs()).lt(1),  # cross
-            (hx * hx + hy * hy - 1) ** 3 - hx * hx * hy**3 < 0,  # heart
         ]
     )
     return shapes.gather(0, shape.expand_as(u)[None])[0]

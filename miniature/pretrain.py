@@ -12,7 +12,6 @@ import random
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,11 @@ from ..host.open_clip_vocabulary import END, START, clip_pieces, write_vocabular
 from ..trainer.objective import add_noise, target
 from ..trainer.tokens import RARE_PIECES
 from .drawing import draw
-from .model import LATENT_EDGE, TEXT_FILE, UNET_FILE, WEIGHTS, untrained_pipeline
-from .words import pretrain_words
-from .world import Scene, captioned_scene, vocabulary
+from .model import CONTEXT_LENGTH, LATENT_EDGE, TEXT_FILE, UNET_FILE, WEIGHTS, untrained_pipeline
+from .words import WORD_STEPS, pretrain_words
+from .world import captioned_scene, vocabulary
 
-STEPS, BATCH_SIZE, LEARNING_RATE = 2000, 32, 1e-3
+STEPS, BATCH_SIZE, LEARNING_RATE = 9300, 16, 1.5e-3
 WARMUP_STEPS = 200
 MOST_SIGNAL = 5.0
 """γ of the loss weights min(SNR, γ) / (SNR + 1) (Hang et al. 2023, for velocity): neither what no
@@ -39,7 +38,13 @@ STRAY_WORDS = 0.05  # share of captions with a random piece of the vocabulary, m
 AVERAGING = 0.999  # of the weights that are kept, over the steps
 
 
-def pretrain(folder: Path, steps: int = STEPS, seed: int = 0, save_every_steps: int = 0) -> None:
+def pretrain(
+    folder: Path,
+    steps: int = STEPS,
+    word_steps: int = WORD_STEPS,
+    seed: int = 0,
+    save_every_steps: int = 0,
+) -> None:
     """Trains the miniature from nothing and leaves its weights in `folder`, in half precision."""
     from diffusers.models.attention_processor import AttnProcessor
 
@@ -47,9 +52,9 @@ def pretrain(folder: Path, steps: int = STEPS, seed: int = 0, save_every_steps: 
     write_world_vocabulary(folder)
     pipeline = untrained_pipeline(folder, seed)
     unet, text_encoder = pipeline.unet, pipeline.text_encoder
-    parameters = [*unet.parameters(), *text_encoder.parameters()]
-    pretrain_words(text_encoder, pipeline.tokenizer, seed)
+    pretrain_words(text_encoder, pipeline.tokenizer, word_steps, seed)
     unet.set_attn_processor(AttnProcessor())  # on a CPU, for so few positions, the faster one
+    parameters = [*unet.parameters(), *text_encoder.parameters()]
     average = WeightAverage(parameters)
     optimizer = torch.optim.AdamW(
         parameters, lr=LEARNING_RATE, weight_decay=1e-2, betas=(0.9, 0.99), fused=True
@@ -61,13 +66,15 @@ def pretrain(folder: Path, steps: int = STEPS, seed: int = 0, save_every_steps: 
     weights = signal_to_noise.clamp(max=MOST_SIGNAL) / (signal_to_noise + 1)
 
     started, recent = time.perf_counter(), 0.0
-    for step, (latents, token_ids) in enumerate(_batches(pipeline, steps, seed), 1):
+    captions = random.Random(f"captions {seed}")
+    for step in range(1, steps + 1):
+        latents, token_ids = _batch(pipeline, captions)
         noise = torch.randn(latents.shape, generator=generator)
         # Where structure forms: less often the later, noisier steps.
         share = 1 - torch.rand(len(latents), generator=generator).sqrt()
         timesteps = (share * len(alphas_cumprod)).long().clamp(max=len(alphas_cumprod) - 1)
-        context = text_encoder(token_ids).last_hidden_state
         noisy = add_noise(latents, noise, timesteps, alphas_cumprod)
+        context = text_encoder(token_ids).last_hidden_state
         prediction = unet(noisy, timesteps, encoder_hidden_states=context).sample
         wanted = target(latents, noise, timesteps, alphas_cumprod, "v")
         errors = (prediction - wanted).square().mean((1, 2, 3))
@@ -81,7 +88,7 @@ def pretrain(folder: Path, steps: int = STEPS, seed: int = 0, save_every_steps: 
         average.update(parameters)
 
         recent += (loss.item() - recent) / min(step, 100)
-        if step % 100 == 0:
+        if step % 200 == 0:
             minutes = (time.perf_counter() - started) / 60
             print(f"step {step} of {steps}, loss {recent:.4f}, {minutes:.1f} min", flush=True)
         if step == steps or (save_every_steps and step % save_every_steps == 0):
@@ -128,37 +135,23 @@ class WeightAverage:
                 parameter.copy_(weight)
 
 
-def training_captions(
-    tokenizer: Any, steps: int = STEPS, seed: int = 0
-) -> Iterator[tuple[Scene, str, list[int]]]:
-    """Every scene that a training draws, its caption, and the words that the model is given.
-
-    The words are those of the caption, or none, or one too many.
-    """
-    rng = random.Random(seed)
-    vocabulary_size = tokenizer.bos_token_id
-    for _ in range(steps * BATCH_SIZE):
-        scene, caption = captioned_scene(rng)
-        words = tokenizer(caption)["input_ids"][1:-1]
-        if rng.random() < EMPTY_CAPTIONS:
-            words = []
-        elif rng.random() < STRAY_WORDS:
-            words.insert(rng.randrange(len(words)), rng.randrange(vocabulary_size))
-        yield scene, caption, words
-
-
-def _batches(pipeline: Any, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batch(pipeline: Any, rng: random.Random) -> tuple[Tensor, Tensor]:
     """Latents (b, 4, h, w) and token ids (b, n) of freshly drawn pictures."""
-    tokenizer = pipeline.tokenizer
-    length = pipeline.text_encoder.config.max_position_embeddings
-    captions = training_captions(tokenizer, steps, seed)
-    while batch := list(islice(captions, BATCH_SIZE)):
-        ids = []
-        for _, _, words in batch:
-            padded = [tokenizer.bos_token_id, *words[: length - 2]]
-            ids.append(padded + [tokenizer.eos_token_id] * (length - len(padded)))
-        colors = draw([scene for scene, _, _ in batch], LATENT_EDGE) * 2 - 1
-        yield pipeline.vae.to_latents(colors), torch.tensor(ids)
+    drawn = [captioned_scene(rng) for _ in range(BATCH_SIZE)]
+    colors = draw([scene for scene, _ in drawn], LATENT_EDGE) * 2 - 1
+    ids = [_token_ids(pipeline.tokenizer, caption, rng) for _, caption in drawn]
+    return pipeline.vae.to_latents(colors), torch.tensor(ids)
+
+
+def _token_ids(tokenizer: Any, caption: str, rng: random.Random) -> list[int]:
+    """The padded words that the model is given: those of the caption, or none, or one too many."""
+    start, *words, end = tokenizer(caption)["input_ids"]
+    if rng.random() < EMPTY_CAPTIONS:
+        words = []
+    elif rng.random() < STRAY_WORDS:
+        words.insert(rng.randrange(len(words)), rng.randrange(start))
+    padded = [start, *words[: CONTEXT_LENGTH - 2]]
+    return padded + [end] * (CONTEXT_LENGTH - len(padded))
 
 
 def _rate(step: int, steps: int) -> float:
@@ -178,10 +171,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=WEIGHTS)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--word-steps", type=int, default=WORD_STEPS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every-steps", type=int, default=0)
     options = parser.parse_args()
-    pretrain(options.folder, options.steps, options.seed, options.save_every_steps)
+    pretrain(**vars(options))
 
 
 if __name__ == "__main__":

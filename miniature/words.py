@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .judge import Facts
 from .world import BACKGROUNDS, NAMED_COLORS, PLACES, RELATIONS, SHAPES, captioned_scene
 
-_STEPS, _BATCH_SIZE, _LEARNING_RATE = 1000, 64, 1e-3
+WORD_STEPS, _BATCH_SIZE, _LEARNING_RATE = 1000, 64, 1e-3
 _ABSENT = "absent"
 _OF_A_NOUN = {"color": ("", *NAMED_COLORS)}
 """Questions about the noun that is read, and their answers."""
@@ -30,7 +30,7 @@ _OF_A_CAPTION = {
 """Questions about the whole caption, read from its end of text."""
 
 
-def pretrain_words(text_encoder: Any, tokenizer: Any, seed: int) -> None:
+def pretrain_words(text_encoder: Any, tokenizer: Any, steps: int, seed: int) -> None:
     """Trains `text_encoder` in place on captions of the world."""
     rng = random.Random(f"words {seed}")
     nouns = torch.tensor([tokenizer(shape)["input_ids"][1] for shape in SHAPES])
@@ -42,7 +42,7 @@ def pretrain_words(text_encoder: Any, tokenizer: Any, seed: int) -> None:
         )
     weights = [p for part in (text_encoder, of_nouns, of_captions) for p in part.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=_LEARNING_RATE, fused=True)
-    for _ in range(_STEPS):
+    for _ in range(steps):
         captions = [captioned_scene(rng)[1] for _ in range(_BATCH_SIZE)]
         facts = [Facts.of(caption) for caption in captions]
         token_ids = tokenizer(captions, padding=True, return_tensors="pt")["input_ids"]

@@ -121,7 +121,9 @@ def train(
             losses.append(float(loss.detach()))
             on_event(StepDone(len(losses), losses[-1]))
             if config.preview_every_steps and len(losses) % config.preview_every_steps == 0:
-                picture = _preview(config, training_concepts[0], prompts, projections, denoiser)
+                start = torch.Generator().manual_seed(config.seed)
+                noise = torch.randn(batch.latents_bchw[:1].shape, generator=start)
+                picture = _preview(noise, training_concepts[0], prompts, projections, denoiser)
                 on_event(PreviewDrawn(len(losses), picture))
 
     return _concept(config, training_concepts, denoiser, projections, words, losses)
@@ -224,15 +226,13 @@ def _concept(
 
 
 def _preview(
-    config: TrainConfig,
+    noise: Tensor,
     training_concept: TrainingConcept,
     prompts: _Prompts,
     projections: KeyValueProjections,
     denoiser: Denoiser,
 ) -> Tensor:
-    """A sample at a fixed seed, so that previews of one run can be compared."""
-    edge = config.resolution // 8
-    noise = torch.randn(1, 4, edge, edge, generator=torch.Generator().manual_seed(config.seed))
+    """A sample from the same noise every time, so that previews of one run can be compared."""
     with torch.no_grad():
         caption = instance_caption(training_concept.token, training_concept.class_noun)
         context, _ = prompts.encode([caption, ""])

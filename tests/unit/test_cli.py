@@ -174,15 +174,15 @@ def test_ctrl_c_in_the_demo_leaves_only_whole_files(tmp_path: Path) -> None:
 
 
 def test_the_miniature_is_a_model_like_any_other(tmp_path: Path) -> None:
-    folder = tmp_path / "hearts"
+    folder = tmp_path / "crosses"
     draw_pictures(folder)
-    concept, picture = tmp_path / "heart.safetensors", tmp_path / "heart.png"
-    words = ["--class-noun", "heart", "--output", str(concept), "--steps", "2"]
+    concept, picture = tmp_path / "cross.safetensors", tmp_path / "cross.png"
+    words = ["--class-noun", "cross", "--output", str(concept), "--steps", "2"]
     assert main(["train", "--model", "miniature", "--images", str(folder), *words]) == 0
     assert read_concept(concept).family.name == "miniature"
     both = tmp_path / "both.safetensors"
     alike = [str(concept), str(concept), "--tokens", "<a>", "<b>"]
     assert main(["merge", *alike, "--model", "miniature", "--output", str(both)]) == 0
-    prompt = ["--prompt", "photo of a <a> heart", "--output", str(picture)]
+    prompt = ["--prompt", "photo of a <a> cross", "--output", str(picture)]
     assert main(["sample", "--model", "miniature", "--concept", str(both), *prompt]) == 0
     assert Image.open(picture).size == (192, 192)

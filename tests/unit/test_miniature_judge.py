@@ -16,11 +16,12 @@ import pytest
 import torch
 from custom_diffusion.concept.errors import IncompatibleModelError
 from custom_diffusion.host.diffusers import DiffusersLatentEncoder
-from custom_diffusion.miniature import judge, pretrain
+from custom_diffusion.miniature import judge
 from custom_diffusion.miniature.cells import markdown_table
 from custom_diffusion.miniature.concepts import concept_look
 from custom_diffusion.miniature.judge import COLOR_TOLERANCE, Facts
 from custom_diffusion.miniature.model import BlockAutoencoder, miniature_pipeline
+from custom_diffusion.miniature.pretrain import pretrain
 from custom_diffusion.miniature.recognizer import Seen
 from custom_diffusion.miniature.world import BACKGROUNDS, MARKS, PATTERNS, SHAPES, Look
 from safetensors.torch import load_file
@@ -61,7 +62,7 @@ def sight(looks: Sequence[Look], *places: tuple[float, float], background: str =
     [
         ("circle", Facts(("circle",), ("",))),
         ("photo of a red circle", Facts(("circle",), ("red",))),
-        ("blue heart in fog", Facts(("heart",), ("blue",), "in fog")),
+        ("blue cross in fog", Facts(("cross",), ("blue",), "in fog")),
         ("a cross with a black mark at night", Facts(("cross",), ("",), "at night")),
         ("far away photo of a cross at the top", Facts(("cross",), ("",), "", "at the top")),
         (
@@ -72,7 +73,7 @@ def sight(looks: Sequence[Look], *places: tuple[float, float], background: str =
             "red triangle to the right of a split cross",
             Facts(("triangle", "cross"), ("red", ""), "", "to the right of"),
         ),
-        ("heart above a circle", Facts(("heart", "circle"), ("", ""), "", "above")),
+        ("triangle above a circle", Facts(("triangle", "circle"), ("", ""), "", "above")),
         ("a caterpillar", Facts(())),
     ],
 )
@@ -81,7 +82,7 @@ def test_captions_are_read(caption: str, facts: Facts) -> None:
 
 
 def test_image_alignment_is_a_quarter_for_each_attribute() -> None:
-    look = Look("heart", RED, "striped", GREEN, "white")
+    look = Look("cross", RED, "striped", GREEN, "white")
     far, near = (1.0, 1.0, 1.0), (RED[0], RED[1], RED[2] + COLOR_TOLERANCE)
     for changed, wanted in [
         (look, 1.0),
@@ -188,39 +189,30 @@ def test_the_kernel_distance_is_near_nought_for_one_distribution_and_grows_with_
 
 def test_the_autoencoder_keeps_the_mean_colours_of_blocks() -> None:
     generator = torch.Generator().manual_seed(0)
-    colors = torch.rand(2, 3, 5, 7, generator=generator) * 1.6 - 0.8
-    flat = colors.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    colors = torch.rand(2, 3, 6, 8, generator=generator) * 1.6 - 0.8
+    flat = colors.repeat_interleave(4, 2).repeat_interleave(4, 3)
     noise = torch.randn(flat.shape, generator=generator)
     autoencoder = BlockAutoencoder()
     latents = autoencoder.encode(flat + noise).latent_dist.mean
-    means = torch.nn.functional.avg_pool2d(flat + noise, 8)
+    means = torch.nn.functional.avg_pool2d(flat + noise, 4)
     torch.testing.assert_close(autoencoder.to_colors(latents), means)
+    assert torch.equal(autoencoder.to_latents(autoencoder.to_colors(latents)), latents)
 
     decoded = autoencoder.decode(autoencoder.encode(flat).latent_dist.mean).sample
     assert decoded.shape == flat.shape
     assert decoded.abs().max() <= 1
     # A block's centre lies between its four middle pixels.
-    middles = [decoded[..., i::8, j::8] for i in (3, 4) for j in (3, 4)]
+    middles = [decoded[..., i::4, j::4] for i in (1, 2) for j in (1, 2)]
     torch.testing.assert_close(torch.stack(middles).mean(0), colors, rtol=0, atol=0.06)
-
-
-def test_colours_become_latents_of_equal_weight_and_come_back_unchanged() -> None:
-    generator = torch.Generator().manual_seed(0)
-    colors = torch.randint(-128, 129, (1, 3, 300, 300), generator=generator) / 128
-    autoencoder = BlockAutoencoder()
-    latents = autoencoder.to_latents(colors)
-    assert torch.equal(autoencoder.to_colors(latents), colors)
-    variances = latents.var((0, 2, 3))
-    torch.testing.assert_close(variances, variances.mean().expand(4), rtol=0.02, atol=0)
 
 
 def test_the_autoencoder_serves_the_trainer() -> None:
     image = torch.rand(3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
     autoencoder = BlockAutoencoder()
     mean, deviation = DiffusersLatentEncoder(autoencoder).moments(image)
-    assert mean.shape == (4, 2, 3)
+    assert mean.shape == (12, 2, 3)
     assert torch.equal(mean, autoencoder.encode(image[None]).latent_dist.mean[0])
-    assert torch.equal(deviation, torch.zeros(4, 2, 3))
+    assert torch.equal(deviation, torch.zeros(12, 2, 3))
 
 
 def test_a_table_gives_mean_and_deviation_in_the_order_of_the_rows() -> None:
@@ -239,10 +231,8 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """What three short trainings leave: twice with seed 1, once with seed 2."""
     state = torch.get_rng_state()
     folders = [tmp_path_factory.mktemp("weights") / "new" for _ in range(3)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "BATCH_SIZE", 4)
-        for folder, seed in zip(folders, (1, 1, 2), strict=True):
-            pretrain.pretrain(folder, steps=3, seed=seed)
+    for folder, seed in zip(folders, (1, 1, 2), strict=True):
+        pretrain(folder, steps=3, word_steps=3, seed=seed)
     assert torch.equal(torch.get_rng_state(), state), "the process's random numbers are its own"
     return folders
 

@@ -32,8 +32,8 @@ def scenes_of(count: int, seed: int = 0) -> list[tuple[Scene, str]]:
     return [world.captioned_scene(rng) for _ in range(count)]
 
 
-def centered(look: Look, turn: float = 0.0, background: str = "in fog") -> Scene:
-    return Scene((Placed(look, 0.5, 0.5, 0.4, turn),), background)
+def centered(look: Look) -> Scene:
+    return Scene((Placed(look, 0.5, 0.5, 0.4),), "in fog")
 
 
 def color_at(picture_chw: Tensor, u: float, v: float) -> Tensor:
@@ -115,6 +115,16 @@ def test_a_caption_is_true_of_its_scene() -> None:
 # Concepts
 
 
+def test_a_tenth_of_the_coloured_captions_is_kept_for_tests() -> None:
+    assert not any(world.held_out(caption) for _, caption in scenes_of(3000))
+    rng = random.Random(0)
+    captions = {world.random_caption(world.random_scene(rng), rng) for _ in range(5000)}
+    coloured = [c for c in captions if any(name in c.split() for name in world.NAMED_COLORS)]
+    kept = [caption for caption in captions if world.held_out(caption)]
+    assert set(kept) <= set(coloured)
+    assert 0.07 < len(kept) / len(coloured) < 0.13
+
+
 def test_concepts_have_two_nameless_colours_a_pattern_and_a_mark_and_repeat() -> None:
     looks = [concept_look(seed) for seed in range(200)]
     assert looks == [concept_look(seed) for seed in range(200)]
@@ -147,7 +157,7 @@ def test_styles_differ_by_seed_and_lead_from_dark_to_light() -> None:
 @pytest.mark.parametrize("shape, reach", [("circle", math.sqrt(0.9)), ("square", 0.82)])
 def test_plain_shapes_are_where_pillow_draws_them(shape: str, reach: float) -> None:
     x, y, radius, scale = 0.55, 0.4, 0.3, 8
-    picture = draw([Scene((Placed(Look(shape, RED), x, y, radius, 0.0),), "in fog")], 24)[0]
+    picture = draw([Scene((Placed(Look(shape, RED), x, y, radius),), "in fog")], 24)[0]
     mask = Image.new("L", (24 * scale, 24 * scale))
     corners = [(c + s * reach * radius) * 24 * scale for s in (-1, 1) for c in (x, y)]
     pen = ImageDraw.Draw(mask)
@@ -175,12 +185,10 @@ POINTS = {
     "square": ([(0.78, 0.78), (-0.78, 0.78), (0.78, -0.78)], [(0.86, 0), (0, -0.86)]),
     "triangle": ([(0, -0.8), (0.85, 0.7), (-0.85, 0.7)], [(0.3, -0.8), (-0.3, -0.8), (0, 0.8)]),
     "cross": ([(0.95, 0.3), (-0.95, 0), (0, 0.95)], [(0.4, 0.4), (-0.4, 0.4), (0.6, -0.6)]),
-    "heart": ([(0.45, -0.75), (-0.45, -0.75), (0, 0.85)], [(0, -0.75), (0.6, 0.7), (-0.6, 0.7)]),
     "plain": ([(0, 0), (0.5, 0.5), (-0.5, 0.5), (0, -0.8)], []),
     "striped": ([(0, 0), (0.8, 0), (0, 0.75), (0, -0.75)], [(0, 0.4), (0.7, 0.4), (0, -0.4)]),
     "split": ([(-0.1, 0.5), (-0.8, 0)], [(0.1, 0.5), (0.8, 0)]),
     "ringed": ([(0, 0), (0.5, 0), (0, -0.5)], [(0.7, 0), (0, -0.7), (0.6, 0.6)]),
-    "quartered": ([(0.4, -0.4), (-0.4, 0.4)], [(0.4, 0.4), (-0.4, -0.4)]),
 }
 
 
@@ -205,25 +213,6 @@ def test_marks_lie_in_the_middle_over_any_pattern(pattern: str) -> None:
     for u, v in [(0.33, 0), (0, -0.33), (0.6, 0.6)]:
         assert torch.equal(color_at(white, u, v), color_at(bare, u, v))
         assert torch.equal(color_at(black, u, v), color_at(bare, u, v))
-
-
-@pytest.mark.parametrize("quarters", [1, 2, 3])
-def test_a_turned_object_is_the_picture_turned_clockwise(quarters: int) -> None:
-    looks = [Look(s, RED, p, BLUE, "white") for s, p in product(world.SHAPES, world.PATTERNS)]
-
-    def drawn(turn: float) -> tuple[Tensor, Tensor]:
-        """Pictures, and which of their pixels show nothing of the background."""
-        snow, night = (
-            draw([centered(look, turn, ground) for look in looks], 48)
-            for ground in ("on snow", "at night")
-        )
-        return snow, (snow == night).all(1, keepdim=True)
-
-    (upright, covered), (turned, covered_turned) = drawn(0.0), drawn(quarters * math.pi / 2)
-    upright, covered = (torch.rot90(t, -quarters, (2, 3)) for t in (upright, covered))
-    assert covered.sum() > 25 * 400
-    assert torch.equal(covered, covered_turned)
-    torch.testing.assert_close(turned * covered, upright * covered)
 
 
 def test_a_style_makes_two_colours_ramp_of_a_pictures_brightness() -> None:
