@@ -23,6 +23,7 @@ from tqdm import tqdm
 from .concept.concept import Concept, LowRankDelta
 from .concept.errors import ConceptFileError, ConfigError, CustomDiffusionError
 from .concept.file import read_concept, write_concept
+from .concept.prompts import DEFAULT_TEMPLATE, STYLE_TEMPLATE
 from .merge.captions import read_captions
 from .merge.compose import DEFAULT_RELATIVE_RIDGE, merge_concepts
 from .trainer.config import GradientCut, TrainConfig
@@ -65,30 +66,22 @@ def train_command(options: argparse.Namespace) -> None:
         preview_every_steps=0,
         seed=options.seed,
     )
-    regularization = options.regularization
-    concept = TrainingConcept(
-        images=load_folder(options.images, instance_caption(options.token, options.class_noun)),
-        class_noun=options.class_noun,
-        token=options.token,
-        initializer=options.initializer,
-        regularization=load_folder(regularization, instance_caption("", options.class_noun))
-        if regularization
-        else (),
-    )
+    concepts = _training_concepts(options)
     pipeline = _load(options.model, options.device, DTYPES[options.precision])
     with borrowed_models(pipeline) as models:
         with tqdm(desc="encoding pictures", unit="view") as bar:
-            bank = prepare(
-                concept, config, models.latent_encoder, models.text_encoder, _progress(bar)
-            )
+            banks = [
+                prepare(one, config, models.latent_encoder, models.text_encoder, _progress(bar))
+                for one in concepts
+            ]
         with (
             tqdm(total=config.steps, desc="training", unit="step") as bar,
             _stop_on_interrupt() as stopped,
         ):
             result = train(
                 config,
-                [concept],
-                [bank],
+                concepts,
+                banks,
                 models.denoiser,
                 models.text_encoder,
                 should_stop=stopped,
@@ -98,6 +91,41 @@ def train_command(options: argparse.Namespace) -> None:
         print("stopped before the first step: nothing was learnt, nothing was saved")
         return
     _report_saved(result, write_concept(result, options.output))
+
+
+def _training_concepts(options: argparse.Namespace) -> list[TrainingConcept]:
+    """One for each folder of pictures."""
+    count = len(options.images)
+    tokens = options.token or [f"<new{number}>" for number in range(1, count + 1)]
+    initializers = options.initializer or [""] * count
+    regularizations = options.regularization or [None] * count
+    for name, values in (
+        ("class nouns", options.class_noun),
+        ("tokens", tokens),
+        ("initializers", initializers),
+        ("regularization folders", regularizations),
+    ):
+        if len(values) != count:
+            raise ConfigError(
+                f"{len(values)} {name} were given for {count} folders of pictures. Give one for "
+                f"each."
+            )
+    template = STYLE_TEMPLATE if options.style else DEFAULT_TEMPLATE
+    return [
+        TrainingConcept(
+            images=load_folder(folder, instance_caption(token, noun, template)),
+            class_noun=noun,
+            token=token,
+            initializer=initializer,
+            regularization=load_folder(others, instance_caption("", noun, template))
+            if others
+            else (),
+            template=template,
+        )
+        for folder, noun, token, initializer, others in zip(
+            options.images, options.class_noun, tokens, initializers, regularizations, strict=True
+        )
+    ]
 
 
 def merge_command(options: argparse.Namespace) -> None:
@@ -254,16 +282,26 @@ def _parser() -> argparse.ArgumentParser:
 
     teach = commands.add_parser(
         "train",
-        help="teach one concept from a folder of pictures",
-        description="Teaches one concept. The defaults are Stable Diffusion's; the miniature has "
+        help="teach concepts from folders of pictures",
+        description="Teaches a concept, or several together into one file: then give as many "
+        "class nouns and tokens as folders. The defaults are Stable Diffusion's; the miniature has "
         "its own steps, batch, rate and resolution.",
     )
     _model_options(teach)
-    teach.add_argument("--images", type=Path, required=True, help="folder of 4 to 20 pictures")
-    teach.add_argument("--class-noun", required=True, help="everyday word for the thing: cat")
-    teach.add_argument("--token", default="<new1>", help="its new word")
-    teach.add_argument("--initializer", default="", help="word the token starts from")
-    teach.add_argument("--regularization", type=Path, help="folder of ordinary class pictures")
+    teach.add_argument(
+        "--images", type=Path, nargs="+", required=True, help="folder of 4 to 20 pictures"
+    )
+    teach.add_argument(
+        "--class-noun", nargs="+", required=True, help="everyday word for the thing: cat"
+    )
+    teach.add_argument(
+        "--token", nargs="+", help="its new word, default <new1>; '' teaches the class noun itself"
+    )
+    teach.add_argument("--initializer", nargs="+", help="word the token starts from")
+    teach.add_argument(
+        "--regularization", type=Path, nargs="+", help="folder of ordinary class pictures"
+    )
+    teach.add_argument("--style", action="store_true", help="they are styles; class noun: art")
     teach.add_argument("--steps", type=int, help=f"default {DEFAULTS.steps}")
     teach.add_argument("--batch-size", type=int, help=f"default {DEFAULTS.batch_size}")
     teach.add_argument("--learning-rate", type=float, help=f"default {DEFAULTS.learning_rate:g}")

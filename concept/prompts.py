@@ -8,6 +8,7 @@ from .errors import TokenError
 _MODIFIER_TOKEN = re.compile(r"<[\w-]+>")
 
 DEFAULT_TEMPLATE = "photo of a {}"
+STYLE_TEMPLATE = "painting in the style of {}"
 CONSTRAINT_TEMPLATES = ("{}", "photo of a {}")
 """Prompts whose features a merge keeps exact, as in the reference (Kumari et al., Eq. 4)."""
 

@@ -4,13 +4,14 @@ from typing import get_args
 
 from comfy_api.latest import io
 
-from ..host.comfyui.inputs import folder_fingerprint, training_concept
+from ..host.comfyui.inputs import KINDS, folder_fingerprint, training_concept
 from ..host.comfyui.paths import NO_FOLDER, input_folders
 from ..host.comfyui.training import start_training, training_outputs
 from ..trainer.config import GradientCut, TrainConfig
 from .types import CATEGORY, Concept, TrainingConcept
 
 DEFAULTS = TrainConfig()
+MOST_CONCEPTS = 8
 
 
 class CustomDiffusionConcept(io.ComfyNode):
@@ -20,7 +21,7 @@ class CustomDiffusionConcept(io.ComfyNode):
             node_id="CustomDiffusionConcept",
             display_name="Custom Diffusion Concept",
             category=CATEGORY,
-            description="What to teach: 4 to 20 pictures of one thing, and the words for it.",
+            description="What to teach: 4 to 20 pictures of a thing or a style, and its words.",
             search_aliases=["dreambooth images", "training images", "instance images"],
             is_input_list=True,
             inputs=[
@@ -52,7 +53,8 @@ class CustomDiffusionConcept(io.ComfyNode):
                     "modifier_token",
                     default="<new1>",
                     tooltip="The new word, in angle brackets. Prompts then say '<new1> cat'. Give "
-                    "every concept its own.",
+                    "every concept its own. Empty: the class noun itself is taught, for a kind of "
+                    "thing that the model does not know.",
                 ),
                 io.Combo.Input(
                     "regularization_folder",
@@ -66,6 +68,13 @@ class CustomDiffusionConcept(io.ComfyNode):
                     default="",
                     advanced=True,
                     tooltip="A word the token starts from. Empty: a rare one, as in the paper.",
+                ),
+                io.Combo.Input(
+                    "kind",
+                    options=list(KINDS),
+                    default="thing",
+                    tooltip="Of a thing there is a 'photo of a <new1> cat'; of a style, a "
+                    "'painting in the style of <new1> art', with the class noun art.",
                 ),
             ],
             outputs=[TrainingConcept.Output(display_name="training concept")],
@@ -83,6 +92,7 @@ class CustomDiffusionConcept(io.ComfyNode):
         modifier_token,
         regularization_folder,
         initializer,
+        kind,
         images=None,
         captions=None,
     ) -> io.NodeOutput:
@@ -94,6 +104,7 @@ class CustomDiffusionConcept(io.ComfyNode):
             token=modifier_token[0],
             regularization_folder=regularization_folder[0],
             initializer=initializer[0],
+            kind=kind[0],
         )
         return io.NodeOutput(concept)
 
@@ -105,7 +116,7 @@ class CustomDiffusionTrain(io.ComfyNode):
             node_id="CustomDiffusionTrain",
             display_name="Custom Diffusion Train",
             category=CATEGORY,
-            description="Teaches the model a concept on a thread of its own, and saves it in "
+            description="Teaches the model concepts on a thread of its own, and saves them in "
             "models/custom_diffusion. Interrupting saves what was learnt so far.",
             search_aliases=["train", "finetune", "dreambooth", "textual inversion"],
             is_output_node=True,
@@ -116,7 +127,7 @@ class CustomDiffusionTrain(io.ComfyNode):
                 io.Autogrow.Input(
                     "concepts",
                     template=io.Autogrow.TemplatePrefix(
-                        TrainingConcept.Input("concept"), prefix="concept", min=1, max=1
+                        TrainingConcept.Input("concept"), prefix="concept", min=1, max=MOST_CONCEPTS
                     ),
                 ),
                 io.String.Input(
@@ -201,8 +212,8 @@ class CustomDiffusionTrain(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, vae, concepts, name, wait, **settings) -> io.NodeOutput:
-        (concept,) = concepts.values()
-        job = start_training(name, model, clip, vae, concept, TrainConfig(**settings))
+        taught = list(concepts.values())
+        job = start_training(name, model, clip, vae, taught, TrainConfig(**settings))
         return io.NodeOutput(*training_outputs(job, wait))
 
 

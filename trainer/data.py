@@ -51,13 +51,27 @@ class TrainingConcept:
 
     images: tuple[CaptionedImage, ...]
     class_noun: str
-    token: str
+    token: str = ""
+    """The new word; empty to teach the class noun itself, a category that the model lacks."""
     initializer: str = ""
     """Word whose embedding the token starts from; empty for a rare token."""
     regularization: tuple[CaptionedImage, ...] = ()
+    template: str = DEFAULT_TEMPLATE
+    """What is said of it; STYLE_TEMPLATE for a style, whose class noun is `art`, say."""
+
+    @property
+    def prompt(self) -> str:
+        """`photo of a <new1> cat`"""
+        return instance_caption(self.token, self.class_noun, self.template)
 
     def __post_init__(self) -> None:
-        check_modifier_token(self.token)
+        if self.token:
+            check_modifier_token(self.token)
+        elif self.initializer:
+            raise DataError(
+                f"The initializer {self.initializer!r} has no modifier token to start. Give a "
+                f"token, or leave the initializer empty."
+            )
         if not self.images:
             raise DataError(
                 "No instance images were given. Connect 4 to 20 pictures of the concept."
@@ -71,10 +85,10 @@ class TrainingConcept:
                 raise DataError(
                     f"The caption {image.caption!r} of {image.name} does not contain the modifier "
                     f"token {self.token}, so nothing could be learnt from it. Write it like "
-                    f"'{instance_caption(self.token, self.class_noun)}'."
+                    f"'{self.prompt}'."
                 )
         for image in self.regularization:
-            if self.token in image.caption:
+            if self.token and self.token in image.caption:
                 raise DataError(
                     f"The regularization caption {image.caption!r} of {image.name} contains the "
                     f"modifier token {self.token}. Regularization images show the ordinary class: "
@@ -82,9 +96,9 @@ class TrainingConcept:
                 )
 
 
-def instance_caption(token: str, class_noun: str) -> str:
+def instance_caption(token: str, class_noun: str, template: str = DEFAULT_TEMPLATE) -> str:
     """`photo of a <new1> cat`"""
-    return DEFAULT_TEMPLATE.format(subject(token, class_noun))
+    return template.format(subject(token, class_noun))
 
 
 def load_folder(folder: Path, default_caption: str) -> tuple[CaptionedImage, ...]:

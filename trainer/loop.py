@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..concept.concept import Concept, ModifierToken
 from ..concept.errors import ConfigError, TrainingError
-from ..concept.prompts import CONSTRAINT_TEMPLATES, subject
+from ..concept.prompts import subject
 from ..concept.text import TextEncoder
 from .config import GradientCut, TrainConfig
-from .data import TrainingConcept, instance_caption
+from .data import TrainingConcept
 from .latents import LatentBank, batches
 from .objective import add_noise, concept_loss, sample_losses, target
 from .parameters import KeyValueProjections
@@ -133,14 +133,15 @@ def _new_words(
     training_concepts: Sequence[TrainingConcept], encoder: TextEncoder, device: torch.device
 ) -> dict[str, dict[str, nn.Parameter]]:
     """Where the modifier tokens start: encoder name → token → (1, width)."""
-    names = [concept.token for concept in training_concepts]
+    with_token = [concept for concept in training_concepts if concept.token]
+    names = [concept.token for concept in with_token]
     if len(set(names)) < len(names):
         raise ConfigError(
             f"The concepts' modifier tokens are {', '.join(names)}. Concepts that are taught "
             f"together need a token each: rename those that are alike."
         )
     words: dict[str, dict[str, nn.Parameter]] = {}
-    for concept in training_concepts:
+    for concept in with_token:
         start = initial_embedding(encoder, concept.initializer, token_number(concept.token))
         for name, row in start.items():
             words.setdefault(name, {})[concept.token] = nn.Parameter(row.to(device))
@@ -205,12 +206,13 @@ def _concept(
                 },
             )
             for concept in training_concepts
+            if concept.token
         ),
         base_hash=projections.base_hash,
         constraint_prompts=tuple(
-            template.format(subject(concept.token, concept.class_noun))
+            prompt
             for concept in training_concepts
-            for template in CONSTRAINT_TEMPLATES
+            for prompt in (subject(concept.token, concept.class_noun), concept.prompt)
         ),
         provenance={
             "method": "custom diffusion",
@@ -234,8 +236,7 @@ def _preview(
 ) -> Tensor:
     """A sample from the same noise every time, so that previews of one run can be compared."""
     with torch.no_grad():
-        caption = instance_caption(training_concept.token, training_concept.class_noun)
-        context, _ = prompts.encode([caption, ""])
+        context, _ = prompts.encode([training_concept.prompt, ""])
         latents = ddim_sample(
             projections.predict,
             noise.to(denoiser.device),

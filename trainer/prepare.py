@@ -31,7 +31,8 @@ def prepare(
             f"more, or leave the regularization images out."
         )
     check_readable([*concept.images, *concept.regularization])
-    _check_words(concept, config, text_encoder)
+    if concept.token:
+        _check_words(concept, config, text_encoder)
     return encode_views(concept, latent_encoder, config, on_progress)
 
 

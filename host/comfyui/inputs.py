@@ -13,6 +13,7 @@ from PIL import Image
 
 from ...concept.concept import Concept
 from ...concept.errors import DataError
+from ...concept.prompts import DEFAULT_TEMPLATE, STYLE_TEMPLATE
 from ...merge.captions import read_captions
 from ...merge.compose import merge_concepts
 from ...merge.report import MergeReport
@@ -21,6 +22,8 @@ from .models import text_encoder
 from .paths import NO_FOLDER, cache_folder, input_folder
 
 BUILT_IN_CAPTIONS = "built-in"
+KINDS = {"thing": DEFAULT_TEMPLATE, "style": STYLE_TEMPLATE}
+"""What a concept can be, and how its captions speak of it."""
 
 
 def training_concept(
@@ -31,9 +34,11 @@ def training_concept(
     token: str,
     regularization_folder: str,
     initializer: str,
+    kind: str,
 ) -> TrainingConcept:
     """What to teach, from connected images (b, h, w, c) in 0..1 or a folder of `input/`."""
-    default = instance_caption(token, class_noun)
+    template = KINDS[kind]
+    default = instance_caption(token, class_noun, template)
     if captions and not images:
         raise DataError(
             "Captions were connected without images. Connect the images too, or put a .txt file "
@@ -52,9 +57,9 @@ def training_concept(
         instances = ()
     regularization: tuple[CaptionedImage, ...] = ()
     if regularization_folder != NO_FOLDER:
-        ordinary = instance_caption("", class_noun)
+        ordinary = instance_caption("", class_noun, template)
         regularization = load_folder(input_folder(regularization_folder), ordinary)
-    return TrainingConcept(instances, class_noun, token, initializer, regularization)
+    return TrainingConcept(instances, class_noun, token, initializer, regularization, template)
 
 
 def merge_in_comfyui(

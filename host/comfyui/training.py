@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,12 @@ def training_service() -> TrainingService:
 
 
 def start_training(
-    name: str, model: Any, clip: Any, vae: Any, concept: TrainingConcept, config: TrainConfig
+    name: str,
+    model: Any,
+    clip: Any,
+    vae: Any,
+    concepts: Sequence[TrainingConcept],
+    config: TrainConfig,
 ) -> Job:
     """Encodes the pictures, copies the models and queues the job. Runs on the prompt thread.
 
@@ -47,13 +53,19 @@ def start_training(
     denoiser = ComfyDenoiser(model, training_dtype(device))
     encoder = text_encoder(clip)
     progress = comfy.utils.ProgressBar(1)
-    bank = prepare(
-        concept,
-        config,
-        ComfyLatentEncoder(vae, scale_factor),
-        encoder,
-        lambda done, total: progress.update_absolute(done, total),
-    )
+    latent_encoder = ComfyLatentEncoder(vae, scale_factor)
+    banks = [
+        prepare(
+            concept,
+            config,
+            latent_encoder,
+            encoder,
+            lambda done, total, before=index: progress.update_absolute(
+                before * total + done, len(concepts) * total
+            ),
+        )
+        for index, concept in enumerate(concepts)
+    ]
 
     def run(should_stop: Any, on_event: Any) -> Concept:
         try:
@@ -61,8 +73,8 @@ def start_training(
             encoder.to(device)
             return train(
                 config,
-                [concept],
-                [bank],
+                concepts,
+                banks,
                 denoiser,
                 encoder,
                 should_stop=should_stop,
@@ -75,8 +87,7 @@ def start_training(
         return write_new_concept(result, concept_folder(), name)
 
     settings = {
-        "token": concept.token,
-        "class_noun": concept.class_noun,
+        "concepts": [{"token": c.token, "class_noun": c.class_noun} for c in concepts],
         "config": config.as_json(),
     }
     return training_service().submit(name, config.steps, settings, run, save)

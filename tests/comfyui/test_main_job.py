@@ -139,8 +139,23 @@ def test_a_job_leaves_its_settings_and_metrics(
 ) -> None:
     (folder,) = job_folders(bench, "my-cat")
     settings = json.loads((folder / "job.json").read_text())
-    assert settings["token"] == "<new1>" and settings["config"]["steps"] == 3
+    assert settings["concepts"] == [{"token": "<new1>", "class_noun": "cat"}]
+    assert settings["config"]["steps"] == 3
     assert len(losses(folder)) == 3
+
+
+def test_a_thing_and_a_style_are_taught_together_into_one_file(bench: ComfyServer) -> None:
+    graph = {**teach("cat-in-style", "cat", "cat", "<new1>"), **teach("-", "dog", "art", "<new2>")}
+    graph["--data"]["inputs"]["kind"] = "style"
+    graph["cat-in-style"]["inputs"]["concepts.concept1"] = ["--data", 0]
+    del graph["-"]
+    bench.run(graph)
+    taught = read_concept(concepts(bench) / "cat-in-style.safetensors")
+    assert [(token.name, token.class_noun) for token in taught.tokens] == [
+        ("<new1>", "cat"),
+        ("<new2>", "art"),
+    ]
+    assert taught.constraint_prompts[3] == "painting in the style of <new2> art"
 
 
 def test_connected_images_and_captions_teach_too(bench: ComfyServer) -> None:

@@ -53,6 +53,7 @@ def teach(
             modifier_token=token,
             regularization_folder=regularization,
             initializer="",
+            kind="thing",
         ),
         key: node(
             "CustomDiffusionTrain",

@@ -65,6 +65,23 @@ def test_two_concepts_are_taught_merged_inspected_and_drawn(
     assert Image.open(picture).size == (128, 64)
 
 
+def test_concepts_are_taught_together_and_a_category_without_a_token(
+    model: Path, photos: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "both.safetensors"
+    command = ["train", "--model", str(model), "--images", str(photos), str(photos)]
+    command += ["--class-noun", "art", "moongate", "--token", "<ink>", "", "--style"]
+    assert main([*command, "--output", str(path), *QUICK]) == 0
+    both = read_concept(path)
+    assert [token.name for token in both.tokens] == ["<ink>"]
+    assert both.constraint_prompts == (
+        "<ink> art",
+        "painting in the style of <ink> art",
+        "moongate",
+        "painting in the style of moongate",
+    )
+
+
 def test_equal_tokens_can_be_renamed_in_a_merge(model: Path, photos: Path, tmp_path: Path) -> None:
     one, two, both = (tmp_path / f"{name}.safetensors" for name in ("one", "two", "both"))
     for path in (one, two):
@@ -83,6 +100,10 @@ def test_equal_tokens_can_be_renamed_in_a_merge(model: Path, photos: Path, tmp_p
         (["inspect", "missing.safetensors"], "There is no concept file"),
         (["merge", "missing.safetensors", "--model", "x"], "There is no concept file"),
         (["train", "--model", "x", "--images", "none", "--class-noun", "cat"], "no folder none"),
+        (
+            ["train", "--model", "x", "--images", "a", "b", "--class-noun", "cat"],
+            "1 class nouns were given for 2 folders of pictures. Give one for each.",
+        ),
     ],
 )
 def test_errors_are_one_message_and_exit_status_one(

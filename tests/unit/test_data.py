@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from custom_diffusion.concept.errors import DataError, TokenError
+from custom_diffusion.concept.prompts import STYLE_TEMPLATE
 from custom_diffusion.trainer.data import (
     CaptionedImage,
     TrainingConcept,
@@ -193,10 +194,33 @@ def test_a_regularization_caption_with_the_token_is_quoted() -> None:
     assert "remove the token from their captions" in message
 
 
-@pytest.mark.parametrize("token", ["new1", "<new 1>", "", "<>", "<new1> cat", "<new1>\n"])
+@pytest.mark.parametrize("token", ["new1", "<new 1>", "<>", "<new1> cat", "<new1>\n"])
 def test_a_malformed_token_says_how_to_write_it(token: str) -> None:
     with pytest.raises(TokenError, match=r"name in angle brackets .* Write '<[\w-]+>'"):
         concept(token=token)
+
+
+def test_an_initializer_without_a_token_is_refused() -> None:
+    with pytest.raises(DataError, match="'cat' has no modifier token to start"):
+        concept(token="", initializer="cat")
+
+
+@pytest.mark.parametrize(
+    ("changes", "prompt"),
+    [
+        ({}, "photo of a <new1> cat"),
+        ({"token": ""}, "photo of a cat"),
+        (
+            {"class_noun": "art", "template": STYLE_TEMPLATE},
+            "painting in the style of <new1> art",
+        ),
+    ],
+)
+def test_things_categories_and_styles_have_their_prompts(
+    changes: dict[str, object], prompt: str
+) -> None:
+    captioned = (CaptionedImage(RED, prompt),)
+    assert concept(images=captioned, **changes).prompt == prompt
 
 
 def test_a_good_concept_is_accepted() -> None:

@@ -24,11 +24,13 @@ from custom_diffusion.host.diffusers import (
     DiffusersModels,
     borrowed_models,
 )
+from custom_diffusion.merge.compose import merge_concepts
 from custom_diffusion.trainer.config import GradientCut, TrainConfig
 from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
 from custom_diffusion.trainer.latents import LatentBank, batches
 from custom_diffusion.trainer.loop import Event, PreviewDrawn, StepDone, train
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from support.tiny_models import (
     RESOLUTION,
     VOCABULARY_SIZE,
@@ -436,6 +438,20 @@ def test_concepts_with_one_token_cannot_be_taught_together(models: DiffusersMode
         trained_together(models, config(), cat_concept(), dog_concept(), cat_concept(3))
     assert "modifier tokens are <new1>, <new2>, <new1>" in str(caught.value)
     assert "rename those that are alike" in str(caught.value)
+
+
+def test_a_category_is_taught_without_a_token(models: DiffusersModels) -> None:
+    picture = Image.new("RGB", (RESOLUTION, RESOLUTION), "white")
+    moongate = TrainingConcept((CaptionedImage(picture, "photo of a moongate"),), "moongate")
+    result = trained(models, config(), moongate)
+    assert result.tokens == ()
+    assert result.constraint_prompts == ("moongate", "photo of a moongate")
+    assert all(delta.dense().abs().max() > 0 for delta in result.deltas.values())
+    merged, report = merge_concepts(
+        [result, trained(models, config())], models.text_encoder, captions=["a dog", "a cat"]
+    )
+    assert [token.name for token in merged.tokens] == ["<new1>"]
+    assert max(report.residuals) < 0.01
 
 
 # Weights of the network that learn too
