@@ -26,7 +26,7 @@ from .concept.file import read_concept, write_concept
 from .concept.prompts import DEFAULT_TEMPLATE, STYLE_TEMPLATE
 from .merge.captions import read_captions
 from .merge.compose import DEFAULT_RELATIVE_RIDGE, merge_concepts
-from .trainer.config import GradientCut, TrainConfig
+from .trainer.config import Fit, GradientCut, TrainConfig
 from .trainer.data import TrainingConcept, instance_caption, load_folder
 from .trainer.loop import Event, StepDone, train
 from .trainer.prepare import prepare
@@ -34,7 +34,7 @@ from .trainer.prepare import prepare
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULTS = TrainConfig()
 MINIATURE = "miniature"  # the model that comes with the project
-_RECIPE = ("steps", "batch_size", "learning_rate", "resolution", "gradient_cut")
+_RECIPE = ("steps", "batch_size", "learning_rate", "resolution", "gradient_cut", "fit")
 INTERRUPTED = 130  # exit status after Ctrl-C
 
 
@@ -309,6 +309,7 @@ def _parser() -> argparse.ArgumentParser:
     teach.add_argument("--gradient-cut", choices=get_args(GradientCut))
     teach.add_argument("--no-augment", action="store_true", help="no random sizes")
     teach.add_argument("--no-flip", action="store_true", help="no mirrored views")
+    teach.add_argument("--fit", choices=get_args(Fit), help="of pictures that are not square")
     teach.add_argument("--seed", type=int, default=DEFAULTS.seed)
     teach.add_argument("--output", type=Path, default=Path("concept.safetensors"))
     teach.set_defaults(command=train_command)

@@ -20,10 +20,11 @@ from ..merge.compose import merge_concepts
 from ..trainer.data import instance_caption, load_folder
 from ..trainer.loop import Event, StepDone, train
 from ..trainer.prepare import prepare
+from ..trainer.sheet import Row, lay_out
 from .laboratory import Subject, pair_of_subjects
 from .model import CONFIG, GUIDANCE, PICTURE_EDGE, SAMPLING_STEPS, miniature_pipeline
-from .sheet import Row, images, lay_out
 from .world import class_caption, world_captions
+from .world_sheet import images
 
 log = logging.getLogger("custom_diffusion")
 
@@ -65,7 +66,7 @@ def _teach(pipeline: Any, subject: Subject, folder: Path) -> Concept:
     pictures = folder / subject.look.shape
     pictures.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(subject.training.images):
-        image.open().save(pictures / f"{index}.png")
+        image.open().image.save(pictures / f"{index}.png")
     caption = instance_caption(subject.token, subject.look.shape)
     concept = replace(subject.training, images=load_folder(pictures, caption))
     with borrowed_models(pipeline) as models:
@@ -100,7 +101,7 @@ def _sheet(
         Row(
             f"Given: {len(subject.training.images)} pictures",
             f"of {subject.words}",
-            [image.open() for image in subject.training.images[:_COLUMNS]],
+            [image.open().image for image in subject.training.images[:_COLUMNS]],
         )
         for subject in pair
     ]

@@ -2,16 +2,57 @@
 
 from typing import get_args
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
-from ..host.comfyui.inputs import KINDS, folder_fingerprint, training_concept
+from ..host.comfyui.inputs import KINDS, draw_contact_sheet, folder_fingerprint, training_concept
 from ..host.comfyui.paths import NO_FOLDER, input_folders
 from ..host.comfyui.training import start_training, training_outputs
-from ..trainer.config import GradientCut, TrainConfig
+from ..trainer.config import Fit, GradientCut, TrainConfig
 from .types import CATEGORY, Concept, TrainingConcept
 
 DEFAULTS = TrainConfig()
 MOST_CONCEPTS = 8
+
+
+def _resolution() -> io.Int.Input:
+    return io.Int.Input(
+        "resolution",
+        default=DEFAULTS.resolution,
+        min=64,
+        max=2048,
+        step=8,
+        tooltip="512 for SD 1.x and 2.x base, 768 for SD 2.1 768.",
+    )
+
+
+def _seed() -> io.Int.Input:
+    return io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False)
+
+
+def _view_inputs() -> list[io.Input]:
+    """How views are made of pictures: the same for the training and for what shows them."""
+    return [
+        io.Boolean.Input(
+            "augment",
+            default=DEFAULTS.augment,
+            advanced=True,
+            tooltip="Random sizes with words that say so, as in the paper.",
+        ),
+        io.Boolean.Input(
+            "flip",
+            default=DEFAULTS.flip,
+            advanced=True,
+            tooltip="Mirror half of the pictures. Off for writing and faces.",
+        ),
+        io.Combo.Input(
+            "fit",
+            options=list(get_args(Fit)),
+            default=DEFAULTS.fit,
+            advanced=True,
+            tooltip="Pictures that are not square: crop to the middle, or letterbox: all of them, "
+            "between grey bars that do not count.",
+        ),
+    ]
 
 
 class CustomDiffusionConcept(io.ComfyNode):
@@ -30,6 +71,11 @@ class CustomDiffusionConcept(io.ComfyNode):
                     optional=True,
                     tooltip="Pictures of the concept. Leave it open to use a folder instead.",
                 ),
+                io.Mask.Input(
+                    "masks",
+                    optional=True,
+                    tooltip="One mask a picture: what is white (1) is learnt, the rest is not.",
+                ),
                 io.String.Input(
                     "captions",
                     optional=True,
@@ -42,7 +88,8 @@ class CustomDiffusionConcept(io.ComfyNode):
                     options=input_folders(),
                     default=NO_FOLDER,
                     tooltip="A folder of pictures in ComfyUI's input folder, used when no images "
-                    "are connected. A .txt file beside a picture is its caption.",
+                    "are connected. A .txt file beside a picture is its caption, a .mask.png file "
+                    "its mask.",
                 ),
                 io.String.Input(
                     "class_noun",
@@ -94,10 +141,12 @@ class CustomDiffusionConcept(io.ComfyNode):
         initializer,
         kind,
         images=None,
+        masks=None,
         captions=None,
     ) -> io.NodeOutput:
         concept = training_concept(
             images=images or [],
+            masks=masks or [],
             captions=captions or [],
             folder=folder[0],
             class_noun=class_noun[0],
@@ -107,6 +156,27 @@ class CustomDiffusionConcept(io.ComfyNode):
             kind=kind[0],
         )
         return io.NodeOutput(concept)
+
+
+class CustomDiffusionViews(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CustomDiffusionViews",
+            display_name="Custom Diffusion Views",
+            category=CATEGORY,
+            description="Shows what a training will see: pictures as they are cropped, resized and "
+            "mirrored, with their captions. What does not count is dark.",
+            search_aliases=["contact sheet", "dataset preview"],
+            is_output_node=True,
+            inputs=[TrainingConcept.Input("concept"), _resolution(), _seed(), *_view_inputs()],
+            outputs=[io.Image.Output(display_name="contact sheet")],
+        )
+
+    @classmethod
+    def execute(cls, concept, **settings) -> io.NodeOutput:
+        sheet = draw_contact_sheet(concept, TrainConfig(**settings))
+        return io.NodeOutput(sheet, ui=ui.PreviewImage(sheet, cls=cls))
 
 
 class CustomDiffusionTrain(io.ComfyNode):
@@ -149,15 +219,8 @@ class CustomDiffusionTrain(io.ComfyNode):
                     step=1e-6,
                     round=False,
                 ),
-                io.Int.Input(
-                    "resolution",
-                    default=DEFAULTS.resolution,
-                    min=64,
-                    max=2048,
-                    step=8,
-                    tooltip="512 for SD 1.x and 2.x base, 768 for SD 2.1 768.",
-                ),
-                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False),
+                _resolution(),
+                _seed(),
                 io.Boolean.Input(
                     "wait",
                     default=True,
@@ -165,18 +228,7 @@ class CustomDiffusionTrain(io.ComfyNode):
                     label_off="no, in the background",
                     tooltip="Wait, and hand the concept on; or return at once with the job's id.",
                 ),
-                io.Boolean.Input(
-                    "augment",
-                    default=DEFAULTS.augment,
-                    advanced=True,
-                    tooltip="Random sizes with words that say so, as in the paper.",
-                ),
-                io.Boolean.Input(
-                    "flip",
-                    default=DEFAULTS.flip,
-                    advanced=True,
-                    tooltip="Mirror half of the pictures. Off for writing and faces.",
-                ),
+                *_view_inputs(),
                 io.Float.Input(
                     "prior_weight",
                     default=DEFAULTS.prior_weight,
@@ -217,4 +269,4 @@ class CustomDiffusionTrain(io.ComfyNode):
         return io.NodeOutput(*training_outputs(job, wait))
 
 
-NODES = [CustomDiffusionConcept, CustomDiffusionTrain]
+NODES = [CustomDiffusionConcept, CustomDiffusionViews, CustomDiffusionTrain]

@@ -3,10 +3,11 @@
 At picture size S, with the frequencies of the reference implementation:
 
 - 27 %: a third to 0.6 of S, pasted on grey at a random place ("very small", "far away");
-- 40 %: the centre square as it is;
+- 40 %: the square as it is;
 - 33 %: 1.2 to 1.4 of S, cropped at a random place ("zoomed in", "close up").
 
-The loss counts only where the mask is one, so the grey is never learnt.
+The square is the centre of a picture, or all of it between grey bars. The loss counts only where
+the mask is above zero: the grey is never learnt, nor what a mask of the user's leaves out.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional
 
-from .config import LATENT_PIXELS
+from .config import LATENT_PIXELS, Fit
+from .data import GREY, Picture
 
 SMALL_PREFIXES = ("very small", "far away")
 LARGE_PREFIXES = ("zoomed in", "close up")
 PREFIXES = SMALL_PREFIXES + LARGE_PREFIXES
 _SMALL_BELOW = 0.6
-_GREY = (128, 128, 128)
 
 
 @dataclass(frozen=True)
@@ -35,25 +37,32 @@ class View:
     image_chw: Tensor
     """(3, S, S) in -1..1"""
     mask: Tensor
-    """(S/8, S/8): one where the loss counts"""
+    """(S/8, S/8) in 0..1: how much the loss counts"""
     prefix: str
     """Words before the caption, or nothing"""
 
 
-def whole_view(image: Image.Image, size: int, flip: bool = False) -> View:
-    """The centre square of the picture, scaled to (size, size)."""
-    square = _centre_square(image, flip).resize((size, size), Image.Resampling.BICUBIC)
-    return View(_to_tensor(square), torch.ones(size // LATENT_PIXELS, size // LATENT_PIXELS), "")
+def whole_view(picture: Picture, size: int, flip: bool = False, fit: Fit = "crop") -> View:
+    """The picture as it is, scaled to (size, size)."""
+    return _view(picture, size, (0, 0, size), flip, fit)
 
 
-def random_view(image: Image.Image, size: int, rng: random.Random, flip: bool = False) -> View:
+def random_view(
+    picture: Picture, size: int, rng: random.Random, flip: bool = False, fit: Fit = "crop"
+) -> View:
     """A randomly resized view with its prefix and mask."""
     edge = _random_edge(size, rng)
     if edge > size:
-        return _large_view(image, size, edge, rng, flip)
-    if edge < _SMALL_BELOW * size:
-        return _small_view(image, size, edge, rng, flip)
-    return whole_view(image, size, flip)
+        left, top = -rng.randint(0, edge - size), -rng.randint(0, edge - size)
+        prefix = rng.choice(LARGE_PREFIXES)
+    elif edge < _SMALL_BELOW * size:
+        left, top = rng.randint(0, size - edge), rng.randint(0, size - edge)
+        prefix = rng.choice(SMALL_PREFIXES)
+    else:
+        return whole_view(picture, size, flip, fit)
+    view = _view(picture, size, (left, top, edge), flip, fit, prefix)
+    # A close-up may have missed all that a mask lets count.
+    return view if view.mask.sum() >= 1 else whole_view(picture, size, flip, fit)
 
 
 def _random_edge(size: int, rng: random.Random) -> int:
@@ -64,35 +73,48 @@ def _random_edge(size: int, rng: random.Random) -> int:
     return edge + edge % 2
 
 
-def _small_view(image: Image.Image, size: int, edge: int, rng: random.Random, flip: bool) -> View:
-    left, top = rng.randint(0, size - edge), rng.randint(0, size - edge)
-    small = _centre_square(image, flip).resize((edge, edge), Image.Resampling.BICUBIC)
-    canvas = Image.new("RGB", (size, size), _GREY)
-    canvas.paste(small, (left, top))
-    mask = torch.zeros(size // LATENT_PIXELS, size // LATENT_PIXELS)
-    mask[_inner_cells(top, edge), _inner_cells(left, edge)] = 1
-    return View(_to_tensor(canvas), mask, rng.choice(SMALL_PREFIXES))
+def _view(
+    picture: Picture,
+    size: int,
+    square: tuple[int, int, int],
+    flip: bool,
+    fit: Fit,
+    prefix: str = "",
+) -> View:
+    """The picture in a square (left, top, edge) that may be smaller or larger than the view."""
+    left, top, edge = square
+    image, mask = picture.image, picture.mask
+    width, height = image.size
+    if fit == "crop":
+        shorter = min(image.size)
+        x, y = (width - shorter) // 2, (height - shorter) // 2
+        box = (x, y, x + shorter, y + shorter)
+        image, mask = image.crop(box), mask and mask.crop(box)
+        width = height = edge
+    else:
+        width, height = (max(round(edge * side / max(image.size)), 1) for side in image.size)
+        left, top = left + (edge - width) // 2, top + (edge - height) // 2
+    if flip:
+        image, mask = ImageOps.mirror(image), mask and ImageOps.mirror(mask)
+
+    canvas = Image.new("RGB", (size, size), GREY)
+    canvas.paste(image.resize((width, height), Image.Resampling.BICUBIC), (left, top))
+    counts = torch.zeros(size // LATENT_PIXELS, size // LATENT_PIXELS)
+    counts[_inner_cells(top, height, size), _inner_cells(left, width, size)] = 1
+    if mask:
+        shades = Image.new("L", (size, size))
+        shades.paste(mask.resize((width, height), Image.Resampling.BILINEAR), (left, top))
+        whole = torch.from_numpy(np.array(shades, dtype=np.float32)) / 255
+        counts *= functional.avg_pool2d(whole[None], LATENT_PIXELS)[0]
+    return View(_to_tensor(canvas), counts, prefix)
 
 
-def _inner_cells(start: int, edge: int) -> slice:
-    """Latent cells of the pasted square without its border, which sees the grey; at least one."""
-    first = start // LATENT_PIXELS + 1
+def _inner_cells(start: int, edge: int, size: int) -> slice:
+    """Latent cells of what was pasted, without those that see the grey beside it; at least one."""
+    if start <= 0 and start + edge >= size:
+        return slice(0, size // LATENT_PIXELS)
+    first = max(start // LATENT_PIXELS + 1, 0)
     return slice(first, max((start + edge) // LATENT_PIXELS - 1, first + 1))
-
-
-def _large_view(image: Image.Image, size: int, edge: int, rng: random.Random, flip: bool) -> View:
-    left, top = rng.randint(0, edge - size), rng.randint(0, edge - size)
-    large = _centre_square(image, flip).resize((edge, edge), Image.Resampling.BICUBIC)
-    crop = large.crop((left, top, left + size, top + size))
-    ones = torch.ones(size // LATENT_PIXELS, size // LATENT_PIXELS)
-    return View(_to_tensor(crop), ones, rng.choice(LARGE_PREFIXES))
-
-
-def _centre_square(image: Image.Image, flip: bool) -> Image.Image:
-    edge = min(image.size)
-    left, top = (image.width - edge) // 2, (image.height - edge) // 2
-    square = image.crop((left, top, left + edge, top + edge))
-    return ImageOps.mirror(square) if flip else square
 
 
 def _to_tensor(image: Image.Image) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from ..concept.errors import ConfigError
 
 GradientCut = Literal["none", "start", "start and padding"]
+Fit = Literal["crop", "letterbox"]
 LATENT_PIXELS = 8
 """Edge of the square of pixels that one latent stands for."""
 
@@ -35,6 +36,10 @@ class TrainConfig:
     """Positions of the prompt whose keys and values pass no gradient."""
     resolution: int = 512
     """Edge of the training pictures, in pixels."""
+    fit: Fit = "crop"
+    """Of pictures that are not square: their centre, or all of them between grey bars that do not
+    count.
+    """
     augment: bool = True
     """Random resize with matching prompt prefixes, as in the paper."""
     flip: bool = True
@@ -71,14 +76,18 @@ class TrainConfig:
                 f"max_gradient_norm={self.max_gradient_norm} would stop all learning. "
                 f"Use a number above 0, or None for no limit."
             )
-        if self.gradient_cut not in get_args(GradientCut):
-            raise ConfigError(
-                f"gradient_cut={self.gradient_cut!r} is unknown; "
-                f"choose one of {', '.join(map(repr, get_args(GradientCut)))}."
-            )
+        _one_of("gradient_cut", self.gradient_cut, get_args(GradientCut))
+        _one_of("fit", self.fit, get_args(Fit))
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(
+            f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, known))}."
+        )
 
 
 def _at_least(name: str, value: int, least: int) -> None:

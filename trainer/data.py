@@ -2,47 +2,69 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
 from ..concept.errors import DataError
 from ..concept.prompts import DEFAULT_TEMPLATE, check_modifier_token, subject
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+MASK_ENDING = ".mask.png"
+"""`cat1.mask.png` beside `cat1.jpg` says where the picture counts: in the white."""
+GREY = (128, 128, 128)
+"""What stands for nothing: the middle of the range that the autoencoder sees."""
+_REPEATED_FOLDER = re.compile(r"(\d+)_.*")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Pixels, upright and in RGB, and where they count."""
+
+    image: Image.Image
+    mask: Image.Image | None = None
+    """Of the same size, in shades: the whiter, the more; None where all of it counts."""
 
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """A picture, in memory or still on disk, and its caption."""
+    """A picture, in memory or still on disk, its caption, and a mask where there is one."""
 
     source: Image.Image | Path
     caption: str
+    mask: Image.Image | Path | None = None
 
     @property
     def name(self) -> str:
         return self.source.name if isinstance(self.source, Path) else "an image in memory"
 
-    def open(self) -> Image.Image:
-        """The picture upright and in RGB. Raises DataError naming a file that cannot be read."""
-        if isinstance(self.source, Image.Image):
-            return _to_rgb(self.source)
-        try:
-            with Image.open(self.source) as image:
-                return _to_rgb(ImageOps.exif_transpose(image))
-        except (
-            OSError,
-            UnidentifiedImageError,
-            SyntaxError,
-            Image.DecompressionBombError,
-        ) as error:
+    def open(self) -> Picture:
+        """Transparent parts become grey and do not count.
+
+        Raises DataError naming a file that cannot be read or a mask that fits no pixel.
+        """
+        picture = _opaque(_upright(self.source))
+        if self.mask is None:
+            mask = picture.mask
+        else:
+            mask = _upright(self.mask).convert("L")
+            if mask.size != picture.image.size:
+                raise DataError(
+                    f"The mask of {self.name} is {mask.width} x {mask.height} pixels, the picture "
+                    f"{picture.image.width} x {picture.image.height}. Give a mask of its size."
+                )
+            if picture.mask:
+                mask = ImageChops.multiply(mask, picture.mask)
+        if mask and not mask.getbbox():
             raise DataError(
-                f"{self.source} cannot be read as a picture ({error}). "
-                f"Remove it from the folder, or export it again as PNG or JPEG."
-            ) from error
+                f"The mask of {self.name} is black everywhere, so nothing could be learnt from the "
+                f"picture. Paint white what counts, or leave the mask out."
+            )
+        return Picture(picture.image, mask)
 
 
 @dataclass(frozen=True)
@@ -102,20 +124,27 @@ def instance_caption(token: str, class_noun: str, template: str = DEFAULT_TEMPLA
 
 
 def load_folder(folder: Path, default_caption: str) -> tuple[CaptionedImage, ...]:
-    """Every picture of a folder, by name, with the caption in the `.txt` beside it where there is
-    one.
+    """Every picture of a folder, by name, with the caption in the `.txt` and the mask in the
+    `.mask.png` beside it where there are such files.
 
-    Raises DataError when the folder is missing or holds no picture.
+    Pictures in a folder inside, `10_cat`, come that many times, as kohya's scripts have it. Raises
+    DataError when the folder is missing or holds no picture.
     """
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}. Make it and put the pictures in.")
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    paths = _pictures_in(folder)
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if repeated := _REPEATED_FOLDER.fullmatch(inner.name):
+            paths += int(repeated[1]) * _pictures_in(inner)
     if not paths:
         raise DataError(
             f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)}). Put 4 to 20 pictures of "
             "the concept there."
         )
-    return tuple(CaptionedImage(path, _caption_beside(path) or default_caption) for path in paths)
+    return tuple(
+        CaptionedImage(path, _caption_beside(path) or default_caption, _mask_beside(path))
+        for path in paths
+    )
 
 
 def check_readable(images: Sequence[CaptionedImage]) -> None:
@@ -130,10 +159,45 @@ def check_readable(images: Sequence[CaptionedImage]) -> None:
         raise DataError("\n".join(broken))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _upright(source: Image.Image | Path) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    try:
+        with Image.open(source) as image:
+            upright = ImageOps.exif_transpose(image)
+            upright.load()
+            return upright
+    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{source} cannot be read as a picture ({error}). "
+            f"Remove it from the folder, or export it again as PNG or JPEG."
+        ) from error
+
+
+def _opaque(image: Image.Image) -> Picture:
     if image.mode.startswith("I;16"):  # Pillow would turn every shade above 255 white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+    if not image.has_transparency_data:
+        return Picture(image.convert("RGB"))
+    image = image.convert("RGBA")
+    alpha = image.getchannel("A")
+    if alpha.getextrema() == (255, 255):
+        return Picture(image.convert("RGB"))
+    ground = Image.new("RGBA", image.size, GREY)
+    return Picture(Image.alpha_composite(ground, image).convert("RGB"), alpha)
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.endswith(MASK_ENDING)
+    )
+
+
+def _mask_beside(path: Path) -> Path | None:
+    mask = path.with_suffix(MASK_ENDING)
+    return mask if mask.is_file() else None
 
 
 def _caption_beside(path: Path) -> str:

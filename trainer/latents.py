@@ -11,12 +11,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..concept.errors import DataError
 from .augmentation import View, random_view, whole_view
-from .config import TrainConfig
-from .data import TrainingConcept
+from .config import LATENT_PIXELS, TrainConfig
+from .data import CaptionedImage, Picture, TrainingConcept
 from .protocols import LatentEncoder
 
 T = TypeVar("T")
+MOST_ELONGATED = 4
+"""Sides of a picture that fits into a letterbox: beyond, almost all of a view would be grey."""
 
 
 @dataclass(frozen=True)
@@ -44,34 +47,68 @@ def encode_views(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LatentBank:
     """Draws and encodes the views of a run. Random choices depend on `config.seed` alone."""
-    rng = random.Random(config.seed)
-    per_image = config.views_per_image if config.augment else (2 if config.flip else 1)
+    per_image = views_per_image(config)
     total = len(concept.images) * per_image + len(concept.regularization)
     done = 0
 
-    def encode(view: View, caption: str) -> EncodedView:
+    def encode(prompt: str, view: View) -> EncodedView:
         nonlocal done
         mean, deviation = encoder.moments(view.image_chw)
         on_progress(done := done + 1, total)
-        return EncodedView(mean, deviation, view.mask, f"{view.prefix} {caption}".strip())
+        return EncodedView(mean, deviation, view.mask, prompt)
 
-    instances = []
-    for captioned in concept.images:
-        image = captioned.open()
-        views = []
-        for index in range(per_image):
-            flip = config.flip and index % 2 == 1  # every other view
-            if config.augment:
-                view = random_view(image, config.resolution, rng, flip)
-            else:
-                view = whole_view(image, config.resolution, flip)
-            views.append(encode(view, captioned.caption))
-        instances.append(tuple(views))
+    views = [encode(prompt, view) for prompt, view in instance_views(concept, config)]
+    instances = tuple(
+        tuple(views[start : start + per_image]) for start in range(0, len(views), per_image)
+    )
     regularization = tuple(
-        encode(whole_view(captioned.open(), config.resolution), captioned.caption)
+        encode(captioned.caption, regularization_view(captioned, config))
         for captioned in concept.regularization
     )
-    return LatentBank(tuple(instances), regularization)
+    return LatentBank(instances, regularization)
+
+
+def instance_views(concept: TrainingConcept, config: TrainConfig) -> Iterator[tuple[str, View]]:
+    """All views of a run with their prompts, image by image. They depend on `config.seed` alone."""
+    rng = random.Random(config.seed)
+    for captioned in concept.images:
+        picture = captioned.open()
+        _whole_view(captioned.name, picture, config)  # raises where nothing of it counts
+        for index in range(views_per_image(config)):
+            flip = config.flip and index % 2 == 1  # every other view
+            if config.augment:
+                view = random_view(picture, config.resolution, rng, flip, config.fit)
+            else:
+                view = whole_view(picture, config.resolution, flip, config.fit)
+            yield f"{view.prefix} {captioned.caption}".strip(), view
+
+
+def views_per_image(config: TrainConfig) -> int:
+    if config.augment:
+        return config.views_per_image
+    return 2 if config.flip else 1
+
+
+def regularization_view(captioned: CaptionedImage, config: TrainConfig) -> View:
+    """Regularization images are neither resized nor mirrored."""
+    return _whole_view(captioned.name, captioned.open(), config)
+
+
+def _whole_view(name: str, picture: Picture, config: TrainConfig) -> View:
+    width, height = picture.image.size
+    if config.fit == "letterbox" and max(width, height) > MOST_ELONGATED * min(width, height):
+        raise DataError(
+            f"{name} is {width} x {height} pixels, too long for a letterbox. Crop it, or set fit "
+            f"to 'crop'."
+        )
+    view = whole_view(picture, config.resolution, fit=config.fit)
+    if view.mask.sum() < 1:
+        raise DataError(
+            f"What the mask of {name} lets count is less than {LATENT_PIXELS} x {LATENT_PIXELS} "
+            f"pixels, or outside the middle square of the picture. Set fit to 'letterbox', or "
+            f"paint a larger mask."
+        )
+    return view
 
 
 @dataclass(frozen=True)

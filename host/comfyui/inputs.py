@@ -8,6 +8,7 @@ from typing import Any
 
 import comfy.utils
 import folder_paths
+import numpy as np
 import torch
 from PIL import Image
 
@@ -17,6 +18,8 @@ from ...concept.prompts import DEFAULT_TEMPLATE, STYLE_TEMPLATE
 from ...merge.captions import read_captions
 from ...merge.compose import merge_concepts
 from ...merge.report import MergeReport
+from ...trainer.config import TrainConfig
+from ...trainer.contact_sheet import contact_sheet
 from ...trainer.data import CaptionedImage, TrainingConcept, instance_caption, load_folder
 from .models import text_encoder
 from .paths import NO_FOLDER, cache_folder, input_folder
@@ -28,6 +31,7 @@ KINDS = {"thing": DEFAULT_TEMPLATE, "style": STYLE_TEMPLATE}
 
 def training_concept(
     images: Sequence[torch.Tensor],
+    masks: Sequence[torch.Tensor],
     captions: Sequence[str],
     folder: str,
     class_noun: str,
@@ -36,13 +40,15 @@ def training_concept(
     initializer: str,
     kind: str,
 ) -> TrainingConcept:
-    """What to teach, from connected images (b, h, w, c) in 0..1 or a folder of `input/`."""
+    """What to teach, from connected images (b, h, w, c) in 0..1 with masks (b, h, w), one where a
+    picture counts, or from a folder of `input/`.
+    """
     template = KINDS[kind]
     default = instance_caption(token, class_noun, template)
-    if captions and not images:
+    if not images and (captions or masks):
         raise DataError(
-            "Captions were connected without images. Connect the images too, or put a .txt file "
-            "beside each picture of the folder."
+            "Captions or masks were connected without images. Connect the images too, or put a "
+            ".txt and a .mask.png file beside each picture of the folder."
         )
     if images and folder != NO_FOLDER:
         raise DataError(
@@ -50,7 +56,7 @@ def training_concept(
             f"folder to {NO_FOLDER!r}."
         )
     if images:
-        instances = _from_tensors(images, captions, default)
+        instances = _from_tensors(images, masks, captions, default)
     elif folder != NO_FOLDER:
         instances = load_folder(input_folder(folder), default)
     else:
@@ -105,23 +111,36 @@ def folder_fingerprint(*folders: Any) -> str:
     """Changes when a file in one of the folders does. Values arrive in lists from list inputs."""
     names = [name[0] if isinstance(name, list) else name for name in folders]
     chosen = [input_folder(name) for name in names if name and name != NO_FOLDER]
-    files = [file for folder in chosen if folder.is_dir() for file in sorted(folder.iterdir())]
+    files = [file for folder in chosen if folder.is_dir() for file in sorted(folder.rglob("*"))]
     return "".join(file_fingerprint(file) for file in files)
 
 
+def draw_contact_sheet(concept: TrainingConcept, config: TrainConfig) -> torch.Tensor:
+    """`contact_sheet` as an IMAGE (1, h, w, 3)."""
+    return torch.from_numpy(np.array(contact_sheet(concept, config))).float()[None] / 255
+
+
 def _from_tensors(
-    images: Sequence[torch.Tensor], captions: Sequence[str], default: str
+    images: Sequence[torch.Tensor],
+    masks: Sequence[torch.Tensor],
+    captions: Sequence[str],
+    default: str,
 ) -> tuple[CaptionedImage, ...]:
-    pictures = [_picture(picture) for batch in images for picture in batch]
-    if captions and len(captions) != len(pictures):
-        raise DataError(
-            f"{len(captions)} captions were given for {len(pictures)} pictures. Give one for each, "
-            "or none."
-        )
+    pictures = [_picture(picture[..., :3]) for batch in images for picture in batch]
+    shades = [_picture(mask) for batch in masks for mask in batch]
+    for name, values in (("captions", captions), ("masks", shades)):
+        if values and len(values) != len(pictures):
+            raise DataError(
+                f"{len(values)} {name} were given for {len(pictures)} pictures. Give one for each, "
+                "or none."
+            )
     texts = list(captions) or [default] * len(pictures)
-    return tuple(CaptionedImage(p, text) for p, text in zip(pictures, texts, strict=True))
+    return tuple(
+        CaptionedImage(*parts)
+        for parts in zip(pictures, texts, shades or [None] * len(pictures), strict=True)
+    )
 
 
-def _picture(image_hwc: torch.Tensor) -> Image.Image:
-    pixels = (image_hwc[..., :3].clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(pixels.cpu().numpy())
+def _picture(image: torch.Tensor) -> Image.Image:
+    """(h, w, 3) or (h, w) in 0..1 → a picture in colours or shades."""
+    return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())

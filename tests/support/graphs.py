@@ -38,6 +38,7 @@ def teach(
         "wait": True,
         "augment": True,
         "flip": True,
+        "fit": "crop",
         "prior_weight": 1.0,
         "gradient_cut": "start",
         "preview_every_steps": 0,

@@ -16,16 +16,28 @@ from custom_diffusion.trainer.augmentation import (
     random_view,
     whole_view,
 )
+from custom_diffusion.trainer.config import Fit
+from custom_diffusion.trainer.data import Picture
 from PIL import Image, ImageDraw
 
 WHITE = Image.new("RGB", (24, 24), "white")
 
 
+def whole(image: Image.Image, size: int, flip: bool = False, fit: Fit = "crop") -> View:
+    return whole_view(Picture(image), size, flip, fit)
+
+
 def views(
-    size: int, count: int, image: Image.Image = WHITE, *, seed: int = 0, flip: bool = False
+    size: int,
+    count: int,
+    image: Image.Image = WHITE,
+    *,
+    seed: int = 0,
+    flip: bool = False,
+    fit: Fit = "crop",
 ) -> list[View]:
     rng = random.Random(seed)
-    return [random_view(image, size, rng, flip) for _ in range(count)]
+    return [random_view(Picture(image), size, rng, flip, fit) for _ in range(count)]
 
 
 def small_views(size: int, count: int, image: Image.Image = WHITE) -> list[View]:
@@ -149,7 +161,7 @@ def test_views_are_float_pictures_between_minus_one_and_one() -> None:
     noise = Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8), "RGB"
     )
-    for view in [whole_view(noise, 64), *views(64, 60, noise)]:
+    for view in [whole(noise, 64), *views(64, 60, noise)]:
         assert view.image_chw.shape == (3, 64, 64)
         assert view.image_chw.dtype == torch.float32
         assert view.mask.shape == (8, 8)
@@ -159,7 +171,7 @@ def test_views_are_float_pictures_between_minus_one_and_one() -> None:
 @pytest.mark.parametrize("width, height", [(512, 256), (256, 512), (300, 300), (1000, 128)])
 def test_a_disc_stays_round_in_every_view(width: int, height: int) -> None:
     image = red_disc(width, height)
-    for view in [whole_view(image, 128), *small_views(128, 20, image)]:
+    for view in [whole(image, 128), *small_views(128, 20, image)]:
         across, down = disc_extent(view)
         assert abs(across - down) <= 1
 
@@ -167,14 +179,60 @@ def test_a_disc_stays_round_in_every_view(width: int, height: int) -> None:
 def test_the_centre_of_a_wide_picture_is_shown() -> None:
     image = Image.new("RGB", (300, 100), "black")
     image.paste("white", (100, 0, 200, 100))
-    assert (whole_view(image, 64).image_chw > 0.95).all()
+    assert (whole(image, 64).image_chw > 0.95).all()
+
+
+@pytest.mark.parametrize("width, height", [(300, 100), (100, 300)])
+def test_a_letterbox_shows_all_of_a_picture_and_counts_inside_it(width: int, height: int) -> None:
+    image = red_disc(width, height)
+    view = whole(image, 96, fit="letterbox")
+    middle = slice(32, 64)  # a third of the view
+    box = (slice(None), middle) if width > height else (slice(None), slice(None), middle)
+    bars = view.image_chw.clone()
+    bars[box] = 0
+    assert bars.abs().max() <= 1 / 255 + 1e-6
+    assert view.image_chw[box][2].max() > 0.99, "the white of the picture"
+    wanted = torch.zeros(12, 12)
+    wanted[5:7] = 1  # cells 4..7 show the picture; the outer ones see the bars
+    assert torch.equal(view.mask, wanted if width > height else wanted.T)
+
+
+def test_views_of_a_letterbox_count_only_inside_the_picture() -> None:
+    for view in views(128, 200, Image.new("RGB", (64, 32), "white"), fit="letterbox"):
+        pixels = view.mask.repeat_interleave(8, 0).repeat_interleave(8, 1).bool()
+        assert pixels.any()
+        assert (view.image_chw[:, pixels] > 0.9).all()
+
+
+def test_a_mask_goes_where_its_picture_goes() -> None:
+    """The mask is the picture's own brightness, so that each view can be held against its mask."""
+    shades = Image.new("L", (96, 64))
+    ImageDraw.Draw(shades).ellipse((30, 10, 70, 50), fill=255)
+    picture = Picture(shades.convert("RGB"), shades)
+    rng = random.Random(0)
+    for fit in ("crop", "letterbox"):
+        for number in range(100):
+            view = random_view(picture, 128, rng, flip=number % 2 == 1, fit=fit)
+            shown = torch.nn.functional.avg_pool2d(view.image_chw[:1] / 2 + 0.5, 8)[0]
+            counted = view.mask > 0
+            assert counted.sum() >= 1
+            assert (view.mask - shown)[counted].abs().max() < 0.08
+
+
+def test_a_close_up_that_misses_what_counts_gives_way_to_the_whole() -> None:
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 9, 9))
+    picture, rng = Picture(Image.new("RGB", (64, 64), "white"), mask), random.Random(0)
+    drawn = [random_view(picture, 128, rng) for _ in range(300)]
+    assert all(view.mask.sum() >= 1 for view in drawn)
+    assert 0 < sum(view.prefix in LARGE_PREFIXES for view in drawn) < 60
 
 
 def test_flipping_mirrors_left_and_right_only() -> None:
     noise = Image.fromarray(
         np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8), "RGB"
     )
-    plain, flipped = whole_view(noise, 64), whole_view(noise, 64, flip=True)
+    plain, flipped = whole(noise, 64), whole(noise, 64, flip=True)
     assert torch.equal(flipped.image_chw, plain.image_chw.flip(-1))
     assert not torch.equal(flipped.image_chw, plain.image_chw)
 

@@ -90,7 +90,7 @@ def test_a_picture_is_turned_upright_as_its_camera_noted(tmp_path: Path) -> None
     image.paste("red", (0, 0, 20, 20))
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: show it a quarter to the right
-    opened = saved(image, tmp_path / "turned.png", exif=exif).open()
+    opened = saved(image, tmp_path / "turned.png", exif=exif).open().image
     assert opened.size == (20, 40)
     assert opened.getpixel((10, 5)) == (255, 0, 0)
     assert opened.getpixel((10, 35)) == (0, 0, 255)
@@ -100,11 +100,11 @@ def test_a_picture_is_turned_upright_as_its_camera_noted(tmp_path: Path) -> None
 def test_every_kind_of_picture_opens_in_rgb_with_its_colours(mode: str, tmp_path: Path) -> None:
     image = Image.new("RGB", (12, 8), "white").convert(mode.replace("PA", "P"))
     image = image.convert(mode)
-    in_memory = CaptionedImage(image, "a <new1> cat").open()
+    in_memory = CaptionedImage(image, "a <new1> cat").open().image
     suffix = "tif" if mode in ("CMYK", "PA") else "png"
     pictures = [in_memory]
     if mode != "PA":
-        pictures.append(saved(image, tmp_path / f"a.{suffix}").open())
+        pictures.append(saved(image, tmp_path / f"a.{suffix}").open().image)
     for opened in pictures:
         assert opened.mode == "RGB"
         assert opened.size == (12, 8)
@@ -113,12 +113,12 @@ def test_every_kind_of_picture_opens_in_rgb_with_its_colours(mode: str, tmp_path
 
 def test_a_palette_picture_keeps_its_colours(tmp_path: Path) -> None:
     image = RED.convert("P", palette=Image.Palette.ADAPTIVE)
-    assert saved(image, tmp_path / "a.gif").open().getpixel((5, 5)) == (255, 0, 0)
+    assert saved(image, tmp_path / "a.gif").open().image.getpixel((5, 5)) == (255, 0, 0)
 
 
 def test_greyscale_of_sixteen_bits_keeps_its_shades(tmp_path: Path) -> None:
     ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0)
-    opened = saved(Image.fromarray(ramp), tmp_path / "scan.png").open()
+    opened = saved(Image.fromarray(ramp), tmp_path / "scan.png").open().image
     assert opened.mode == "RGB"
     shades = np.asarray(opened)[0, :, 0].astype(int)
     assert abs(shades - np.arange(256)).max() <= 1
@@ -128,6 +128,60 @@ def test_opening_does_not_change_the_picture_it_was_given() -> None:
     image = Image.new("RGBA", (4, 4), (1, 2, 3, 4))
     CaptionedImage(image, "a <new1> cat").open()
     assert image.mode == "RGBA"
+
+
+def test_what_is_transparent_is_grey_and_does_not_count() -> None:
+    image = Image.new("RGBA", (4, 2), (255, 0, 0, 255))
+    image.paste((0, 255, 0, 0), (0, 0, 2, 2))
+    opened = CaptionedImage(image, "a <new1> cat").open()
+    assert opened.image.getpixel((0, 0)) == (128, 128, 128)
+    assert opened.image.getpixel((3, 1)) == (255, 0, 0)
+    assert opened.mask is not None
+    assert np.asarray(opened.mask).tolist() == [[0, 0, 255, 255]] * 2
+
+
+def test_pictures_without_transparent_parts_have_no_mask() -> None:
+    for image in (RED, RED.convert("RGBA"), RED.convert("P")):
+        assert CaptionedImage(image, "a <new1> cat").open().mask is None
+
+
+def test_a_mask_beside_a_picture_is_used_and_is_no_picture(tmp_path: Path) -> None:
+    RED.save(tmp_path / "a.jpg")
+    shades = Image.new("L", RED.size, 255)
+    shades.paste(100, (0, 0, 5, 10))
+    shades.save(tmp_path / "a.mask.png")
+    (image,) = load_folder(tmp_path, "default")
+    mask = image.open().mask
+    assert mask is not None
+    assert (mask.getpixel((0, 0)), mask.getpixel((19, 9))) == (100, 255)
+
+
+def test_a_mask_and_transparent_parts_count_together() -> None:
+    image = RED.convert("RGBA")
+    image.putalpha(Image.new("L", RED.size, 128))
+    mask = CaptionedImage(image, "a <new1> cat", Image.new("L", RED.size, 128)).open().mask
+    assert mask is not None
+    assert mask.getextrema() == (64, 64)
+
+
+def test_masks_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(DataError, match=r"image in memory is 5 x 5 pixels, the picture 20 x 10"):
+        CaptionedImage(RED, "a <new1> cat", Image.new("L", (5, 5))).open()
+    with pytest.raises(DataError, match="is black everywhere.* Paint white what counts"):
+        CaptionedImage(RED, "a <new1> cat", Image.new("L", RED.size)).open()
+
+
+def test_folders_inside_come_as_often_as_their_names_say(tmp_path: Path) -> None:
+    for folder in ("3_cat", "1_cat asleep", "notes"):
+        (tmp_path / folder).mkdir()
+        RED.save(tmp_path / folder / "a.png")
+    (tmp_path / "3_cat" / "a.txt").write_text("my <new1> cat")
+    RED.save(tmp_path / "b.png")
+    assert [(image.name, image.caption) for image in load_folder(tmp_path, "default")] == [
+        ("b.png", "default"),
+        ("a.png", "default"),
+        *[("a.png", "my <new1> cat")] * 3,
+    ]
 
 
 def test_corrupt_pictures_are_named_and_only_they(tmp_path: Path) -> None:

@@ -1,0 +1,98 @@
+"""The contact sheet shows the views that the run will encode, and what of them counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from custom_diffusion.concept.errors import DataError
+from custom_diffusion.trainer.config import TrainConfig
+from custom_diffusion.trainer.contact_sheet import contact_sheet
+from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
+from custom_diffusion.trainer.latents import encode_views
+from PIL import Image
+from torch import Tensor
+
+TILE, GAP, LABEL, ROW = 160, 6, 330, 160 + 6 + 46
+
+
+class SeenViews:
+    """A latent encoder that keeps the pictures it is given."""
+
+    def __init__(self) -> None:
+        self.images: list[Tensor] = []
+
+    def moments(self, image_chw: Tensor) -> tuple[Tensor, Tensor]:
+        self.images.append(image_chw)
+        return torch.zeros(4, 16, 16), torch.zeros(4, 16, 16)
+
+
+def noise(seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((240, 160), Image.Resampling.NEAREST)
+
+
+def concept(masks: bool = False) -> TrainingConcept:
+    mask = Image.new("L", (240, 160))
+    mask.paste(255, (40, 0, 120, 160))
+    return TrainingConcept(
+        images=tuple(
+            CaptionedImage(noise(seed), "a <new1> cat", mask if masks else None)
+            for seed in range(2)
+        ),
+        class_noun="cat",
+        token="<new1>",
+        regularization=(CaptionedImage(noise(9), "a cat"),),
+    )
+
+
+def settings(**changes: Any) -> TrainConfig:
+    return TrainConfig(**{"resolution": 128, "views_per_image": 10, **changes})
+
+
+def tile(sheet: Image.Image, row: int, column: int) -> np.ndarray:
+    left, top = LABEL + column * (TILE + GAP), GAP + row * ROW
+    return np.asarray(sheet.crop((left, top, left + TILE, top + TILE)), dtype=float)
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_the_sheet_shows_what_is_encoded(augment: bool) -> None:
+    config = settings(augment=augment)
+    seen = SeenViews()
+    bank = encode_views(concept(), seen, config)
+    sheet = contact_sheet(concept(), config)
+    per_image = len(bank.instances[0])
+    for row, column, index in [(0, 0, 0), (0, 1, 1), (1, 0, per_image), (2, 0, 2 * per_image)]:
+        view = (bank.instances[row][column] if row < 2 else bank.regularization[0]).mask
+        if view.min() < 1:
+            continue  # partly dark
+        image = ((seen.images[index] / 2 + 0.5) * 255).round().byte().permute(1, 2, 0).numpy()
+        wanted = np.asarray(Image.fromarray(image).resize((TILE, TILE)), dtype=float)
+        assert np.abs(tile(sheet, row, column) - wanted).max() <= 1
+
+
+def test_what_does_not_count_is_dark() -> None:
+    bright, masked = (
+        contact_sheet(concept(masks), settings(augment=False)) for masks in (False, True)
+    )
+    whole, part = tile(bright, 0, 0), tile(masked, 0, 0)
+    middle = slice(0, 78)  # the left half of the middle square is masked in
+    assert np.abs(whole[:, middle] - part[:, middle]).max() < 3
+    assert np.abs(0.25 * whole[:, 84:] - part[:, 84:]).max() < 3
+
+
+def test_a_sheet_refuses_what_the_run_would_refuse() -> None:
+    outside = Image.new("L", (240, 160))
+    outside.paste(255, (0, 0, 30, 160))  # left of the middle square
+    taught = TrainingConcept((CaptionedImage(noise(0), "a <new1> cat", outside),), "cat", "<new1>")
+    for refuse in (contact_sheet, lambda c, s: encode_views(c, SeenViews(), s)):
+        with pytest.raises(DataError, match="less than 8 x 8 pixels, or outside the middle square"):
+            refuse(taught, settings())
+    contact_sheet(taught, settings(fit="letterbox"))
+    long = TrainingConcept(
+        (CaptionedImage(Image.new("RGB", (500, 100)), "a <new1> cat"),), "cat", "<new1>"
+    )
+    with pytest.raises(DataError, match="500 x 100 pixels, too long for a letterbox"):
+        contact_sheet(long, settings(fit="letterbox"))

@@ -1,0 +1,50 @@
+"""What a run is about to be trained on, as a picture: the views, their prompts and their masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from PIL import Image
+
+from .augmentation import View
+from .config import LATENT_PIXELS, TrainConfig
+from .data import TrainingConcept
+from .latents import instance_views, regularization_view, views_per_image
+from .sheet import Row, lay_out
+
+_COLUMNS, _TILE = 8, 160
+_REGULARIZATION = 2
+"""Rows of regularization images that are shown."""
+_DIMMED = 0.25
+"""Brightness of what does not count"""
+
+
+def contact_sheet(concept: TrainingConcept, config: TrainConfig) -> Image.Image:
+    """The first views of every image of a run, just as they will be encoded.
+
+    What the loss does not see is dark. Raises DataError as the run itself would.
+    """
+    views = instance_views(concept, config)
+    rows = []
+    for captioned in concept.images:
+        own = [next(views) for _ in range(views_per_image(config))]
+        rows.append(_row(captioned.name, f"{len(own)} views", own[:_COLUMNS]))
+    shown = concept.regularization[: _REGULARIZATION * _COLUMNS]
+    for start in range(0, len(shown), _COLUMNS):
+        images = shown[start : start + _COLUMNS]
+        pairs = [(image.caption, regularization_view(image, config)) for image in images]
+        words = f"{len(shown)} of {len(concept.regularization)}"
+        rows.append(_row("Regularization", words, pairs))
+    return lay_out(rows, _TILE)
+
+
+def _row(title: str, words: str, views: Iterable[tuple[str, View]]) -> Row:
+    prompts, pictures = zip(*((prompt, _shown(view)) for prompt, view in views), strict=True)
+    return Row(title, words, pictures, prompts)
+
+
+def _shown(view: View) -> Image.Image:
+    pixels = view.mask.repeat_interleave(LATENT_PIXELS, 0).repeat_interleave(LATENT_PIXELS, 1)
+    brightness = _DIMMED + (1 - _DIMMED) * pixels
+    image_hwc = ((view.image_chw / 2 + 0.5) * brightness).permute(1, 2, 0)
+    return Image.fromarray((image_hwc * 255).round().byte().numpy())
