@@ -189,30 +189,39 @@ def test_the_kernel_distance_is_near_nought_for_one_distribution_and_grows_with_
 
 def test_the_autoencoder_keeps_the_mean_colours_of_blocks() -> None:
     generator = torch.Generator().manual_seed(0)
-    colors = torch.rand(2, 3, 6, 8, generator=generator) * 1.6 - 0.8
-    flat = colors.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    colors = torch.rand(2, 3, 5, 7, generator=generator) * 1.6 - 0.8
+    flat = colors.repeat_interleave(8, 2).repeat_interleave(8, 3)
     noise = torch.randn(flat.shape, generator=generator)
     autoencoder = BlockAutoencoder()
     latents = autoencoder.encode(flat + noise).latent_dist.mean
-    means = torch.nn.functional.avg_pool2d(flat + noise, 4)
+    means = torch.nn.functional.avg_pool2d(flat + noise, 8)
     torch.testing.assert_close(autoencoder.to_colors(latents), means)
-    assert torch.equal(autoencoder.to_latents(autoencoder.to_colors(latents)), latents)
 
     decoded = autoencoder.decode(autoencoder.encode(flat).latent_dist.mean).sample
     assert decoded.shape == flat.shape
     assert decoded.abs().max() <= 1
     # A block's centre lies between its four middle pixels.
-    middles = [decoded[..., i::4, j::4] for i in (1, 2) for j in (1, 2)]
+    middles = [decoded[..., i::8, j::8] for i in (3, 4) for j in (3, 4)]
     torch.testing.assert_close(torch.stack(middles).mean(0), colors, rtol=0, atol=0.06)
+
+
+def test_colours_become_latents_of_equal_weight_and_come_back_unchanged() -> None:
+    generator = torch.Generator().manual_seed(0)
+    colors = torch.randint(-128, 129, (1, 3, 300, 300), generator=generator) / 128
+    autoencoder = BlockAutoencoder()
+    latents = autoencoder.to_latents(colors)
+    assert torch.equal(autoencoder.to_colors(latents), colors)
+    variances = latents.var((0, 2, 3))
+    torch.testing.assert_close(variances, variances.mean().expand(4), rtol=0.02, atol=0)
 
 
 def test_the_autoencoder_serves_the_trainer() -> None:
     image = torch.rand(3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
     autoencoder = BlockAutoencoder()
     mean, deviation = DiffusersLatentEncoder(autoencoder).moments(image)
-    assert mean.shape == (12, 2, 3)
+    assert mean.shape == (4, 2, 3)
     assert torch.equal(mean, autoencoder.encode(image[None]).latent_dist.mean[0])
-    assert torch.equal(deviation, torch.zeros(12, 2, 3))
+    assert torch.equal(deviation, torch.zeros(4, 2, 3))
 
 
 def test_a_table_gives_mean_and_deviation_in_the_order_of_the_rows() -> None:
