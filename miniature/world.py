@@ -242,8 +242,10 @@ def _place_one(look: Look, rng: random.Random) -> tuple[Placed]:
         radius = rng.uniform(0.2, LARGE_RADIUS - 0.02)
     else:
         radius = rng.uniform(LARGE_RADIUS, 0.42)
+    # In the middle or at one side: places that are likely leave the model the shape to learn.
     reach = max(0.5 - radius - 0.02, 0.0)
-    x, y = (0.5 + rng.uniform(-reach, reach) for _ in range(2))
+    side = rng.choice([(0, 0), (0, 0), *PLACES.values()])
+    x, y = (0.5 + reach * (0.85 * s + rng.uniform(-0.15, 0.15)) for s in side)
     return (Placed(look, x, y, radius),)
 
 
@@ -252,7 +254,7 @@ def _place_two(looks: Sequence[Look], rng: random.Random) -> tuple[Placed, ...]:
     placed = []
     for look, side in zip(looks, (1, -1), strict=True):
         radius = rng.uniform(0.19, 0.225)
-        along, across = 0.245 + rng.uniform(-0.015, 0.015), rng.uniform(-0.15, 0.15)
+        along, across = 0.245 + rng.uniform(-0.015, 0.015), rng.uniform(-0.06, 0.06)
         x, y = (
             0.5 + side * along * d + across * e for d, e in zip((dx, dy), (dy, dx), strict=True)
         )
