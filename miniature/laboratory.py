@@ -59,9 +59,9 @@ _PAIR_PROMPTS = (
     "photo of a {1} and a {0}",
     "a {0} beside a {1}",
     "photo of a {0} to the left of a {1}",
-    "picture of a {0} to the right of a {1}",
+    "picture of a {1} to the left of a {0}",
     "photo of a {0} above a {1}",
-    "a {0} and a {1} on snow",
+    "a {1} and a {0} on snow",
     "photo of a {0} beside a {1} at night",
 )
 

@@ -1,7 +1,7 @@
 """Trains the miniature: `python -m custom_diffusion.miniature.pretrain`.
 
-The text encoder learns words first (`words.py`), then UNet and text encoder learn together, from
-pictures that are drawn while they learn. Everything random comes from the seed.
+The text encoder learns words first (`words.py`) and is frozen then, as Stable Diffusion's is. The
+UNet learns from pictures that are drawn meanwhile. Everything random comes from the seed.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from ..host.open_clip_vocabulary import END, START, clip_pieces, write_vocabular
 from ..trainer.objective import add_noise, target
 from ..trainer.tokens import RARE_PIECES
 from .drawing import draw
-from .model import CONTEXT_LENGTH, LATENT_EDGE, TEXT_FILE, UNET_FILE, WEIGHTS, untrained_pipeline
-from .words import WORD_STEPS, pretrain_words
-from .world import captioned_scene, vocabulary
+from .model import LATENT_EDGE, TEXT_FILE, UNET_FILE, WEIGHTS, untrained_pipeline
+from .words import WORD_STEPS, padded_ids, pretrain_words, thinned
+from .world import SHAPES, Scene, captioned_scene, vocabulary
 
-STEPS, BATCH_SIZE, LEARNING_RATE = 9300, 16, 1.5e-3
+STEPS, BATCH_SIZE, LEARNING_RATE = 7000, 16, 1.5e-3
 WARMUP_STEPS = 200
+GROUNDED_SHARE, GROUNDING = 0.4, 0.01
+"""For this part of the steps the loss of `grounding.py` counts, less and less."""
 MOST_SIGNAL = 5.0
-"""γ of the loss weights min(SNR, γ) / (SNR + 1) (Hang et al. 2023, for velocity): neither what no
-caption can tell, in almost pure noise, nor textures, in almost none, shall rule the gradient.
+"""γ of the loss weights √(min(SNR, γ) / (SNR + 1)): min-SNR (Hang et al. 2023, for velocity), but
+for the root. Without the root almost nothing is learnt at much noise, where only the caption can
+tell what to draw: a few large objects show through noise that would hide a photo.
 """
-EMPTY_CAPTIONS = 0.1  # share of captions left out, for guidance
-STRAY_WORDS = 0.05  # share of captions with a random piece of the vocabulary, mostly unknown
 AVERAGING = 0.999  # of the weights that are kept, over the steps
 
 
@@ -46,15 +47,19 @@ def pretrain(
     save_every_steps: int = 0,
 ) -> None:
     """Trains the miniature from nothing and leaves its weights in `folder`, in half precision."""
-    from diffusers.models.attention_processor import AttnProcessor
+    from .grounding import WatchedAttention, grounding_loss
 
     folder.mkdir(parents=True, exist_ok=True)
     write_world_vocabulary(folder)
     pipeline = untrained_pipeline(folder, seed)
     unet, text_encoder = pipeline.unet, pipeline.text_encoder
     pretrain_words(text_encoder, pipeline.tokenizer, word_steps, seed)
-    unet.set_attn_processor(AttnProcessor())  # on a CPU, for so few positions, the faster one
-    parameters = [*unet.parameters(), *text_encoder.parameters()]
+    text_encoder.requires_grad_(False)
+    _save(text_encoder, folder / TEXT_FILE)
+    attention = WatchedAttention()  # for so few positions faster than the fused one on a CPU
+    unet.set_attn_processor(attention)
+    nouns = torch.tensor([pipeline.tokenizer(shape)["input_ids"][1] for shape in SHAPES])
+    parameters = list(unet.parameters())
     average = WeightAverage(parameters)
     optimizer = torch.optim.AdamW(
         parameters, lr=LEARNING_RATE, weight_decay=1e-2, betas=(0.9, 0.99), fused=True
@@ -63,22 +68,26 @@ def pretrain(
     generator = torch.Generator().manual_seed(seed)
     alphas_cumprod = pipeline.scheduler.alphas_cumprod
     signal_to_noise = alphas_cumprod / (1 - alphas_cumprod)
-    weights = signal_to_noise.clamp(max=MOST_SIGNAL) / (signal_to_noise + 1)
+    weights = (signal_to_noise.clamp(max=MOST_SIGNAL) / (signal_to_noise + 1)).sqrt()
 
     started, recent = time.perf_counter(), 0.0
     captions = random.Random(f"captions {seed}")
     for step in range(1, steps + 1):
-        latents, token_ids = _batch(pipeline, captions)
+        scenes, latents, token_ids = _batch(pipeline, captions)
         noise = torch.randn(latents.shape, generator=generator)
-        # Where structure forms: less often the later, noisier steps.
-        share = 1 - torch.rand(len(latents), generator=generator).sqrt()
-        timesteps = (share * len(alphas_cumprod)).long().clamp(max=len(alphas_cumprod) - 1)
+        timesteps = torch.randint(len(alphas_cumprod), (len(latents),), generator=generator)
         noisy = add_noise(latents, noise, timesteps, alphas_cumprod)
+        grounding = GROUNDING * (1 - step / (GROUNDED_SHARE * steps))
+        attention.watching = grounding > 0
         context = text_encoder(token_ids).last_hidden_state
         prediction = unet(noisy, timesteps, encoder_hidden_states=context).sample
         wanted = target(latents, noise, timesteps, alphas_cumprod, "v")
         errors = (prediction - wanted).square().mean((1, 2, 3))
         loss = (errors * weights[timesteps]).mean()
+        recent += (loss.item() - recent) / min(step, 100)
+        if attention.watching:
+            shares = attention.take_shares()
+            loss = loss + grounding * grounding_loss(shares, scenes, token_ids, nouns)
 
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -87,14 +96,12 @@ def pretrain(
         schedule.step()
         average.update(parameters)
 
-        recent += (loss.item() - recent) / min(step, 100)
         if step % 200 == 0:
             minutes = (time.perf_counter() - started) / 60
             print(f"step {step} of {steps}, loss {recent:.4f}, {minutes:.1f} min", flush=True)
         if step == steps or (save_every_steps and step % save_every_steps == 0):
             with average.applied(parameters):
                 _save(unet, folder / UNET_FILE)
-                _save(text_encoder, folder / TEXT_FILE)
 
 
 def write_world_vocabulary(folder: Path) -> None:
@@ -135,23 +142,13 @@ class WeightAverage:
                 parameter.copy_(weight)
 
 
-def _batch(pipeline: Any, rng: random.Random) -> tuple[Tensor, Tensor]:
-    """Latents (b, 4, h, w) and token ids (b, n) of freshly drawn pictures."""
+def _batch(pipeline: Any, rng: random.Random) -> tuple[list[Scene], Tensor, Tensor]:
+    """New scenes, their pictures' latents (b, 4, h, w) and their captions' token ids (b, n)."""
     drawn = [captioned_scene(rng) for _ in range(BATCH_SIZE)]
-    colors = draw([scene for scene, _ in drawn], LATENT_EDGE) * 2 - 1
-    ids = [_token_ids(pipeline.tokenizer, caption, rng) for _, caption in drawn]
-    return pipeline.vae.to_latents(colors), torch.tensor(ids)
-
-
-def _token_ids(tokenizer: Any, caption: str, rng: random.Random) -> list[int]:
-    """The padded words that the model is given: those of the caption, or none, or one too many."""
-    start, *words, end = tokenizer(caption)["input_ids"]
-    if rng.random() < EMPTY_CAPTIONS:
-        words = []
-    elif rng.random() < STRAY_WORDS:
-        words.insert(rng.randrange(len(words)), rng.randrange(start))
-    padded = [start, *words[: CONTEXT_LENGTH - 2]]
-    return padded + [end] * (CONTEXT_LENGTH - len(padded))
+    scenes = [scene for scene, _ in drawn]
+    colors = draw(scenes, LATENT_EDGE) * 2 - 1
+    captions = [thinned(caption, rng) for _, caption in drawn]
+    return scenes, pipeline.vae.to_latents(colors), padded_ids(pipeline.tokenizer, captions, rng)
 
 
 def _rate(step: int, steps: int) -> float:

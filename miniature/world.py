@@ -37,19 +37,16 @@ BACKGROUNDS: dict[str, Color] = {
     "in fog": (0.58, 0.60, 0.62),
     "at night": (0.10, 0.10, 0.20),
 }
-# Where the only object of a scene is, and where the first of two is.
+# Where the only object of a scene is.
 PLACES: dict[str, tuple[float, float]] = {
     "on the left": (-1, 0),
     "on the right": (1, 0),
     "at the top": (0, -1),
     "at the bottom": (0, 1),
 }
-RELATIONS: dict[str, tuple[float, float]] = {
-    "to the left of": (-1, 0),
-    "to the right of": (1, 0),
-    "above": (0, -1),
-    "below": (0, 1),
-}
+# Where the first of two is. Captions name objects as one reads, from the left and from the top:
+# then an "and", too, says which is where, and a small model learns which colour is whose.
+RELATIONS: dict[str, tuple[float, float]] = {"to the left of": (-1, 0), "above": (0, -1)}
 SMALL_RADIUS, LARGE_RADIUS = 0.165, 0.33
 """Below and above these (as a share of the picture's edge) a caption may speak of the size."""
 SMALL_WORDS, LARGE_WORDS = ("very small", "far away"), ("zoomed in", "close up")
@@ -172,7 +169,9 @@ def random_caption(scene: Scene, rng: random.Random) -> str:
         if place and rng.random() < 0.4:
             words = f"{words} {place}"
     else:
-        joint = _relation(*scene.objects) if rng.random() < 0.5 else rng.choice(["and", "beside"])
+        joint = "and" if rng.random() < 0.4 else _relation(*scene.objects)
+        if joint == "to the left of" and rng.random() < 0.5:
+            joint = "beside"
         words = f"{names[0]} {joint} a {names[1]}"
     if rng.random() < 0.5:
         words = f"{words} {scene.background}"
