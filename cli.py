@@ -1,4 +1,5 @@
-"""The pack without ComfyUI: `custom-diffusion train | merge | sample | inspect | demo`.
+"""The pack without ComfyUI: `custom-diffusion train | merge | sample | regularize | inspect |
+demo`.
 
 diffusers is imported when a command needs a model, so that `inspect` works without it.
 """
@@ -28,6 +29,7 @@ from .merge.captions import read_captions
 from .merge.compose import DEFAULT_RELATIVE_RIDGE, merge_concepts
 from .trainer.config import Fit, GradientCut, TrainConfig
 from .trainer.data import TrainingConcept, instance_caption, load_folder
+from .trainer.generated_set import generated_set
 from .trainer.loop import Event, StepDone, train
 from .trainer.prepare import prepare
 
@@ -166,10 +168,46 @@ def sample_command(options: argparse.Namespace) -> None:
         concept,
         strength=options.strength,
         resolution=options.resolution or _recipe(options.model).resolution,
-        seed=options.seed,
+        seeds=range(options.seed, options.seed + options.count),
     )
     side_by_side(pictures).save(options.output)
     print(f"saved {options.output}")
+
+
+def regularize_command(options: argparse.Namespace) -> None:
+    from .concept.concept import hash_projections
+    from .host.diffusers import borrowed_models, sample
+
+    pipeline = _load(options.model, options.device, DTYPES[options.precision])
+    resolution = options.resolution or _recipe(options.model).resolution
+    caption = instance_caption("", options.class_noun)
+    with borrowed_models(pipeline) as models:
+        network, paths = models.denoiser.network, models.denoiser.projections
+        own = {layer: network.get_parameter(f"{path}.weight") for layer, path in paths.items()}
+        settings = {
+            "model": hash_projections(own),
+            "seed": options.seed,
+            "steps": options.steps,
+            "guidance": options.guidance,
+            "resolution": resolution,
+        }
+    with tqdm(desc=f"drawing {caption!r}", unit="picture") as bar:
+        generated_set(
+            options.output,
+            settings,
+            caption,
+            options.count,
+            lambda numbers: sample(
+                pipeline,
+                [caption] * len(numbers),
+                resolution=resolution,
+                seeds=[options.seed + number for number in numbers],
+                steps=options.steps,
+                guidance=options.guidance,
+            ),
+            on_progress=_progress(bar),
+        )
+    print(f"{options.count} pictures are in {options.output}")
 
 
 def inspect_command(options: argparse.Namespace) -> None:
@@ -335,6 +373,22 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("--seed", type=int, default=0)
     draw.add_argument("--output", type=Path, default=Path("sample.png"))
     draw.set_defaults(command=sample_command)
+
+    regularize = commands.add_parser(
+        "regularize",
+        help="let the model draw a regularization set",
+        description="Draws pictures of the bare class into a folder, for `train --regularization`. "
+        "Stop it at any time: the same command goes on. Photographs of the class work better.",
+    )
+    _model_options(regularize)
+    regularize.add_argument("--class-noun", required=True)
+    regularize.add_argument("--count", type=int, default=200)
+    regularize.add_argument("--resolution", type=int, help=f"default {DEFAULTS.resolution}")
+    regularize.add_argument("--steps", type=int, default=25, help="of the sampler, DDIM")
+    regularize.add_argument("--guidance", type=float, default=6.0)
+    regularize.add_argument("--seed", type=int, default=0)
+    regularize.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    regularize.set_defaults(command=regularize_command)
 
     look = commands.add_parser("inspect", help="what a concept file holds")
     look.add_argument("file", type=Path)

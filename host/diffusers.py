@@ -209,11 +209,14 @@ def sample(
     *,
     strength: float = 1.0,
     resolution: int = 512,
-    seed: int = 0,
+    seeds: Sequence[int] = (),
     steps: int = 50,
     guidance: float = 6.0,
 ) -> Tensor:
-    """A picture of each prompt (b, h, w, 3) in 0..1, with the concept or without."""
+    """A picture of each prompt (b, h, w, 3) in 0..1, with the concept or without.
+
+    Each starts from noise of its own seed, by default 0, 1, 2 and so on.
+    """
     with (
         applied_concept(pipeline, concept, strength) as encoder,
         borrowed_models(pipeline) as models,
@@ -223,9 +226,13 @@ def sample(
             for texts in (prompts, [""] * len(prompts))
         )
         edge = resolution // LATENT_PIXELS
-        generator = torch.Generator().manual_seed(seed)
-        channels = pipeline.unet.config.in_channels
-        noise = torch.randn(len(prompts), channels, edge, edge, generator=generator)
+        shape = (pipeline.unet.config.in_channels, edge, edge)
+        noise = torch.stack(
+            [
+                torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+                for seed in seeds or range(len(prompts))
+            ]
+        )
         latents = ddim_sample(
             models.denoiser.predict,
             noise.to(models.denoiser.device),

@@ -44,6 +44,7 @@ from .model import GUIDANCE, PICTURE_EDGE, SAMPLING_STEPS, miniature_pipeline
 from .recognizer import Recognizer, Seen, load_recognizer
 from .world import SHAPES, Look, class_caption
 
+_PICTURES = 1000  # more than are ever drawn with one seed
 _SINGLE_PROMPTS = (
     "photo of a {0}",
     "a {0} on snow",
@@ -154,7 +155,7 @@ class Laboratory:
             prompts,
             concept,
             resolution=PICTURE_EDGE,
-            seed=seed,
+            seeds=range(_PICTURES * seed, _PICTURES * seed + len(prompts)),
             steps=SAMPLING_STEPS,
             guidance=GUIDANCE,
         )

@@ -3,10 +3,11 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..host.comfyui.paths import register_model_folder
-from . import applying, files, merging, training
+from . import applying, files, merging, regularization, training
 
 
 class CustomDiffusionExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register_model_folder()  # not in on_load, which ComfyUI 0.11 never calls for a pack
-        return [*training.NODES, *files.NODES, *merging.NODES, *applying.NODES]
+        modules = (training, regularization, files, merging, applying)
+        return [node for module in modules for node in module.NODES]

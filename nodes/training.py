@@ -8,7 +8,7 @@ from ..host.comfyui.inputs import KINDS, draw_contact_sheet, folder_fingerprint,
 from ..host.comfyui.paths import NO_FOLDER, input_folders
 from ..host.comfyui.training import start_training, training_outputs
 from ..trainer.config import Fit, GradientCut, TrainConfig
-from .types import CATEGORY, Concept, TrainingConcept
+from .types import CATEGORY, Concept, RegularizationSet, TrainingConcept
 
 DEFAULTS = TrainConfig()
 MOST_CONCEPTS = 8
@@ -110,6 +110,11 @@ class CustomDiffusionConcept(io.ComfyNode):
                     tooltip="About 200 ordinary pictures of the class, which keep the model from "
                     "drifting. A .txt file beside a picture is its caption.",
                 ),
+                RegularizationSet.Input(
+                    "regularization_set",
+                    optional=True,
+                    tooltip="Such pictures from another node, instead of a folder.",
+                ),
                 io.String.Input(
                     "initializer",
                     default="",
@@ -143,6 +148,7 @@ class CustomDiffusionConcept(io.ComfyNode):
         images=None,
         masks=None,
         captions=None,
+        regularization_set=None,
     ) -> io.NodeOutput:
         concept = training_concept(
             images=images or [],
@@ -152,6 +158,7 @@ class CustomDiffusionConcept(io.ComfyNode):
             class_noun=class_noun[0],
             token=modifier_token[0],
             regularization_folder=regularization_folder[0],
+            regularization_set=regularization_set[0] if regularization_set else (),
             initializer=initializer[0],
             kind=kind[0],
         )

@@ -6,3 +6,4 @@ CATEGORY = "custom diffusion"
 
 Concept = io.Custom("CONCEPT")
 TrainingConcept = io.Custom("TRAINING_CONCEPT")
+RegularizationSet = io.Custom("REGULARIZATION_SET")

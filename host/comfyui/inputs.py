@@ -37,6 +37,7 @@ def training_concept(
     class_noun: str,
     token: str,
     regularization_folder: str,
+    regularization_set: tuple[CaptionedImage, ...],
     initializer: str,
     kind: str,
 ) -> TrainingConcept:
@@ -61,7 +62,12 @@ def training_concept(
         instances = load_folder(input_folder(folder), default)
     else:
         instances = ()
-    regularization: tuple[CaptionedImage, ...] = ()
+    regularization = regularization_set
+    if regularization and regularization_folder != NO_FOLDER:
+        raise DataError(
+            f"Both a regularization set and the folder {regularization_folder!r} were given. "
+            f"Disconnect the set, or set the folder to {NO_FOLDER!r}."
+        )
     if regularization_folder != NO_FOLDER:
         ordinary = instance_caption("", class_noun, template)
         regularization = load_folder(input_folder(regularization_folder), ordinary)

@@ -159,6 +159,14 @@ def patched_weights(patcher: Any, prefix: str) -> dict[str, Tensor]:
     return weights
 
 
+def patched_projections(model: Any) -> dict[str, Tensor]:
+    """Copies of the key and value projections of a MODEL's UNet, by layer, patches applied."""
+    return {
+        layer: patched_weights(model, f"{_UNET_PREFIX}{layer}.")["weight"]
+        for layer in _projections(model.model.diffusion_model)
+    }
+
+
 def training_dtype(device: torch.device) -> torch.dtype:
     """What frozen weights compute in: bfloat16 on a GPU that has it, else float32."""
     has_bf16 = device.type == "cuda" and comfy.model_management.should_use_bf16(device)

@@ -62,5 +62,10 @@ def jobs_folder() -> Path:
     return Path(folder_paths.get_output_directory()) / MODEL_FOLDER / "jobs"
 
 
+def regularization_folder() -> Path:
+    """Where the pictures lie that the model draws for a regularization set."""
+    return Path(folder_paths.get_output_directory()) / MODEL_FOLDER / "regularization"
+
+
 def cache_folder() -> Path:
     return Path(folder_paths.get_user_directory()) / MODEL_FOLDER / "cache"

@@ -65,6 +65,30 @@ def test_two_concepts_are_taught_merged_inspected_and_drawn(
     assert Image.open(picture).size == (128, 64)
 
 
+def test_a_regularization_set_is_drawn_gone_on_with_and_used(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = tmp_path / "others"
+    command = ["regularize", "--model", str(model), "--class-noun", "cat", "--steps", "2"]
+    command += ["--resolution", "64", "--device", "cpu", "--output", str(others)]
+    assert main([*command, "--count", "3"]) == 0
+    before = {path: path.read_bytes() for path in others.iterdir()}
+    assert main([*command, "--count", "6"]) == 0
+    assert "6 pictures" in capsys.readouterr().out
+    after = {path: path.read_bytes() for path in others.iterdir()}
+    assert before.items() <= after.items()
+    assert len({content for path, content in after.items() if path.suffix == ".png"}) == 6
+
+    train = ["train", "--model", str(model), "--images", str(photos), "--class-noun", "cat"]
+    train += ["--regularization", str(others), "--output", str(tmp_path / "cat.safetensors")]
+    assert main([*train, *QUICK]) == 0
+    learnt = read_concept(tmp_path / "cat.safetensors")
+    assert learnt.provenance["regularization_images"] == 6
+
+    assert main([*command, "--count", "6", "--seed", "9"]) == 1
+    assert "other settings" in capsys.readouterr().err
+
+
 def test_concepts_are_taught_together_and_a_category_without_a_token(
     model: Path, photos: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -355,12 +356,12 @@ def drawn(
     pipeline: StableDiffusionPipeline,
     *prompts: str,
     concept: Concept | None = None,
-    seed: int = 0,
+    seeds: Sequence[int] = (),
 ) -> Tensor:
-    return sample(pipeline, prompts, concept, resolution=RESOLUTION, seed=seed, steps=2)
+    return sample(pipeline, prompts, concept, resolution=RESOLUTION, seeds=seeds, steps=2)
 
 
-def test_samples_depend_on_seed_and_concept_alone(
+def test_samples_depend_on_seeds_and_concept_alone(
     pipeline: StableDiffusionPipeline, concept: Concept
 ) -> None:
     weights, flags = state(*modules_of(pipeline)), requires_grad_map(*modules_of(pipeline))
@@ -370,16 +371,19 @@ def test_samples_depend_on_seed_and_concept_alone(
     assert first.dtype == torch.float32
     assert 0 <= first.min() < first.max() <= 1
     assert torch.equal(first, drawn(pipeline, PROMPT, PROMPT))
-    assert not torch.equal(first, drawn(pipeline, PROMPT, PROMPT, seed=1))
+    assert not torch.equal(first, drawn(pipeline, PROMPT, PROMPT, seeds=[1, 2]))
     assert not torch.equal(first, drawn(pipeline, PROMPT, PROMPT, concept=concept))
     assert same_state(weights, *modules_of(pipeline))
     assert requires_grad_map(*modules_of(pipeline)) == flags
     assert torch.equal(torch.get_rng_state(), generator_state)
 
 
-def test_one_prompt_twice_gives_two_pictures(pipeline: StableDiffusionPipeline) -> None:
-    one, other = drawn(pipeline, PROMPT, PROMPT)
+def test_one_prompt_twice_gives_two_pictures_each_of_its_own_seed(
+    pipeline: StableDiffusionPipeline,
+) -> None:
+    one, other = drawn(pipeline, PROMPT, PROMPT, seeds=[5, 7])
     assert (one - other).abs().max() > 1e-2
+    torch.testing.assert_close(drawn(pipeline, PROMPT, seeds=[7])[0], other, atol=1e-5, rtol=0)
 
 
 def test_a_picture_depends_on_its_own_prompt_and_not_on_the_others(

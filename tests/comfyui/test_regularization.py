@@ -1,0 +1,124 @@
+"""A regularization set that the loaded model draws in the graph, against ComfyUI's own nodes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from custom_diffusion.concept.file import read_concept
+from PIL import Image
+from support.comfy_server import ComfyPromptError, ComfyServer
+from support.graphs import Graph, draw, draw_pictures, node, teach
+
+COUNT = 3
+
+
+@pytest.fixture(scope="module")
+def bench(
+    comfyui_path: Path,
+    checkpoint_file: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[ComfyServer]:
+    """A server that forgets results."""
+    base = tmp_path_factory.mktemp("regularization")
+    draw_pictures(base / "input" / "cat")
+    with ComfyServer(
+        comfyui_path, base, checkpoints=[checkpoint_file("sd15")], arguments=["--cache-none"]
+    ) as running:
+        yield running
+
+
+def drawn_set(count: int = COUNT, **changes: Any) -> dict[str, Any]:
+    settings = {
+        "class_noun": "cat",
+        "count": count,
+        "seed": 7,
+        "steps": 2,
+        "cfg": 5.0,
+        "sampler_name": "euler",
+        "scheduler": "normal",
+        "resolution": 64,
+        "batch_size": 2,
+        **changes,
+    }
+    models = {"model": ["checkpoint", 0], "clip": ["checkpoint", 1], "vae": ["checkpoint", 2]}
+    return node("DrawRegularization", **models, **settings)
+
+
+def taught(name: str, drawn: dict[str, Any], folder: str = "none") -> Graph:
+    graph = {**teach(name, "cat", "cat", "<new1>", folder), "set": drawn}
+    graph[f"{name}-data"]["inputs"]["regularization_set"] = ["set", 0]
+    return graph
+
+
+def folders(server: ComfyServer) -> list[Path]:
+    return sorted((server.output / "custom_diffusion" / "regularization").glob("*"))
+
+
+def pictures(folder: Path) -> dict[str, int]:
+    """Names of the pictures, and when each was written."""
+    return {path.name: path.stat().st_mtime_ns for path in sorted(folder.glob("*.png"))}
+
+
+def test_the_model_draws_the_class_once_and_a_training_uses_it(bench: ComfyServer) -> None:
+    bench.run(taught("first", drawn_set()))
+    (folder,) = folders(bench)
+    assert folder.name.startswith("cat-")
+    written = pictures(folder)
+    assert list(written) == ["00000.png", "00001.png", "00002.png"]
+    assert (folder / "00001.txt").read_text() == "photo of a cat"
+    concept = read_concept(bench.models / "custom_diffusion" / "first.safetensors")
+    assert concept.provenance["regularization_images"] == COUNT
+
+    bench.run(taught("again", drawn_set(count=COUNT + 1)))
+    more = pictures(folder)
+    assert folders(bench) == [folder] and len(more) == COUNT + 1
+    assert written.items() <= more.items(), "what was there was not drawn again"
+
+    bench.run(taught("other", drawn_set(seed=8)))
+    assert len(folders(bench)) == 2 and pictures(folder) == more
+
+
+def test_its_pictures_are_those_of_comfyuis_own_nodes(bench: ComfyServer) -> None:
+    """A batch of as many from the same seed."""
+    bench.run(taught("stock", drawn_set()))
+    graph = draw("photo of a cat")
+    graph["empty"]["inputs"]["batch_size"] = COUNT
+    stock = bench.images(bench.run(graph), "image")
+    (folder,) = (path for path in folders(bench) if '"seed": 7' in settings(path))
+    for number, wanted in enumerate(stock):
+        own = np.asarray(Image.open(folder / f"{number:05}.png"))
+        assert np.abs(own.astype(int) - wanted.astype(int)).max() <= 1
+
+
+def settings(folder: Path) -> str:
+    return (folder / "settings.json").read_text()
+
+
+def test_interrupted_it_keeps_what_is_drawn_and_goes_on(bench: ComfyServer) -> None:
+    slow = drawn_set(count=40, seed=9)
+    prompt = bench.queue(taught("slow", slow))
+    end = time.monotonic() + 120
+    while not (found := [path for path in folders(bench) if '"seed": 9' in settings(path)]) or (
+        len(pictures(found[0])) < 2
+    ):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    bench.interrupt(prompt)
+    with pytest.raises(ComfyPromptError):
+        bench.wait(prompt)
+    kept = pictures(found[0])
+    assert 2 <= len(kept) < 40
+    fewer = len(kept) + 1
+    bench.run(taught("resumed", drawn_set(count=fewer, seed=9)))
+    after = pictures(found[0])
+    assert kept.items() <= after.items() and len(after) == fewer
+
+
+def test_a_set_and_a_folder_together_are_refused(bench: ComfyServer) -> None:
+    with pytest.raises(ComfyPromptError, match="Disconnect the set"):
+        bench.run(taught("both", drawn_set(), folder="cat"))
