@@ -27,16 +27,18 @@ from .concept.file import read_concept, write_concept
 from .concept.prompts import DEFAULT_TEMPLATE, STYLE_TEMPLATE
 from .merge.captions import read_captions
 from .merge.compose import DEFAULT_RELATIVE_RIDGE, merge_concepts
-from .trainer.config import Fit, GradientCut, TrainConfig
+from .trainer.config import Fit, GradientCut, MethodName, TrainConfig
 from .trainer.data import TrainingConcept, instance_caption, load_folder
 from .trainer.generated_set import generated_set
 from .trainer.loop import Event, StepDone, train
+from .trainer.methods import METHODS, recipe
+from .trainer.network_file import write_network
 from .trainer.prepare import prepare
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULTS = TrainConfig()
 MINIATURE = "miniature"  # the model that comes with the project
-_RECIPE = ("steps", "batch_size", "learning_rate", "resolution", "gradient_cut", "fit")
+_RECIPE = ("rank", "steps", "batch_size", "learning_rate", "resolution", "gradient_cut", "fit")
 INTERRUPTED = 130  # exit status after Ctrl-C
 
 
@@ -58,10 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train_command(options: argparse.Namespace) -> None:
     from .host.diffusers import borrowed_models
 
+    network = options.output.with_name(f"{options.output.stem}-unet.safetensors")
     _check_new(options.output)
+    _check_new(network)
     given = {name: getattr(options, name) for name in _RECIPE}
     config = replace(
-        _recipe(options.model),
+        _recipe(options.model, options.method),
+        method=options.method,
         **{name: value for name, value in given.items() if value is not None},
         augment=not options.no_augment,
         flip=not options.no_flip,
@@ -89,9 +94,12 @@ def train_command(options: argparse.Namespace) -> None:
                 should_stop=stopped,
                 on_event=lambda event: _show(event, bar),
             )
-    if result.provenance["steps"] == 0:
-        print("stopped before the first step: nothing was learnt, nothing was saved")
-        return
+        if result.provenance["steps"] == 0:
+            print("stopped before the first step: nothing was learnt, nothing was saved")
+            return
+        if METHODS[config.method].whole_network:
+            result = write_network(models.denoiser, result, network)
+            print(f"saved {network} ({network.stat().st_size / 1e6:.1f} MB): the whole UNet")
     _report_saved(result, write_concept(result, options.output))
 
 
@@ -158,9 +166,11 @@ def merge_command(options: argparse.Namespace) -> None:
 
 
 def sample_command(options: argparse.Namespace) -> None:
-    from .host.diffusers import sample, side_by_side
+    from .host.diffusers import load_network, sample, side_by_side
 
     pipeline = _load(options.model, options.device, DTYPES[options.precision])
+    if options.unet:
+        load_network(pipeline, options.unet)
     concept = read_concept(options.concept) if options.concept else None
     pictures = sample(
         pipeline,
@@ -231,10 +241,10 @@ def demo_command(options: argparse.Namespace) -> None:
     run_demo(options.output)
 
 
-def _recipe(model: str) -> TrainConfig:
-    """The training settings that suit a model."""
+def _recipe(model: str, method: MethodName = DEFAULTS.method) -> TrainConfig:
+    """The training settings that suit a model and a method."""
     if model != MINIATURE:
-        return TrainConfig()
+        return recipe(method)
     from .miniature.model import CONFIG
 
     return CONFIG
@@ -340,9 +350,16 @@ def _parser() -> argparse.ArgumentParser:
         "--regularization", type=Path, nargs="+", help="folder of ordinary class pictures"
     )
     teach.add_argument("--style", action="store_true", help="they are styles; class noun: art")
-    teach.add_argument("--steps", type=int, help=f"default {DEFAULTS.steps}")
+    teach.add_argument(
+        "--method",
+        choices=METHODS,
+        default=DEFAULTS.method,
+        help="; ".join(f"{name}: {method.description}" for name, method in METHODS.items()),
+    )
+    teach.add_argument("--rank", type=int, help=f"of low-rank, default {DEFAULTS.rank}")
+    teach.add_argument("--steps", type=int, help=f"default {DEFAULTS.steps}, or the method's own")
     teach.add_argument("--batch-size", type=int, help=f"default {DEFAULTS.batch_size}")
-    teach.add_argument("--learning-rate", type=float, help=f"default {DEFAULTS.learning_rate:g}")
+    teach.add_argument("--learning-rate", type=float, help="default: the method's own")
     teach.add_argument("--resolution", type=int, help=f"default {DEFAULTS.resolution}")
     teach.add_argument("--gradient-cut", choices=get_args(GradientCut))
     teach.add_argument("--no-augment", action="store_true", help="no random sizes")
@@ -367,6 +384,7 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(draw)
     draw.add_argument("--prompt", required=True)
     draw.add_argument("--concept", type=Path)
+    draw.add_argument("--unet", type=Path, help="a whole UNet that was trained here")
     draw.add_argument("--strength", type=float, default=1.0)
     draw.add_argument("--count", type=int, default=1)
     draw.add_argument("--resolution", type=int, help=f"default {DEFAULTS.resolution}")

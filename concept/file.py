@@ -20,12 +20,13 @@ from torch import Tensor
 from .atomic import write_atomically
 from .concept import Concept, Delta, DenseDelta, LowRankDelta, ModifierToken
 from .errors import ConceptFileError, CustomDiffusionError
-from .layers import FAMILIES, is_projection
+from .layers import FAMILIES, is_cross_attention, is_projection
 
 FORMAT = "custom-diffusion-concept"
 FORMAT_VERSION = "1.0"
 
 _WEIGHT_PREFIX = "diffusion_model."
+_DELTA_PARTS = ("diff", "lora_up.weight", "lora_down.weight", "alpha")
 _EMBEDDING_PREFIX = "bundle_emb."
 _SINGLE_ENCODER_SUFFIX = "string_to_param.*"
 
@@ -214,21 +215,22 @@ def _deltas(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith(_WEIGHT_PREFIX):
-            layer, _, name = key.removeprefix(_WEIGHT_PREFIX).partition(".to_")
-            projection, _, name = name.partition(".")
-            groups.setdefault(f"{layer}.to_{projection}", {})[name] = tensor
+            path = key.removeprefix(_WEIGHT_PREFIX)
+            name = next((name for name in _DELTA_PARTS if path.endswith(f".{name}")), "")
+            layer = path.removesuffix(f".{name}")
+            groups.setdefault(layer, {})[name] = tensor
     return {layer: _delta(layer, parts) for layer, parts in groups.items()}
 
 
 def _delta(layer: str, parts: Mapping[str, Tensor]) -> Delta:
-    if not is_projection(layer):
-        raise ValueError(f"{layer} is no key or value projection of a cross-attention layer")
+    if not is_cross_attention(layer):
+        raise ValueError(f"{layer} is no matrix of a cross-attention layer")
     for name, tensor in parts.items():
         if name != "alpha":
             _check_matrix(f"{layer}.{name}", tensor)
     if parts.keys() == {"diff"}:
         return DenseDelta(parts["diff"])
-    if parts.keys() != {"lora_up.weight", "lora_down.weight", "alpha"}:
+    if parts.keys() != {*_DELTA_PARTS} - {"diff"}:
         raise ValueError(f"{layer} has {sorted(parts)}, needed 'diff' or up, down and alpha")
     delta = LowRankDelta(parts["lora_up.weight"], parts["lora_down.weight"])
     if delta.rank == 0 or delta.rank != len(delta.down):
@@ -291,7 +293,7 @@ def _check_widths(concept: Concept) -> None:
     if not concept.deltas and not concept.tokens:
         raise ValueError("it holds neither projections nor tokens")
     for layer, delta in concept.deltas.items():
-        if delta.shape[1] != width:
+        if is_projection(layer) and delta.shape[1] != width:
             raise ValueError(
                 f"{layer} reads width {delta.shape[1]}, {concept.family.title} has {width}"
             )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from .errors import IncompatibleModelError
 
 PROJECTION_SUFFIXES = ("attn2.to_k", "attn2.to_v")
+_CROSS_ATTENTION_SUFFIXES = (*PROJECTION_SUFFIXES, "attn2.to_q", "attn2.to_out.0")
 
 # Every Stable Diffusion with cross-attention has two residual blocks a level, and a level of the
 # encoder ends with a down-sampling block that has no attention.
@@ -66,6 +67,11 @@ def family_of_width(context_width: int) -> Family:
 def is_projection(layer: str) -> bool:
     """Whether the path names a key or value projection of a cross-attention layer."""
     return layer.endswith(PROJECTION_SUFFIXES)
+
+
+def is_cross_attention(layer: str) -> bool:
+    """Whether the path names any matrix of a cross-attention layer: all that a concept can hold."""
+    return layer.endswith(_CROSS_ATTENTION_SUFFIXES)
 
 
 def sort_layers(layers: Iterable[str]) -> list[str]:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..concept.concept import Concept
@@ -20,6 +22,7 @@ from ..concept.fit import check_fit
 from ..concept.layers import (
     Family,
     family_of_width,
+    is_cross_attention,
     is_projection,
     layer_from_diffusers,
 )
@@ -136,6 +139,17 @@ def load_pipeline(
     return pipeline
 
 
+def load_network(pipeline: Any, path: Path) -> None:
+    """Gives the pipeline's UNet the weights of a file, as `trainer.network_file` writes it."""
+    try:
+        pipeline.unet.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise IncompatibleModelError(
+            f"{path} holds no UNet of this model ({str(error).splitlines()[0]}). Give the file "
+            f"that `train --method dreambooth` or `fine-tune all` left for it."
+        ) from error
+
+
 @contextmanager
 def borrowed_models(pipeline: Any) -> Iterator[DiffusersModels]:
     """The pipeline's models, frozen while the context lasts and as before afterwards."""
@@ -181,7 +195,11 @@ def applied_concept(
     Afterwards every weight is bit for bit what it was. Without a concept it is the base model.
     """
     unet = pipeline.unet
-    own = {path: module.weight.data for path, module in _projections(unet)}
+    own = {
+        path: module.weight.data
+        for path, module in unet.named_modules()
+        if is_cross_attention(path)
+    }
     layers = {layer_from_diffusers(path): path for path in own}
     if concept is not None:
         family = family_of_width(unet.config.cross_attention_dim)

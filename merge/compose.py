@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..concept.concept import Concept, Delta, LowRankDelta
 from ..concept.errors import IncompatibleModelError, MergeError
-from ..concept.layers import sort_layers
+from ..concept.layers import is_projection, sort_layers
 from ..concept.text import TextEncoder
 from .caption_cache import cached_caption_factor
 from .captions import regularization_captions
@@ -194,6 +194,13 @@ def _check(concepts: Sequence[Concept], encoder: TextEncoder, strengths: Sequenc
             raise IncompatibleModelError(
                 f"The concepts belong to different models: {concepts[0].describe()} and "
                 f"{concept.describe()}. Merge concepts that were trained on the same base model."
+            )
+        others = [layer for layer in concept.layers if not is_projection(layer)]
+        if others:
+            raise MergeError(
+                f"The concept {concept.describe()} changes more than keys and values "
+                f"({len(others)} matrices, {others[0]} for one), and only these can be merged in "
+                f"closed form. Train it by 'custom diffusion' or 'low-rank'."
             )
         if not concept_prompts(concept):
             raise MergeError(

@@ -55,8 +55,10 @@ def _cell(lab: Laboratory, number: int, seed: int) -> Iterator[Row]:
         ("generated regularization", drawn, config),
     ):
         yield SINGLE, method, lab.score([first], lab.teach([subject], settings), seed)
-    slow = replace(config, learning_rate=ALL_WEIGHTS_RATE * config.learning_rate)
-    tuned, words = lab.teach_all_weights(first, slow)
+    slow = ALL_WEIGHTS_RATE * config.learning_rate
+    tuned, words = lab.teach_whole_network(
+        first, replace(config, method="fine-tune all", learning_rate=slow)
+    )
     yield SINGLE, "all weights", lab.score([first], words, seed, tuned)
 
     partner = lab.teach([second], config)

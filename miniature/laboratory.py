@@ -128,17 +128,12 @@ class Laboratory:
             learnt = _train(subjects, config, known)
         return learnt if after is None else added([after, learnt])
 
-    def teach_all_weights(self, one: Subject, config: TrainConfig) -> tuple[Any, Concept]:
-        """The paper's ablation: the whole UNet learns. Returns a pipeline of its own as well."""
+    def teach_whole_network(self, one: Subject, config: TrainConfig) -> tuple[Any, Concept]:
+        """By a method that changes more than a concept holds: returns its own pipeline, too."""
         parts = {**self.pipeline.components, "unet": copy.deepcopy(self.pipeline.unet)}
         pipeline = type(self.pipeline)(**parts, requires_safety_checker=False)
         with borrowed_models(pipeline) as models:
-            projections = models.denoiser.projections.values()
-            weights = {f"{path}.weight" for path in projections}
-            rest = [p for name, p in pipeline.unet.named_parameters() if name not in weights]
-            for parameter in rest:
-                parameter.requires_grad_(True)
-            return pipeline, _train([one], config, models, rest)
+            return pipeline, _train([one], config, models)
 
     def generated_class(self, shape: str, seed: int) -> tuple[CaptionedImage, ...]:
         """A regularization set drawn by the model itself."""
@@ -255,7 +250,6 @@ def _train(
     subjects: Sequence[Subject],
     config: TrainConfig,
     models: DiffusersModels,
-    network_weights: Sequence[torch.nn.Parameter] = (),
 ) -> Concept:
     banks = [
         prepare(one.training, config, models.latent_encoder, models.text_encoder)
@@ -267,7 +261,6 @@ def _train(
         banks,
         models.denoiser,
         models.text_encoder,
-        network_weights=network_weights,
     )
 
 

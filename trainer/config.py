@@ -8,6 +8,15 @@ from typing import Any, Literal, get_args
 
 from ..concept.errors import ConfigError
 
+MethodName = Literal[
+    "custom diffusion",
+    "low-rank",
+    "cross-attention",
+    "textual inversion",
+    "dreambooth",
+    "fine-tune all",
+]
+"""What learns: `trainer/methods/` has a file for each."""
 GradientCut = Literal["none", "start", "start and padding"]
 Fit = Literal["crop", "letterbox"]
 LATENT_PIXELS = 8
@@ -16,8 +25,14 @@ LATENT_PIXELS = 8
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Custom Diffusion's recipe: 250 steps of 8 images at a learning rate of 8e-5."""
+    """Custom Diffusion's recipe: 250 steps of 8 images at a learning rate of 8e-5.
 
+    `trainer.methods.recipe` has those of other methods.
+    """
+
+    method: MethodName = "custom diffusion"
+    rank: int = 16
+    """Of the low-rank method's factors."""
     steps: int = 250
     """Optimiser steps."""
     batch_size: int = 8
@@ -52,6 +67,8 @@ class TrainConfig:
     """Of everything random: data order, views, noise, timesteps and previews."""
 
     def __post_init__(self) -> None:
+        _one_of("method", self.method, get_args(MethodName))
+        _at_least("rank", self.rank, 1)
         _at_least("steps", self.steps, 1)
         _at_least("batch_size", self.batch_size, 1)
         _at_least("views_per_image", self.views_per_image, 1)

@@ -10,15 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..concept.concept import Concept, ModifierToken
+from ..concept.concept import Concept, Delta, ModifierToken
 from ..concept.errors import ConfigError, TrainingError
 from ..concept.prompts import subject
 from ..concept.text import TextEncoder
 from .config import GradientCut, TrainConfig
 from .data import TrainingConcept
 from .latents import LatentBank, batches
+from .methods import METHODS
+from .network_weights import NetworkWeights
 from .objective import add_noise, concept_loss, sample_losses, target
-from .parameters import KeyValueProjections
+from .projections import KeyValueProjections
 from .protocols import Denoiser
 from .sampling import ddim_sample
 from .tokens import initial_embedding, token_number
@@ -51,31 +53,37 @@ def train(
     denoiser: Denoiser,
     text_encoder: TextEncoder,
     *,
-    network_weights: Sequence[nn.Parameter] = (),
     should_stop: Callable[[], bool] = lambda: False,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Concept:
-    """Teaches concepts together by Custom Diffusion and returns what was learnt as one concept.
+    """Teaches concepts together and returns what was learnt as one concept.
 
-    `banks` hold the latents of each. `network_weights` are weights of the network that learn too,
-    in place and outside the concept: for baselines that train more than Custom Diffusion does. They
-    must require gradients.
-
+    `banks` hold the latents of each; `config.method` says which parts of the model learn.
     `should_stop` is asked before every step; stopping returns what was learnt so far. The models
-    are only borrowed: afterwards, however it ends, they are as before. Random numbers come from the
-    seed alone. Raises TrainingError when the loss is not finite.
+    are only borrowed: afterwards, however it ends, they are as before, except for what a method
+    learns beyond keys, values and words: that stays in the denoiser's network. Random numbers come
+    from the seed alone. Raises TrainingError when the loss is not finite.
     """
     if len(training_concepts) != len(banks):
         raise ValueError(f"{len(training_concepts)} concepts need as many banks, not {len(banks)}")
     rng = random.Random(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
 
-    # What is trained: the embedding of every V*, and all keys and values; both in float32.
+    # What is trained, all in float32: keys and values, the embedding of every V*, and in some
+    # methods more of the network.
+    method = METHODS[config.method]
     words = _new_words(training_concepts, text_encoder, denoiser.device)
-    prompts = _Prompts(text_encoder.with_tokens(words), words, config.gradient_cut)
-    projections = KeyValueProjections(denoiser)
-    rows = [row for tokens in words.values() for row in tokens.values()]
-    parameters = [projections.weight, *rows, *network_weights]
+    learning_words = words if method.learns_words else {}
+    prompts = _Prompts(text_encoder.with_tokens(words), learning_words, config.gradient_cut)
+    projections = method.projections(denoiser, config)
+    network = NetworkWeights(denoiser, method.further_layers(denoiser), method.whole_network)
+    rows = [row for tokens in learning_words.values() for row in tokens.values()]
+    parameters = [*projections.parameters(), *rows, *network.parameters()]
+    if not words and (method.whole_network or not parameters):
+        raise ConfigError(
+            f"What the method {config.method!r} leaves beside a UNet is a word, and no concept has "
+            f"a modifier token. Give one, '<new1>' say, or choose another method."
+        )
     optimizer = torch.optim.AdamW(
         parameters,
         lr=config.learning_rate,
@@ -85,7 +93,7 @@ def train(
 
     losses: list[float] = []
     stream = batches(banks, config, rng, generator)
-    with projections.installed():
+    with projections.installed(), network.learning():
         while len(losses) < config.steps and not should_stop():
             # Data: latents, noise, timesteps.
             batch = next(stream)
@@ -126,7 +134,10 @@ def train(
                 picture = _preview(noise, training_concepts[0], prompts, projections, denoiser)
                 on_event(PreviewDrawn(len(losses), picture))
 
-    return _concept(config, training_concepts, denoiser, projections, words, losses)
+        deltas = {**projections.deltas(), **network.deltas()}
+    return _concept(
+        config, training_concepts, denoiser, projections.base_hash, deltas, words, losses
+    )
 
 
 def _new_words(
@@ -189,13 +200,14 @@ def _concept(
     config: TrainConfig,
     training_concepts: Sequence[TrainingConcept],
     denoiser: Denoiser,
-    projections: KeyValueProjections,
+    base_hash: str,
+    deltas: Mapping[str, Delta],
     words: Mapping[str, Mapping[str, Tensor]],
     losses: list[float],
 ) -> Concept:
     return Concept(
         family=denoiser.family,
-        deltas=projections.deltas(),
+        deltas=deltas,
         tokens=tuple(
             ModifierToken(
                 name=concept.token,
@@ -208,14 +220,14 @@ def _concept(
             for concept in training_concepts
             if concept.token
         ),
-        base_hash=projections.base_hash,
+        base_hash=base_hash,
         constraint_prompts=tuple(
             prompt
             for concept in training_concepts
             for prompt in (subject(concept.token, concept.class_noun), concept.prompt)
         ),
         provenance={
-            "method": "custom diffusion",
+            "method": config.method,
             "steps": len(losses),
             "final_losses": losses[-_FINAL_LOSSES:],
             "instance_images": sum(len(concept.images) for concept in training_concepts),

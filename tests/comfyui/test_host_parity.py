@@ -10,7 +10,7 @@ import pytest
 import torch
 from custom_diffusion.host.diffusers import borrowed_models
 from custom_diffusion.trainer.objective import add_noise, concept_loss, sample_losses, target
-from custom_diffusion.trainer.parameters import KeyValueProjections
+from custom_diffusion.trainer.projections import DenseProjections
 from support.diffusers_twin import diffusers_twin
 
 PROMPTS = ["photo of a <new1> cat", "very small photo of a <new1> cat", "a dog in the snow", ""]
@@ -123,7 +123,7 @@ def one_step(denoiser: Any, encoder: Any) -> tuple[float, torch.Tensor, torch.Te
     context = words.encode(words.pad([words.tokenize(prompt) for prompt in PROMPTS]))
     keep = torch.ones(context.shape[:2])
     keep[:, 0] = 0
-    projections = KeyValueProjections(denoiser)
+    projections = DenseProjections(denoiser)
     with projections.installed():
         noisy = add_noise(latents, noise, timesteps, denoiser.alphas_cumprod)
         prediction = projections.predict(noisy, timesteps, context, keep)

@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from custom_diffusion.cli import main
 from custom_diffusion.concept.file import read_concept
 from custom_diffusion.miniature import demo
 from PIL import Image
+from safetensors.torch import load_file
 from support.graphs import draw_pictures
 from support.tiny_models import tiny_pipeline
 
@@ -63,6 +65,36 @@ def test_two_concepts_are_taught_merged_inspected_and_drawn(
     drawn = ["--prompt", "a <new1> cat", "--count", "2", "--output", str(picture)]
     assert main([*sample, *drawn, "--device", "cpu"]) == 0
     assert Image.open(picture).size == (128, 64)
+
+
+def test_a_whole_unet_is_saved_loaded_and_drawn_with(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, unet = tmp_path / "cat.safetensors", tmp_path / "cat-unet.safetensors"
+    train = ["train", "--model", str(model), "--images", str(photos), "--class-noun", "cat"]
+    train += ["--method", "fine-tune all", "--output", str(words), *QUICK]
+    assert main([*train, "--learning-rate", "1e-3"]) == 0
+    assert "the whole UNet" in capsys.readouterr().out
+    learnt = read_concept(words)
+    assert not learnt.deltas and learnt.provenance["network_file"] == unet.name
+    own = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    taught = load_file(unet)
+    assert own.keys() == taught.keys()
+    assert {tensor.dtype for tensor in taught.values()} == {torch.float16}
+    assert all(not torch.equal(own[name], taught[name].float()) for name in own)
+
+    assert main([*train]) == 1
+    assert "exists already" in capsys.readouterr().err
+    pictures = []
+    for extra in ([], ["--unet", str(unet)]):
+        path = tmp_path / f"{len(pictures)}.png"
+        draw = ["sample", "--model", str(model), "--concept", str(words), "--resolution", "64"]
+        draw += ["--prompt", "a <new1> cat", "--device", "cpu", "--output", str(path)]
+        assert main([*draw, *extra]) == 0
+        pictures.append(path.read_bytes())
+    assert pictures[0] != pictures[1]
+    assert main([*draw, "--unet", str(words)]) == 1
+    assert "holds no UNet" in capsys.readouterr().err
 
 
 def test_a_regularization_set_is_drawn_gone_on_with_and_used(

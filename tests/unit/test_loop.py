@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ import pytest
 import torch
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import ConfigError, TokenError, TrainingError
-from custom_diffusion.concept.layers import layer_from_diffusers
 from custom_diffusion.host.clip_text import ClipTextEncoder
 from custom_diffusion.host.diffusers import (
     DiffusersDenoiser,
@@ -27,15 +26,15 @@ from custom_diffusion.host.diffusers import (
 from custom_diffusion.merge.compose import merge_concepts
 from custom_diffusion.trainer.config import GradientCut, TrainConfig
 from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
-from custom_diffusion.trainer.latents import LatentBank, batches
+from custom_diffusion.trainer.latents import LatentBank
 from custom_diffusion.trainer.loop import Event, PreviewDrawn, StepDone, train
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from support.naive_training import layer_of, naive_training
 from support.tiny_models import (
     RESOLUTION,
     VOCABULARY_SIZE,
     cat_concept,
-    clip_tokenizer,
     dog_concept,
     random_bank,
     requires_grad_map,
@@ -92,95 +91,14 @@ def rows_of(concept: Concept) -> Tensor:
     return torch.cat([token.embeddings["clip_l"] for token in concept.tokens])
 
 
-def tokenizer_that_knows(concepts: Sequence[TrainingConcept]) -> Any:
-    tokenizer = copy.deepcopy(clip_tokenizer())
-    tokenizer.add_tokens([concept.token for concept in concepts])
-    return tokenizer
-
-
-def naive_training(
-    pipeline: StableDiffusionPipeline,
-    settings: TrainConfig,
-    concepts: Sequence[TrainingConcept],
-    banks: Sequence[LatentBank],
-) -> tuple[list[float], dict[str, Tensor], Tensor]:
-    """Losses, change of every projection by layer, and the rows of the tokens."""
-    unet = copy.deepcopy(pipeline.unet).requires_grad_(False)
-    text_model = copy.deepcopy(pipeline.text_encoder).requires_grad_(False)
-    tokenizer, scheduler = tokenizer_that_knows(concepts), pipeline.scheduler
-    text_model.resize_token_embeddings(VOCABULARY_SIZE + len(concepts), mean_resizing=False)
-    table = text_model.get_input_embeddings().weight
-    table.data[VOCABULARY_SIZE:] = table.data[[42170, 47629][: len(concepts)]]
-    table.requires_grad_(True)
-    others = table.detach()[:VOCABULARY_SIZE].clone()
-    trainable = [p for n, p in unet.named_parameters() if "attn2.to_k" in n or "attn2.to_v" in n]
-    for parameter in trainable:
-        parameter.requires_grad_(True)
-    positions: list[Tensor] = []  # where keys and values pass gradients, of this step
-    for name, module in unet.named_modules():
-        if name.endswith(("attn2.to_k", "attn2.to_v")):
-            module.register_forward_hook(
-                lambda _, __, out: torch.where(positions[-1][..., None], out, out.detach())
-            )
-    optimizer = torch.optim.AdamW(
-        [*trainable, table], settings.learning_rate, weight_decay=settings.weight_decay, fused=False
-    )
-    generator = torch.Generator().manual_seed(settings.seed)
-    stream = batches(banks, settings, random.Random(settings.seed), generator)
-    losses = []
-    for _ in range(settings.steps):
-        batch = next(stream)
-        noise = torch.randn(batch.latents_bchw.shape, generator=generator)
-        timesteps = torch.randint(1000, (settings.batch_size,), generator=generator)
-        tokens = tokenizer(
-            list(batch.prompts), padding="max_length", max_length=77, return_tensors="pt"
-        )
-        keep = torch.ones(len(batch.prompts), 77, dtype=torch.bool)
-        if settings.gradient_cut != "none":
-            keep[:, 0] = False
-        if settings.gradient_cut == "start and padding":
-            keep &= tokens.attention_mask.bool()
-        positions.append(keep)
-        context = text_model(tokens.input_ids).last_hidden_state
-        noisy = scheduler.add_noise(batch.latents_bchw, noise, timesteps)
-        output = unet(noisy, timesteps, encoder_hidden_states=context).sample
-        wanted = noise
-        if scheduler.config.prediction_type == "v_prediction":
-            wanted = scheduler.get_velocity(batch.latents_bchw, noise, timesteps)
-        samples = [
-            ((output[n] - wanted[n]) ** 2 * batch.masks_bhw[n]).sum()
-            / (4 * batch.masks_bhw[n].sum())
-            for n in range(settings.batch_size)
-        ]
-        instances = settings.batch_size - batch.prior
-        loss = sum(samples[:instances]) / instances
-        if batch.prior:
-            prior = sum(samples[instances:]) / batch.prior
-            loss = loss + settings.prior_weight * prior
-        optimizer.zero_grad()
-        loss.backward()
-        table.grad[:VOCABULARY_SIZE] = 0
-        if settings.max_gradient_norm is not None:
-            torch.nn.utils.clip_grad_norm_([*trainable, table], settings.max_gradient_norm)
-        optimizer.step()
-        table.data[:VOCABULARY_SIZE] = others
-        losses.append(float(loss.detach()))
-    deltas = {
-        layer_from_diffusers(name.removesuffix(".weight")): parameter.detach()
-        - pipeline.unet.get_parameter(name)
-        for name, parameter in unet.named_parameters()
-        if parameter.requires_grad
-    }
-    return losses, deltas, table.detach()[VOCABULARY_SIZE:]
-
-
 def assert_equal_to_naive(
     pipeline: StableDiffusionPipeline, settings: TrainConfig, *concepts: TrainingConcept
 ) -> None:
     with borrowed_models(pipeline) as models:
         ours = trained_together(models, settings, *concepts)
     banks = [random_bank(concept) for concept in concepts]
-    losses, deltas, rows = naive_training(pipeline, settings, concepts, banks)
+    losses, changes, rows = naive_training(pipeline, settings, concepts, banks)
+    deltas = {layer_of(name): change for name, change in changes.items()}
     np.testing.assert_allclose(ours.provenance["final_losses"], losses, atol=1e-5, rtol=0)
     assert ours.deltas.keys() == deltas.keys()
     for layer, delta in deltas.items():
@@ -452,32 +370,6 @@ def test_a_category_is_taught_without_a_token(models: DiffusersModels) -> None:
     )
     assert [token.name for token in merged.tokens] == ["<new1>"]
     assert max(report.residuals) < 0.01
-
-
-# Weights of the network that learn too
-
-
-def test_given_weights_of_the_network_learn_in_place_and_no_others(
-    pipeline: StableDiffusionPipeline,
-) -> None:
-    own = copy.copy(pipeline)
-    own.unet = copy.deepcopy(pipeline.unet)
-    before = state(*everything(own))
-    with borrowed_models(own) as models:
-        given = {n: p for n, p in own.unet.named_parameters() if n.endswith("attn2.to_q.weight")}
-        for parameter in given.values():
-            parameter.requires_grad_(True)
-        result = trained(models, config(), network_weights=list(given.values()))
-    after = state(*everything(own))
-    changed = {
-        name
-        for old, new in zip(before, after, strict=True)
-        for name in old
-        if not torch.equal(old[name], new[name])
-    }
-    assert changed == given.keys()
-    assert len(given) == 6
-    assert len(result.deltas) == 12
 
 
 # Stopping and events

@@ -1,0 +1,122 @@
+"""A training loop that shares nothing with the pack but the order of its random numbers.
+
+Plain modules with hooks, the whole embedding table, one caption after the other: slow and easy to
+check by eye.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from custom_diffusion.concept.layers import layer_from_diffusers
+from custom_diffusion.trainer.config import TrainConfig
+from custom_diffusion.trainer.data import TrainingConcept
+from custom_diffusion.trainer.latents import LatentBank, batches
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from .tiny_models import VOCABULARY_SIZE, clip_tokenizer
+
+
+def is_key_or_value(name: str) -> bool:
+    return "attn2.to_k" in name or "attn2.to_v" in name
+
+
+def layer_of(name: str) -> str:
+    """The layer that a weight of diffusers' UNet belongs to."""
+    return layer_from_diffusers(name.removesuffix(".weight"))
+
+
+def tokenizer_that_knows(concepts: Sequence[TrainingConcept]) -> Any:
+    tokenizer = copy.deepcopy(clip_tokenizer())
+    tokenizer.add_tokens([concept.token for concept in concepts])
+    return tokenizer
+
+
+def naive_training(
+    pipeline: StableDiffusionPipeline,
+    settings: TrainConfig,
+    concepts: Sequence[TrainingConcept],
+    banks: Sequence[LatentBank],
+    learns: Callable[[str], bool] = is_key_or_value,
+    *,
+    learns_words: bool = True,
+    adapt: Callable[[Any], Any] = lambda unet: unet,
+) -> tuple[list[float], dict[str, Tensor], Tensor]:
+    """Losses, the change of every weight of the UNet that learns, and the rows of the tokens.
+
+    `adapt` may put other modules into the UNet; `learns` says which parameters learn.
+    """
+    unet = adapt(copy.deepcopy(pipeline.unet).requires_grad_(False))
+    text_model = copy.deepcopy(pipeline.text_encoder).requires_grad_(False)
+    tokenizer, scheduler = tokenizer_that_knows(concepts), pipeline.scheduler
+    text_model.resize_token_embeddings(VOCABULARY_SIZE + len(concepts), mean_resizing=False)
+    table = text_model.get_input_embeddings().weight
+    table.data[VOCABULARY_SIZE:] = table.data[[42170, 47629][: len(concepts)]]
+    table.requires_grad_(True)
+    others = table.detach()[:VOCABULARY_SIZE].clone()
+    trainable = [parameter for name, parameter in unet.named_parameters() if learns(name)]
+    before = [parameter.detach().clone() for parameter in trainable]
+    for parameter in trainable:
+        parameter.requires_grad_(True)
+    learning = [*trainable, *([table] if learns_words else [])]
+    positions: list[Tensor] = []  # where keys and values pass gradients, of this step
+    for name, module in unet.named_modules():
+        if name.endswith(("attn2.to_k", "attn2.to_v")):
+            module.register_forward_hook(
+                lambda _, __, out: torch.where(positions[-1][..., None], out, out.detach())
+            )
+    optimizer = torch.optim.AdamW(
+        learning, settings.learning_rate, weight_decay=settings.weight_decay, fused=False
+    )
+    generator = torch.Generator().manual_seed(settings.seed)
+    stream = batches(banks, settings, random.Random(settings.seed), generator)
+    losses = []
+    for _ in range(settings.steps):
+        batch = next(stream)
+        noise = torch.randn(batch.latents_bchw.shape, generator=generator)
+        timesteps = torch.randint(1000, (settings.batch_size,), generator=generator)
+        tokens = tokenizer(
+            list(batch.prompts), padding="max_length", max_length=77, return_tensors="pt"
+        )
+        keep = torch.ones(len(batch.prompts), 77, dtype=torch.bool)
+        if settings.gradient_cut != "none":
+            keep[:, 0] = False
+        if settings.gradient_cut == "start and padding":
+            keep &= tokens.attention_mask.bool()
+        positions.append(keep)
+        context = text_model(tokens.input_ids).last_hidden_state
+        noisy = scheduler.add_noise(batch.latents_bchw, noise, timesteps)
+        output = unet(noisy, timesteps, encoder_hidden_states=context).sample
+        wanted = noise
+        if scheduler.config.prediction_type == "v_prediction":
+            wanted = scheduler.get_velocity(batch.latents_bchw, noise, timesteps)
+        samples = [
+            ((output[n] - wanted[n]) ** 2 * batch.masks_bhw[n]).sum()
+            / (4 * batch.masks_bhw[n].sum())
+            for n in range(settings.batch_size)
+        ]
+        instances = settings.batch_size - batch.prior
+        loss = sum(samples[:instances]) / instances
+        if batch.prior:
+            prior = sum(samples[instances:]) / batch.prior
+            loss = loss + settings.prior_weight * prior
+        optimizer.zero_grad()
+        loss.backward()
+        if table.grad is not None:
+            table.grad[:VOCABULARY_SIZE] = 0
+        if settings.max_gradient_norm is not None:
+            torch.nn.utils.clip_grad_norm_(learning, settings.max_gradient_norm)
+        optimizer.step()
+        table.data[:VOCABULARY_SIZE] = others
+        losses.append(float(loss.detach()))
+    names = [name for name, _ in unet.named_parameters() if learns(name)]
+    changes = {
+        name: parameter.detach() - old
+        for name, parameter, old in zip(names, trainable, before, strict=True)
+    }
+    return losses, changes, table.detach()[VOCABULARY_SIZE:]

@@ -1,0 +1,12 @@
+"""Custom Diffusion (Kumari et al., CVPR 2023): keys, values and the modifier token."""
+
+from ..config import TrainConfig
+from ..projections import DenseProjections
+from .method import Method
+
+METHOD = Method(
+    description="keys and values of cross-attention, and the new word",
+    projections=lambda denoiser, config: DenseProjections(denoiser),
+    steps=TrainConfig.steps,
+    learning_rate=TrainConfig.learning_rate,
+)

@@ -1,0 +1,13 @@
+"""DreamBooth (Ruiz et al., CVPR 2023): the whole UNet learns, a rare word names the thing."""
+
+from ..projections import DenseProjections
+from .method import Method
+
+METHOD = Method(
+    description="the whole UNet; the new word stays a rare one",
+    projections=lambda denoiser, config: DenseProjections(denoiser),
+    steps=800,
+    learning_rate=5e-6,
+    learns_words=False,
+    whole_network=True,
+)

@@ -1,0 +1,12 @@
+"""The ablation of Custom Diffusion's Table 3: its data and losses, but the whole UNet learns."""
+
+from ..projections import DenseProjections
+from .method import Method
+
+METHOD = Method(
+    description="the whole UNet, and the new word",
+    projections=lambda denoiser, config: DenseProjections(denoiser),
+    steps=250,
+    learning_rate=8e-6,
+    whole_network=True,
+)

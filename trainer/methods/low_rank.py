@@ -1,0 +1,11 @@
+"""Custom Diffusion through low-rank factors (LoRA, Hu et al. 2022): small from the start."""
+
+from ..projections import LowRankProjections
+from .method import Method
+
+METHOD = Method(
+    description="low-rank factors on keys and values, and the new word",
+    projections=lambda denoiser, config: LowRankProjections(denoiser, config.rank, config.seed),
+    steps=250,
+    learning_rate=1e-4,
+)

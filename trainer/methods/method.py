@@ -1,0 +1,32 @@
+"""What a training method is: which parts learn, and how fast where nothing else is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ..config import TrainConfig
+from ..projections import KeyValueProjections
+from ..protocols import Denoiser
+
+
+def no_more(denoiser: Denoiser) -> Mapping[str, str]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Method:
+    """Parts of the model that learn. Everything else about a training is the same for all."""
+
+    description: str
+    projections: Callable[[Denoiser, TrainConfig], KeyValueProjections]
+    """Keys and values of cross-attention, and how they learn."""
+    steps: int
+    learning_rate: float
+    """As published, for 8 pictures a step."""
+    learns_words: bool = True
+    """Whether the modifier token's embedding learns; otherwise it stays where it starts."""
+    further_layers: Callable[[Denoiser], Mapping[str, str]] = no_more
+    """Other layers that learn and go into the concept → names of their weights in the network."""
+    whole_network: bool = False
+    """Whether everything else in the UNet learns too. That fits no concept and stays in it."""

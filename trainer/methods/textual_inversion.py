@@ -1,0 +1,11 @@
+"""Textual Inversion (Gal et al., ICLR 2023): only the new word learns."""
+
+from ..projections import FrozenProjections
+from .method import Method
+
+METHOD = Method(
+    description="only the new word",
+    projections=lambda denoiser, config: FrozenProjections(denoiser),
+    steps=3000,
+    learning_rate=2e-3,
+)

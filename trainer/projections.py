@@ -1,0 +1,181 @@
+"""The key and value projections of every cross-attention layer, trained in place of the network's
+own: densely, as low-rank factors, or not at all.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..concept.concept import Delta, DenseDelta, LowRankDelta, hash_projections
+from ..concept.layers import sort_layers
+from .protocols import Denoiser
+
+
+class KeyValueProjections(ABC):
+    """All key and value projections at once.
+
+    Every projection reads the same text features, so all of them are one product:
+
+        context (b, n, d) × weightᵀ (d, Σ out)  →  keys and values of every layer, side by side
+
+    That is one place where gradients can be cut.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self._denoiser = denoiser
+        self._layers = sort_layers(denoiser.projections)
+        paths = [denoiser.projections[layer] for layer in self._layers]
+        self._weights = [
+            denoiser.network.get_parameter(f"{path}.weight").detach() for path in paths
+        ]
+        self.base_hash = hash_projections(dict(zip(self._layers, self._weights, strict=True)))
+        self._sizes = [len(weight) for weight in self._weights]
+        self._slots = {path: _Slot() for path in paths}
+
+    @abstractmethod
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimiser changes; float32, on the denoiser's device."""
+
+    @abstractmethod
+    def deltas(self) -> Mapping[str, Delta]:
+        """What was learnt so far, by layer, on the CPU in float32."""
+
+    @abstractmethod
+    def _keys_values(self, context: Tensor) -> Tensor:
+        """Context (b, n, d) → keys and values (b, n, Σ out), layers in order."""
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """While the context lasts the network uses these projections; afterwards its own again."""
+        network = self._denoiser.network
+        own = {path: network.get_submodule(path) for path in self._slots}
+        try:
+            for path, slot in self._slots.items():
+                _set_submodule(network, path, slot)
+            yield
+        finally:
+            for path, module in own.items():
+                _set_submodule(network, path, module)
+
+    def predict(
+        self, noisy_latents: Tensor, timesteps: Tensor, context: Tensor, keep: Tensor | None = None
+    ) -> Tensor:
+        """The network's prediction with these projections, while they are installed.
+
+        `keep` (b, n) is one where gradients of keys and values may pass, zero where they are cut.
+        """
+        context = context.to(self._denoiser.device, self._denoiser.dtype)
+        keys_values = self._keys_values(context)
+        if keep is not None and keys_values.requires_grad:
+            passing = keep[:, :, None].to(keys_values)
+            keys_values.register_hook(lambda gradient: gradient * passing)
+        for slot, part in zip(
+            self._slots.values(), keys_values.split(self._sizes, -1), strict=True
+        ):
+            slot.value = part
+        try:
+            return self._denoiser.predict(noisy_latents, timesteps, context)
+        finally:
+            for slot in self._slots.values():
+                slot.value = None
+
+    def _stacked(self, dtype: torch.dtype) -> Tensor:
+        """The network's own weights (Σ out, d)."""
+        return torch.cat([weight.to(self._denoiser.device, dtype) for weight in self._weights])
+
+
+class DenseProjections(KeyValueProjections):
+    """Every entry of every projection learns, as in Custom Diffusion: one matrix, one parameter."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__(denoiser)
+        self._initial = self._stacked(torch.float32)
+        self.weight = nn.Parameter(self._initial.clone())
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.weight]
+
+    def deltas(self) -> dict[str, Delta]:
+        parts = (self.weight.detach() - self._initial).cpu().split(self._sizes)
+        return {
+            layer: DenseDelta(part.clone()) for layer, part in zip(self._layers, parts, strict=True)
+        }
+
+    def _keys_values(self, context: Tensor) -> Tensor:
+        return F.linear(context, self.weight.to(context.dtype))
+
+
+class LowRankProjections(KeyValueProjections):
+    """The change of every projection is `up` (out, rank) times `down` (rank, d) (Hu et al. 2022).
+
+    Gradients and optimiser state are as small as the factors.
+    """
+
+    def __init__(self, denoiser: Denoiser, rank: int, seed: int) -> None:
+        super().__init__(denoiser)
+        self._rank = rank
+        generator = torch.Generator().manual_seed(seed)
+        self._base = self._stacked(denoiser.dtype)
+        width = self._base.shape[1]
+        # As LoRA starts: any `down`, and an `up` of zeros, so that nothing is changed at first.
+        down = torch.rand(rank * len(self._sizes), width, generator=generator) * 2 - 1
+        self.down = nn.Parameter((down / math.sqrt(width)).to(denoiser.device))
+        self.up = nn.Parameter(torch.zeros(len(self._base), rank, device=denoiser.device))
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.down, self.up]
+
+    def deltas(self) -> dict[str, Delta]:
+        downs = self.down.detach().cpu().split(self._rank)
+        ups = self.up.detach().cpu().split(self._sizes)
+        return {
+            layer: LowRankDelta(up.clone(), down.clone())
+            for layer, up, down in zip(self._layers, ups, downs, strict=True)
+        }
+
+    def _keys_values(self, context: Tensor) -> Tensor:
+        inner = F.linear(context, self.down.to(context.dtype)).split(self._rank, -1)
+        ups = self.up.to(context.dtype).split(self._sizes)
+        change = [F.linear(part, up) for part, up in zip(inner, ups, strict=True)]
+        return F.linear(context, self._base) + torch.cat(change, -1)
+
+
+class FrozenProjections(KeyValueProjections):
+    """Those of the network, as they are."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__(denoiser)
+        self._base = self._stacked(denoiser.dtype)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return []
+
+    def deltas(self) -> dict[str, Delta]:
+        return {}
+
+    def _keys_values(self, context: Tensor) -> Tensor:
+        return F.linear(context, self._base)
+
+
+class _Slot(nn.Module):
+    """Stands where a projection was and hands out its keys or values, computed beforehand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value: Tensor | None = None
+
+    def forward(self, context: Tensor) -> Tensor:
+        assert self.value is not None, "the projections are computed by KeyValueProjections.predict"
+        return self.value
+
+
+def _set_submodule(network: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(network.get_submodule(parent), name, module)
