@@ -32,7 +32,7 @@ from .trainer.data import TrainingConcept, instance_caption, load_folder
 from .trainer.generated_set import generated_set
 from .trainer.loop import Event, StepDone, train
 from .trainer.methods import METHODS, recipe
-from .trainer.network_file import write_network
+from .trainer.network_file import fold_in, write_network
 from .trainer.prepare import prepare
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -98,7 +98,8 @@ def train_command(options: argparse.Namespace) -> None:
             print("stopped before the first step: nothing was learnt, nothing was saved")
             return
         if METHODS[config.method].whole_network:
-            result = write_network(models.denoiser, result, network)
+            result = fold_in(models.denoiser, result)
+            write_network(models.denoiser.network, network)
             print(f"saved {network} ({network.stat().st_size / 1e6:.1f} MB): the whole UNet")
     _report_saved(result, write_concept(result, options.output))
 

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -62,14 +62,22 @@ def write_new_concept(
     concept: Concept, folder: Path, name: str, dtype: torch.dtype = torch.float16
 ) -> Path:
     """`write_concept` to `folder/name.safetensors`, or with a number where that exists already."""
+    return write_new(folder, name, lambda path: write_concept(concept, path, dtype, replace=False))
+
+
+def write_new(folder: Path, name: str, write: Callable[[Path], Path]) -> Path:
+    """Lets `write` write the first of `folder/name.safetensors`, `name-2` and so on that is free.
+
+    `write` must raise FileExistsError where somebody else was quicker.
+    """
     stem = safe_file_name(name)
     for number in itertools.count(1):
         path = folder / f"{stem}{'' if number == 1 else f'-{number}'}.safetensors"
         if path.exists():
             continue
         try:
-            return write_concept(concept, path, dtype, replace=False)
-        except FileExistsError:  # somebody else was quicker
+            return write(path)
+        except FileExistsError:
             continue
     raise AssertionError("unreachable")
 

@@ -7,7 +7,8 @@ from comfy_api.latest import io, ui
 from ..host.comfyui.inputs import KINDS, draw_contact_sheet, folder_fingerprint, training_concept
 from ..host.comfyui.paths import NO_FOLDER, input_folders
 from ..host.comfyui.training import start_training, training_outputs
-from ..trainer.config import Fit, GradientCut, TrainConfig
+from ..trainer.config import Fit, GradientCut, MethodName, TrainConfig
+from ..trainer.methods import METHODS, recipe
 from .types import CATEGORY, Concept, RegularizationSet, TrainingConcept
 
 DEFAULTS = TrainConfig()
@@ -27,6 +28,25 @@ def _resolution() -> io.Int.Input:
 
 def _seed() -> io.Int.Input:
     return io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False)
+
+
+def _method_inputs(name: MethodName) -> list[io.Input]:
+    """What a method has settings of its own for."""
+    defaults = recipe(name)
+    inputs = [
+        io.Int.Input("steps", default=defaults.steps, min=1, max=100_000),
+        io.Float.Input(
+            "learning_rate",
+            default=defaults.learning_rate,
+            min=1e-7,
+            max=0.1,
+            step=1e-6,
+            round=False,
+        ),
+    ]
+    if name == "low-rank":
+        inputs.append(io.Int.Input("rank", default=defaults.rank, min=1, max=320))
+    return inputs
 
 
 def _view_inputs() -> list[io.Input]:
@@ -210,21 +230,21 @@ class CustomDiffusionTrain(io.ComfyNode):
                 io.String.Input(
                     "name", default="my-concept", tooltip="Name of the concept's file."
                 ),
-                io.Int.Input("steps", default=DEFAULTS.steps, min=1, max=100_000),
+                io.DynamicCombo.Input(
+                    "method",
+                    options=[
+                        io.DynamicCombo.Option(name, _method_inputs(name)) for name in METHODS
+                    ],
+                    tooltip=". ".join(
+                        f"{name}: {method.description}" for name, method in METHODS.items()
+                    ),
+                ),
                 io.Int.Input(
                     "batch_size",
                     default=DEFAULTS.batch_size,
                     min=1,
                     max=256,
                     tooltip="Pictures a step; half of them regularization, when there are any.",
-                ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=DEFAULTS.learning_rate,
-                    min=1e-7,
-                    max=0.1,
-                    step=1e-6,
-                    round=False,
                 ),
                 _resolution(),
                 _seed(),
@@ -270,9 +290,9 @@ class CustomDiffusionTrain(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, vae, concepts, name, wait, **settings) -> io.NodeOutput:
+    def execute(cls, model, clip, vae, concepts, name, method, wait, **settings) -> io.NodeOutput:
         taught = list(concepts.values())
-        job = start_training(name, model, clip, vae, taught, TrainConfig(**settings))
+        job = start_training(name, model, clip, vae, taught, TrainConfig(**method, **settings))
         return io.NodeOutput(*training_outputs(job, wait))
 
 

@@ -7,28 +7,31 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from ..concept.atomic import write_atomically
 from ..concept.concept import Concept
 from .protocols import Denoiser
 
 
-def write_network(denoiser: Denoiser, concept: Concept, path: Path) -> Concept:
-    """Adds the concept's deltas to the denoiser's network for good and writes the network.
-
-    The file holds the network's own names and half precision: a UNet, as ComfyUI loads one. Returns
-    what is left of the concept, its words, with the file's name in the provenance. Raises
-    ConceptFileError when it cannot be written.
-    """
+def fold_in(denoiser: Denoiser, concept: Concept) -> Concept:
+    """Adds the concept's deltas to the denoiser's network, for good; returns the words alone."""
     with torch.no_grad():
         for layer, delta in concept.deltas.items():
             weight = denoiser.network.get_parameter(f"{denoiser.projections[layer]}.weight")
             weight += delta.dense().to(weight)
+    return replace(concept, deltas={})
+
+
+def write_network(network: nn.Module, path: Path) -> Path:
+    """Writes a UNet in half precision under its own names, as ComfyUI and diffusers load one.
+
+    Raises ConceptFileError when it cannot be written and FileExistsError when the path is taken.
+    """
     tensors = {
         name: tensor.detach().to("cpu", torch.float16).contiguous()
-        for name, tensor in denoiser.network.state_dict().items()
+        for name, tensor in network.state_dict().items()
     }
     size = sum(2 * tensor.numel() for tensor in tensors.values())
     write_atomically(path, lambda temporary: save_file(tensors, temporary), size, replace=False)
-    provenance = {**concept.provenance, "network_file": path.name}
-    return replace(concept, deltas={}, provenance=provenance)
+    return path

@@ -26,6 +26,11 @@ def concept_folder() -> Path:
     return Path(folder_paths.get_folder_paths(MODEL_FOLDER)[0])
 
 
+def network_folder() -> Path:
+    """Where whole UNets are saved, for ComfyUI's own loader of diffusion models."""
+    return Path(folder_paths.models_dir) / "diffusion_models"
+
+
 def concept_files() -> list[str]:
     """Names of the concepts that can be loaded."""
     return folder_paths.get_filename_list(MODEL_FOLDER)  # type: ignore[no-any-return]

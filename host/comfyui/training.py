@@ -16,14 +16,16 @@ from PIL import Image
 
 from ...concept.concept import Concept
 from ...concept.errors import TrainingError
-from ...concept.file import read_concept, write_new_concept
+from ...concept.file import read_concept, write_new, write_new_concept
 from ...trainer.config import TrainConfig
 from ...trainer.data import TrainingConcept
 from ...trainer.jobs import Job, JobState, Snapshot, TrainingService
 from ...trainer.loop import train
+from ...trainer.methods import METHODS
+from ...trainer.network_file import fold_in, write_network
 from ...trainer.prepare import prepare
 from .models import ComfyDenoiser, ComfyLatentEncoder, text_encoder, training_dtype
-from .paths import concept_folder, jobs_folder
+from .paths import concept_folder, jobs_folder, network_folder
 
 log = logging.getLogger("custom_diffusion")
 _POLL_S = 0.1
@@ -84,6 +86,12 @@ def start_training(
             raise TrainingError(_out_of_memory(config, device)) from error
 
     def save(result: Concept) -> Path:
+        if METHODS[config.method].whole_network:
+            result = fold_in(denoiser, result)
+            network = write_new(
+                network_folder(), name, lambda path: write_network(denoiser.network, path)
+            )
+            log.info("saved the whole UNet: %s", network)
         return write_new_concept(result, concept_folder(), name)
 
     settings = {

@@ -21,7 +21,7 @@ window.app?.extensionManager?.workflow?.activeWorkflow?.isLoaded
 """
 # What makes a run small enough for a test; everything else stays as shipped.
 SMALL = {
-    "CustomDiffusionTrain": {"steps": 2, "batch_size": 2, "resolution": 64},
+    "CustomDiffusionTrain": {"method.steps": 2, "batch_size": 2, "resolution": 64},
     "EmptyLatentImage": {"width": 64, "height": 64},
     "KSampler": {"steps": 2},
     "CheckpointLoaderSimple": {"ckpt_name": "sd15.safetensors"},

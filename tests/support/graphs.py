@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 Graph = dict[str, dict[str, Any]]
+_METHOD_INPUTS = {name: f"method.{name}" for name in ("steps", "learning_rate", "rank")}
 
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:
@@ -30,9 +31,10 @@ def teach(
     """Nodes `key-data` and `key` that teach one concept, as small as a real training can be."""
     options = {
         "name": key,
-        "steps": 3,
+        "method": "custom diffusion",
+        "method.steps": 3,
+        "method.learning_rate": 1e-3,
         "batch_size": 2,
-        "learning_rate": 1e-3,
         "resolution": 64,
         "seed": 0,
         "wait": True,
@@ -42,7 +44,7 @@ def teach(
         "prior_weight": 1.0,
         "gradient_cut": "start",
         "preview_every_steps": 0,
-        **settings,
+        **{_METHOD_INPUTS.get(name, name): value for name, value in settings.items()},
     }
     models = {"model": ["checkpoint", 0], "clip": ["checkpoint", 1], "vae": ["checkpoint", 2]}
     return {

@@ -76,7 +76,7 @@ def test_a_whole_unet_is_saved_loaded_and_drawn_with(
     assert main([*train, "--learning-rate", "1e-3"]) == 0
     assert "the whole UNet" in capsys.readouterr().out
     learnt = read_concept(words)
-    assert not learnt.deltas and learnt.provenance["network_file"] == unet.name
+    assert not learnt.deltas and learnt.provenance["method"] == "fine-tune all"
     own = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
     taught = load_file(unet)
     assert own.keys() == taught.keys()
