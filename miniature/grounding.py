@@ -15,12 +15,12 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
-from .world import Scene
+from .world import Placed, Scene
 
 _INSIDE = 0.75  # of an object's radius surely belong to it
 
 
-class WatchedAttention(AttnProcessor):
+class WatchedAttention(AttnProcessor):  # type: ignore[misc]
     """diffusers' plain attention; it keeps how cross-attention shares itself out when asked to."""
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class WatchedAttention(AttnProcessor):
         self.shares: list[Tensor] = []
         """(b, positions, words) of every layer since they were last taken, means over heads"""
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         attn: Any,
         hidden_states: Tensor,
@@ -37,7 +37,8 @@ class WatchedAttention(AttnProcessor):
         **others: Any,
     ) -> Tensor:
         if encoder_hidden_states is None or not self.watching:
-            return super().__call__(attn, hidden_states, encoder_hidden_states, **others)
+            plain: Tensor = super().__call__(attn, hidden_states, encoder_hidden_states, **others)
+            return plain
         query, key, value = (
             attn.head_to_batch_dim(part)
             for part in (
@@ -48,7 +49,8 @@ class WatchedAttention(AttnProcessor):
         )
         shares = attn.get_attention_scores(query, key)
         self.shares.append(shares.unflatten(0, (len(hidden_states), -1)).mean(1))
-        return attn.to_out[0](attn.batch_to_head_dim(shares @ value))
+        output: Tensor = attn.to_out[0](attn.batch_to_head_dim(shares @ value))
+        return output
 
     def take_shares(self) -> list[Tensor]:
         shares, self.shares = self.shares, []
@@ -63,7 +65,9 @@ def grounding_loss(
     `shares` are (b, positions, words) of each layer, `nouns` the token ids of all shapes. Captions
     that do not name every object say nothing here.
     """
-    rows, words, objects = [], [], []
+    rows: list[int] = []
+    words: list[int] = []
+    objects: list[Placed] = []
     for row, scene in enumerate(scenes):
         named = torch.isin(token_ids[row], nouns).nonzero().flatten().tolist()
         if len(named) == len(scene.objects):

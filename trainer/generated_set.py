@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,7 @@ def generated_set(
         for number, image_hwc in zip(numbers, draw(numbers), strict=True):
             write_text_atomically(paths[number].with_suffix(".txt"), caption)
             picture = Image.fromarray(_bytes(image_hwc))
-            write_atomically(
-                paths[number], lambda temporary, picture=picture: picture.save(temporary, "PNG")
-            )
+            write_atomically(paths[number], partial(picture.save, format="PNG"))
         on_progress(count - len(missing) + start + len(numbers), count)
     return tuple(CaptionedImage(path, caption) for path in paths)
 

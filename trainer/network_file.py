@@ -19,7 +19,7 @@ def fold_in(denoiser: Denoiser, concept: Concept) -> Concept:
     with torch.no_grad():
         for layer, delta in concept.deltas.items():
             weight = denoiser.network.get_parameter(f"{denoiser.projections[layer]}.weight")
-            weight += delta.dense().to(weight)
+            weight.add_(delta.dense().to(weight))
     return replace(concept, deltas={})
 
 
