@@ -1,5 +1,5 @@
-"""The pack without ComfyUI: `custom-diffusion train | merge | sample | regularize | inspect |
-demo`.
+"""The pack without ComfyUI: `custom-diffusion train | merge | sample | regularize | retrieve |
+inspect | demo`.
 
 diffusers is imported when a command needs a model, so that `inspect` works without it.
 """
@@ -25,6 +25,7 @@ from .concept.concept import Concept, LowRankDelta
 from .concept.errors import ConceptFileError, ConfigError, CustomDiffusionError
 from .concept.file import read_concept, write_concept
 from .concept.prompts import DEFAULT_TEMPLATE, STYLE_TEMPLATE
+from .host.open_clip_text import MODEL, WEIGHTS
 from .merge.captions import read_captions
 from .merge.compose import DEFAULT_RELATIVE_RIDGE, merge_concepts
 from .trainer.config import Fit, GradientCut, MethodName, TrainConfig
@@ -34,6 +35,8 @@ from .trainer.loop import Event, StepDone, train
 from .trainer.methods import METHODS, recipe
 from .trainer.network_file import fold_in, write_network
 from .trainer.prepare import prepare
+from .trainer.retrieval.index import CaptionIndex
+from .trainer.retrieval.retrieve import COUNT, LEAST_SIMILARITY, retrieve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULTS = TrainConfig()
@@ -219,6 +222,21 @@ def regularize_command(options: argparse.Namespace) -> None:
             on_progress=_progress(bar),
         )
     print(f"{options.count} pictures are in {options.output}")
+
+
+def retrieve_command(options: argparse.Namespace) -> None:
+    from .host.open_clip_text import OpenClipText
+
+    embed = OpenClipText(options.clip, options.clip_weights, options.device)
+    index = CaptionIndex(options.collection, options.index, embed.name)
+    with tqdm(desc="reading captions", unit="part") as bar:
+        captions = index.update(embed, _progress(bar))
+    prompt = options.prompt or instance_caption("", options.class_noun)
+    got = retrieve(index, embed, prompt, options.output, options.count, options.similarity)
+    print(
+        f"{len(got.images)} of {captions} pictures are in {options.output}: similarity to "
+        f"{prompt!r} at least {got.least_similarity:.2f}; {got.broken} broken ones passed over"
+    )
 
 
 def inspect_command(options: argparse.Namespace) -> None:
@@ -408,6 +426,28 @@ def _parser() -> argparse.ArgumentParser:
     regularize.add_argument("--seed", type=int, default=0)
     regularize.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     regularize.set_defaults(command=regularize_command)
+
+    find = commands.add_parser(
+        "retrieve",
+        help="take a regularization set from a captioned collection of your own",
+        description="Copies the pictures whose captions are nearest to the class into a folder, "
+        "for `train --regularization`. The collection may be folders with .txt files, webdataset "
+        "shards or parquet tables (img2dataset writes all of them), of any size: captions are "
+        "read once.",
+    )
+    find.add_argument("--collection", type=Path, required=True, metavar="FOLDER")
+    find.add_argument("--class-noun", required=True)
+    find.add_argument("--prompt", help="default: 'photo of a' and the class noun")
+    find.add_argument("--count", type=int, default=COUNT)
+    find.add_argument("--similarity", type=float, default=LEAST_SIMILARITY, help="at least, 0..1")
+    find.add_argument("--clip", default=MODEL, help=f"open_clip's name of a model, default {MODEL}")
+    find.add_argument(
+        "--clip-weights", default=WEIGHTS, help="a file, or open_clip's name: downloaded once"
+    )
+    find.add_argument("--index", type=Path, default=Path("caption-index"), metavar="FOLDER")
+    find.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    find.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    find.set_defaults(command=retrieve_command)
 
     look = commands.add_parser("inspect", help="what a concept file holds")
     look.add_argument("file", type=Path)

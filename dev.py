@@ -22,6 +22,7 @@ STRICTLY_TYPED = [
     "trainer",
     "host.clip_text",
     "host.diffusers",
+    "host.open_clip_text",
     "host.open_clip_vocabulary",
     "miniature",
     "cli",

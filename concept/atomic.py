@@ -51,7 +51,11 @@ def write_atomically(
 
 def write_text_atomically(path: Path, text: str) -> None:
     """`write_atomically` for a UTF-8 text."""
-    content = text.encode()
+    write_bytes_atomically(path, text.encode())
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """`write_atomically` for bytes in memory."""
     write_atomically(path, lambda temporary: temporary.write_bytes(content), len(content))
 
 

@@ -44,7 +44,7 @@ def generated_set(
     """
     if count < 1 or batch_size < 1:
         raise ConfigError(f"count={count} and batch_size={batch_size} must be at least 1.")
-    _claim(folder, {**settings, "caption": caption})
+    claim_folder(folder, {**settings, "caption": caption})
     paths = [folder / f"{number:05}.png" for number in range(count)]
     missing = [number for number, path in enumerate(paths) if not path.is_file()]
     on_progress(count - len(missing), count)
@@ -64,19 +64,19 @@ def settings_hash(settings: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
-def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Makes the folder one of these settings, or checks that it is."""
+def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Makes a folder one for pictures of these settings, or checks that it is."""
     note = folder / SETTINGS_FILE
     wanted = json.dumps(settings, sort_keys=True, indent=1)
     if note.is_file():
         if note.read_text(encoding="utf-8") != wanted:
             raise DataError(
-                f"{folder} holds pictures that were drawn with other settings ({note.name} there "
+                f"{folder} holds pictures that were made with other settings ({note.name} there "
                 f"has them). Choose another folder, or the same settings to go on."
             )
     elif folder.is_dir() and any(folder.iterdir()):
         raise DataError(
-            f"{folder} holds files that were not drawn here. Choose a new or an empty folder."
+            f"{folder} holds files that were not made here. Choose a new or an empty folder."
         )
     else:
         write_text_atomically(note, wanted)

@@ -29,6 +29,12 @@ VOCABULARY_SIZE = 49408
 LATENT_EDGE = 8
 """Edge of the latents that the helpers make: pictures of 64 pixels."""
 RESOLUTION = LATENT_EDGE * 8
+TINY_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+"""A model of open_clip, as its files of configuration say it."""
 
 
 def tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusionPipeline:

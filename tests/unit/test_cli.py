@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from custom_diffusion.cli import main
@@ -18,7 +21,7 @@ from custom_diffusion.miniature import demo
 from PIL import Image
 from safetensors.torch import load_file
 from support.graphs import draw_pictures
-from support.tiny_models import tiny_pipeline
+from support.tiny_models import TINY_CLIP, tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--steps", "2", "--batch-size", "2", "--resolution", "64", "--device", "cpu"]
@@ -65,6 +68,31 @@ def test_two_concepts_are_taught_merged_inspected_and_drawn(
     drawn = ["--prompt", "a <new1> cat", "--count", "2", "--output", str(picture)]
     assert main([*sample, *drawn, "--device", "cpu"]) == 0
     assert Image.open(picture).size == (128, 64)
+
+
+def test_a_regularization_set_is_retrieved_from_a_collection(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the text half of a random CLIP, which finds a caption itself at least."""
+    collection = tmp_path / "collection"
+    for folder, caption in (("a", "photo of a cat"), ("b", "a dog on the beach")):
+        shutil.copytree(photos, collection / folder)
+        for picture in (collection / folder).glob("*.png"):
+            picture.with_suffix(".txt").write_text(caption)
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    (clip / "cli-test-clip.json").write_text(json.dumps(TINY_CLIP))
+    open_clip.add_model_config(clip)
+    torch.save(open_clip.create_model("cli-test-clip").state_dict(), clip / "weights.pt")
+
+    command = ["retrieve", "--collection", str(collection), "--class-noun", "cat"]
+    command += ["--clip", "cli-test-clip", "--clip-weights", str(clip / "weights.pt")]
+    command += ["--index", str(tmp_path / "index"), "--device", "cpu", "--similarity", "0.999"]
+    assert main([*command, "--output", str(tmp_path / "set")]) == 0
+    assert "3 of 6 pictures" in capsys.readouterr().out
+    assert {p.read_text() for p in (tmp_path / "set").glob("*.txt")} == {"photo of a cat"}
+    assert main([*command, "--prompt", "a mug", "--output", str(tmp_path / "other")]) == 1
+    assert "as near as 0.999" in capsys.readouterr().err
 
 
 def test_a_whole_unet_is_saved_loaded_and_drawn_with(

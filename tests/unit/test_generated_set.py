@@ -86,7 +86,7 @@ def test_pictures_of_other_settings_are_refused_and_kept(
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "holiday.jpg").write_bytes(b"precious")
-    with pytest.raises(DataError, match="not drawn here"):
+    with pytest.raises(DataError, match="not made here"):
         generated_set(tmp_path, SETTINGS, CAPTION, 1, Painter())
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
 

@@ -1,0 +1,61 @@
+"""CLIP's text space, against open_clip's own whole model, on random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from custom_diffusion.concept.errors import IncompatibleModelError
+from custom_diffusion.host.open_clip_text import OpenClipText
+from support.tiny_models import TINY_CLIP
+
+NAME = "tiny-test-clip"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / f"{NAME}.json").write_text(json.dumps(TINY_CLIP))
+    open_clip.add_model_config(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_clip.create_model(NAME)
+    path = folder / "weights.pt"
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def test_captions_are_embedded_as_by_the_whole_model(weights: Path) -> None:
+    captions = [f"photo number {number} of a cat" for number in range(300)]
+    ours = OpenClipText(NAME, str(weights))(captions)
+    whole = open_clip.create_model(NAME, pretrained=str(weights)).eval()
+    with torch.no_grad():
+        features = whole.encode_text(open_clip.get_tokenizer(NAME)(captions))
+    wanted = features / features.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=0)
+    assert ours.shape == (300, 16)
+
+
+def test_its_name_follows_the_weights(weights: Path) -> None:
+    first = OpenClipText(NAME, str(weights)).name
+    assert NAME in first and str(weights) in first
+    other = weights.with_name("other.pt")
+    other.write_bytes(weights.read_bytes())
+    assert OpenClipText(NAME, str(other)).name != first
+
+
+@pytest.mark.parametrize("model, file", [("no-such-model", "x"), (NAME, "no-such-weights")])
+def test_models_and_weights_that_cannot_be_had_are_named(
+    weights: Path, model: str, file: str
+) -> None:
+    with pytest.raises(IncompatibleModelError, match="list_pretrained"):
+        OpenClipText(model, file)
+
+
+def test_a_file_that_holds_something_else_is_refused(weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_bytes(b"no weights")
+    with pytest.raises(IncompatibleModelError, match=r"x\.pt"):
+        OpenClipText(NAME, str(tmp_path / "x.pt"))

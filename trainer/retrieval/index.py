@@ -1,0 +1,142 @@
+"""The features of a collection's captions on disk: computed once, searched in seconds.
+
+An index is a folder of chunks: `<part>-<number>.npy` holds unit features in half precision, one row
+a caption, and a .jsonl beside it what the rows are. Nothing is ever in memory but one chunk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...concept.atomic import write_atomically, write_text_atomically
+from ...concept.errors import DataError
+from .collection import Entry, Part, parts_of
+
+CHUNK = 16384
+"""Captions that are encoded, written and searched at once"""
+Embed = Callable[[Sequence[str]], Tensor]
+"""Captions → their features (n, d), of length 1"""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A captioned picture and how near its caption is to what was asked for."""
+
+    similarity: float
+    part: Part
+    entry: Entry
+
+
+class CaptionIndex:
+    """The index of one collection by one text encoder."""
+
+    def __init__(self, collection: Path, folder: Path, encoder: str) -> None:
+        """`folder` holds indexes; `encoder` names what embeds captions, weights and all."""
+        self._parts = parts_of(collection)
+        self._collection = collection
+        self.name = f"captions-{_digest(str(collection.resolve()), encoder)}"
+        self._folder = folder / self.name
+
+    def update(
+        self,
+        embed: Embed,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> int:
+        """Encodes what is new since last time; returns how many captions there are.
+
+        `on_progress` hears how many parts are done, also between the chunks of one, and may raise
+        to stop: everything that is written stays and is not computed again.
+        """
+        captions = 0
+        for number, part in enumerate(self._parts):
+            done = self._folder / f"{self._key(part)}.done"
+            if not done.is_file():
+                rows = 0
+                entries = part.entries()
+                for chunk, path in zip(_chunks(entries), self._paths(part), strict=False):
+                    on_progress(number, len(self._parts))
+                    rows += len(chunk)
+                    if not path.is_file():
+                        _write_chunk(path, chunk, embed)
+                write_text_atomically(done, str(rows))
+            captions += int(done.read_text())
+        on_progress(len(self._parts), len(self._parts))
+        return captions
+
+    def search(self, query: Tensor, count: int, least: float) -> list[Found]:
+        """The `count` captions nearest to a query (d,) of length 1, best first.
+
+        Only those with a similarity of `least` or more. Raises DataError where there is none.
+        """
+        wanted = query.float().cpu().numpy()
+        best: list[tuple[float, Path, int, Part]] = []
+        nearest = -1.0
+        for part in self._parts:
+            for path in self._paths(part):
+                if not path.is_file():
+                    break
+                similarity = _features(path).astype(np.float32) @ wanted
+                nearest = max(nearest, float(similarity.max()))
+                top = np.argsort(-similarity, kind="stable")[:count]
+                found = [(float(similarity[row]), path, int(row), part) for row in top]
+                best += [item for item in found if item[0] >= least]
+            best = sorted(best, key=lambda item: -item[0])[:count]
+        if not best:
+            raise DataError(
+                f"No caption of {self._collection} is as near as {least:g} to what was asked for; "
+                f"the nearest has {nearest:.2f}. Ask for less, or with other words."
+            )
+        return [Found(similarity, part, _entry(path, row)) for similarity, path, row, part in best]
+
+    def _key(self, part: Part) -> str:
+        return _digest(str(part.path.relative_to(self._collection)), part.fingerprint())
+
+    def _paths(self, part: Part) -> Iterator[Path]:
+        key = self._key(part)
+        return (self._folder / f"{key}-{number:05}.npy" for number in count())
+
+
+def _chunks(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
+    while chunk := list(islice(entries, CHUNK)):
+        yield chunk
+
+
+def _write_chunk(path: Path, chunk: Sequence[Entry], embed: Embed) -> None:
+    """The features last: with them the chunk is complete."""
+    features = embed([entry.caption for entry in chunk]).cpu().numpy().astype(np.float16)
+    lines = [json.dumps(asdict(entry), ensure_ascii=False) for entry in chunk]
+    write_text_atomically(path.with_suffix(".jsonl"), "\n".join(lines))
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.save(file, features)
+
+    write_atomically(path, write, features.nbytes)
+
+
+def _features(path: Path) -> NDArray[np.float16]:
+    try:
+        features: NDArray[np.float16] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return features
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"The index file {path} is damaged ({error}). Delete its folder; it is made anew."
+        ) from error
+
+
+def _entry(path: Path, row: int) -> Entry:
+    with open(path.with_suffix(".jsonl"), encoding="utf-8") as lines:
+        return Entry(**json.loads(next(islice(lines, row, None))))
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.blake2b("\0".join(texts).encode(), digest_size=8).hexdigest()

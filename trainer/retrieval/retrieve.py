@@ -1,0 +1,75 @@
+"""A regularization set from a collection, as Custom Diffusion's authors chose theirs from LAION.
+
+Kumari et al. (§3.1) take 200 pictures whose captions have a similarity above 0.85 with the class
+prompt in CLIP's text space. The service that their script asks has been closed since.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from PIL import Image, UnidentifiedImageError
+
+from ...concept.atomic import write_bytes_atomically, write_text_atomically
+from ..data import CaptionedImage
+from ..generated_set import claim_folder
+from .index import CaptionIndex, Embed, Found
+
+COUNT, LEAST_SIMILARITY = 200, 0.85
+_SPARE = 2  # times as many as wanted are looked at: crawled collections hold broken files
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """A regularization set, how near its last caption is, and how many pictures were broken."""
+
+    images: tuple[CaptionedImage, ...]
+    least_similarity: float
+    broken: int
+
+
+def retrieve(
+    index: CaptionIndex,
+    embed: Embed,
+    prompt: str,
+    folder: Path,
+    count: int = COUNT,
+    least: float = LEAST_SIMILARITY,
+) -> Retrieved:
+    """Copies the pictures whose captions are nearest to `prompt` to `folder`, captions beside them.
+
+    They are fewer than `count` where no more captions are near enough. Pictures that cannot be
+    opened are passed over, and counted. Raises DataError where no caption is near enough, or where
+    `folder` holds something else.
+    """
+    (query,) = embed([prompt])
+    found = index.search(query, _SPARE * count, least)
+    claim_folder(folder, {"prompt": prompt, "least similarity": least, "index": index.name})
+    images: list[CaptionedImage] = []
+    chosen: list[Found] = []
+    broken = 0
+    for one in found:
+        if len(images) == count:
+            break
+        content = one.part.read(one.entry.location)
+        if not _opens(content):
+            broken += 1
+            continue
+        suffix = PurePosixPath(one.entry.location).suffix.lower()
+        path = folder / f"{len(images):05}{suffix}"
+        write_text_atomically(path.with_suffix(".txt"), one.entry.caption)
+        write_bytes_atomically(path, content)
+        images.append(CaptionedImage(path, one.entry.caption))
+        chosen.append(one)
+    return Retrieved(tuple(images), chosen[-1].similarity if chosen else 0.0, broken)
+
+
+def _opens(content: bytes) -> bool:
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError):
+        return False
+    return True
