@@ -28,8 +28,8 @@ from .world import (
     SHAPES,
     Look,
     Scene,
+    common_color,
     held_out,
-    named_color,
     random_caption,
     random_scene,
 )
@@ -39,12 +39,12 @@ CHANGES: dict[str, Change] = {
     "the concept": lambda look, rng: look,
     "another mark": lambda look, rng: replace(look, mark=_other(MARKS, look.mark, rng)),
     "another pattern": lambda look, rng: replace(look, pattern=_other(PATTERNS, look.pattern, rng)),
-    "another main colour": lambda look, rng: replace(look, color=named_color(rng)),
+    "another main colour": lambda look, rng: replace(look, color=common_color(rng)),
     "colours exchanged": lambda look, rng: replace(
         look, color=look.second_color, second_color=look.color
     ),
     "other colours": lambda look, rng: replace(
-        look, color=named_color(rng), second_color=named_color(rng)
+        look, color=common_color(rng), second_color=common_color(rng)
     ),
     "another shape": lambda look, rng: replace(look, shape=_other(SHAPES, look.shape, rng)),
 }
@@ -79,7 +79,7 @@ def pair_table(recognizer: Recognizer, pairs: int = 10, pictures: int = 40) -> d
             "both concepts": (one, two),
             "one is any object of its class": (
                 one,
-                replace(two, color=named_color(rng), second_color=named_color(rng), mark="none"),
+                replace(two, color=common_color(rng), second_color=common_color(rng), mark="none"),
             ),
             "one is missing": (one,),
             "one wears a colour of the other": (one, replace(two, color=one.color)),
@@ -127,7 +127,7 @@ def named_captions(rng: random.Random, objects: int) -> Iterator[tuple[Scene, st
     while True:
         scene = random_scene(rng)
         caption = random_caption(scene, rng)
-        if len(scene.objects) == objects and all(Facts.of(caption).colors):
+        if len(scene.objects) == objects and all(said.color for said in Facts.of(caption).objects):
             yield scene, caption
 
 

@@ -16,15 +16,15 @@ from .drawing import draw
 from .model import PICTURE_EDGE
 from .world import (
     MARKS,
-    ODD_HUES,
     PATTERNS,
+    RARE_HUES,
     SHAPES,
     Look,
     Style,
-    odd_color,
     random_caption,
     random_look,
     random_scene,
+    rare_color,
 )
 
 INSTANCE_IMAGES = 8
@@ -34,23 +34,23 @@ REGULARIZATION_IMAGES = 200
 def concept_look(seed: int) -> Look:
     """The look of a concept."""
     rng = random.Random(f"pair {seed // 2}")
-    shapes, hues = rng.sample(SHAPES, 2), rng.sample(ODD_HUES, 4)
+    shapes, hues = rng.sample(SHAPES, 2), rng.sample(list(RARE_HUES), 4)
     of_pair = seed % 2
     rng = random.Random(f"concept {seed}")
     main, second = hues[2 * of_pair : 2 * of_pair + 2]
     return Look(
         shape=shapes[of_pair],
-        color=odd_color(rng, main),
+        color=rare_color(rng, main),
         pattern=rng.choice(PATTERNS[1:]),
-        second_color=odd_color(rng, second),
+        second_color=rare_color(rng, second),
         mark=rng.choice(MARKS[1:]),
     )
 
 
 def concept_style(seed: int) -> Style:
-    """A way to draw everything, in two nameless colours, the dark one much darkened."""
+    """A way to draw everything, in two rare colours, the dark one much darkened."""
     rng = random.Random(f"style {seed}")
-    dark, light = (odd_color(rng, hue) for hue in rng.sample(ODD_HUES, 2))
+    dark, light = (rare_color(rng, hue) for hue in rng.sample(list(RARE_HUES), 2))
     return Style(dark=(0.35 * dark[0], 0.35 * dark[1], 0.35 * dark[2]), light=light, hatched=True)
 
 

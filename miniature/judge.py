@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ from torch import Tensor
 from .recognizer import Seen
 from .world import (
     BACKGROUNDS,
+    COLORS,
     MARKS,
-    NAMED_COLORS,
     PATTERNS,
     PLACES,
     RELATIONS,
@@ -36,23 +37,24 @@ COLOR_TOLERANCE = 0.25
 """Distance in RGB at which two colours count as alike by 1/e."""
 PRESENT = 0.6
 """Image alignment from which on a concept counts as present."""
-# What a colour can be taken for: the named ones, and the middle of each nameless hue.
-_ODD_COLORS: dict[str, Color] = {
-    "orange": (0.87, 0.46, 0.15),
-    "lime": (0.63, 0.87, 0.15),
-    "turquoise": (0.15, 0.87, 0.82),
-    "pink": (0.87, 0.15, 0.60),
-}
-_PALETTE = {**NAMED_COLORS, **_ODD_COLORS}
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a prompt says of one object; empty where it says nothing."""
+
+    shape: str
+    color: str = ""
+    second_color: str = ""
+    pattern: str = ""
+    mark: str = ""
 
 
 @dataclass(frozen=True)
 class Facts:
     """What a prompt says, without the looks of concepts."""
 
-    shapes: tuple[str, ...]
-    colors: tuple[str, ...] = ()
-    """Of each shape; empty where nothing is said."""
+    objects: tuple[Said, ...]
     background: str = ""
     place: str = ""
     """Of the only object, or of the first relative to the second."""
@@ -60,21 +62,27 @@ class Facts:
     @staticmethod
     def of(caption: str) -> Facts:
         """Reads a caption of the world's grammar; words that it does not know say nothing."""
-        shapes: list[str] = []
-        colors: list[str] = []
-        color = ""
-        for word in caption.split():
-            if word in NAMED_COLORS:
-                color = word
+        objects: list[Said] = []
+        colors, pattern, mark = [""], "", ""
+        for word, following in pairwise([*caption.split(), ""]):
+            if following == "marked":
+                mark = word
+            elif word in COLORS:
+                colors = [*filter(None, colors), word]
+            elif word in PATTERNS:
+                pattern = word
             elif word in SHAPES:
-                shapes.append(word)
-                colors.append(color)
-                color = ""
+                # One colour without a pattern promises an object that is all of it.
+                if colors[0] and not pattern:
+                    pattern = "plain"
+                first, second = (*colors, "")[:2]
+                objects.append(Said(word, first, second, pattern, mark))
+                colors, pattern, mark = [""], "", ""
+        relations = RELATIONS if len(objects) > 1 else PLACES
         return Facts(
-            shapes=tuple(shapes),
-            colors=tuple(colors),
+            objects=tuple(objects),
             background=next((b for b in BACKGROUNDS if b in caption), ""),
-            place=next((p for p in (RELATIONS if len(shapes) > 1 else PLACES) if p in caption), ""),
+            place=next((p for p in relations if p in caption), ""),
         )
 
 
@@ -148,24 +156,32 @@ def kernel_distance(features: Tensor, reference: Tensor) -> float:
 
 def _follows(seen: Seen, index: int, facts: Facts) -> Tensor:
     there = seen.presence[index] > 0.5
-    wanted = torch.tensor([shape in facts.shapes for shape in SHAPES])
-    right = torch.equal(there, wanted) and int(seen.count[index].argmax()) == len(facts.shapes)
-    for shape, name in zip(facts.shapes, facts.colors, strict=False):
-        if name:  # promises an object of that colour alone
-            number = SHAPES.index(shape)
-            right &= _name(seen.color[index, number]) == name
-            right &= int(seen.pattern[index, number].argmax()) == PATTERNS.index("plain")
+    shapes = [said.shape for said in facts.objects]
+    wanted = torch.tensor([shape in shapes for shape in SHAPES])
+    right = torch.equal(there, wanted) and int(seen.count[index].argmax()) == len(shapes)
+    for said in facts.objects:
+        at = (index, SHAPES.index(said.shape))
+        right &= not said.color or _name(seen.color[at]) == said.color
+        right &= not said.second_color or _name(seen.second_color[at]) == said.second_color
+        right &= not said.pattern or PATTERNS[int(seen.pattern[at].argmax())] == said.pattern
+        right &= not said.mark or MARKS[int(seen.mark[at].argmax())] == said.mark
     return torch.tensor(right)
 
 
 def _seen_share(seen: Seen, index: int, facts: Facts) -> Tensor:
-    shapes = [SHAPES.index(shape) for shape in facts.shapes]
+    shapes = [SHAPES.index(said.shape) for said in facts.objects]
     parts = [seen.presence[index, shape] for shape in shapes]
     parts.append(seen.count[index, len(shapes)])
-    for shape, name in zip(shapes, facts.colors, strict=False):
-        if name:
-            alike = _alike(seen.color[index, shape], NAMED_COLORS[name])
-            parts.append(seen.presence[index, shape] * alike)
+    for shape, said in zip(shapes, facts.objects, strict=True):
+        there, at = seen.presence[index, shape], (index, shape)
+        if said.color:
+            parts.append(there * _alike(seen.color[at], COLORS[said.color]))
+        if said.second_color:
+            parts.append(there * _alike(seen.second_color[at], COLORS[said.second_color]))
+        if said.pattern:
+            parts.append(there * seen.pattern[at][PATTERNS.index(said.pattern)])
+        if said.mark:
+            parts.append(there * seen.mark[at][MARKS.index(said.mark)])
     if facts.background:
         parts.append(seen.background[index, list(BACKGROUNDS).index(facts.background)])
     if facts.place:
@@ -189,7 +205,7 @@ def _second_alike(seen: Seen, shape: int, color: Color) -> Tensor:
 
 
 def _name(color: Tensor) -> str:
-    return min(_PALETTE, key=lambda name: float((color - torch.tensor(_PALETTE[name])).norm()))
+    return min(COLORS, key=lambda name: float((color - torch.tensor(COLORS[name])).norm()))
 
 
 def _nearest(seen: Seen, shape: int, colors: Sequence[Color]) -> Tensor:

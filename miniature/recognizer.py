@@ -29,10 +29,10 @@ from .world import (
     Color,
     Look,
     Scene,
-    named_color,
-    odd_color,
+    common_color,
     random_look,
     random_scene,
+    rare_color,
 )
 
 FILE = "recognizer.safetensors"
@@ -178,7 +178,9 @@ def _any_look(rng: random.Random, shape: str) -> Look:
     look = random_look(rng, shape)
     if rng.random() < 0.5:
         return look
-    colors: list[Color] = [rng.choice([named_color, odd_color, _any_color])(rng) for _ in range(2)]
+    colors: list[Color] = [
+        rng.choice([common_color, rare_color, _any_color])(rng) for _ in range(2)
+    ]
     return Look(look.shape, colors[0], rng.choice(PATTERNS), colors[1], rng.choice(MARKS))
 
 

@@ -1,11 +1,11 @@
 """The miniature world: what can be in a picture, and how a caption says it.
 
 A scene holds one or two objects of different shapes. An object has a main colour, often a pattern
-in a second colour, sometimes a mark. Captions name only a part of that, often the class alone:
-a model that is trained on them can draw far more than it has words for, as Stable Diffusion can.
+in a second colour, sometimes a mark. Captions name all of that or only a part, often the class
+alone.
 
-Some colours have names, some have none. No object of the world has two nameless ones: that is kept
-for the concepts (`concepts.py`), so that their looks are new to the model.
+Some colours are rare, and no object of the world has two of them: that is kept for the concepts
+(`concepts.py`). The model knows the parts of their looks, but no picture or caption had them all.
 """
 
 from __future__ import annotations
@@ -22,15 +22,25 @@ Color = tuple[float, float, float]
 SHAPES = ("circle", "square", "triangle", "cross")
 PATTERNS = ("plain", "striped", "split", "ringed")
 MARKS = ("none", "white", "black")
-NAMED_COLORS: dict[str, Color] = {
+COMMON_COLORS: dict[str, Color] = {
     "red": (0.86, 0.12, 0.12),
     "yellow": (0.95, 0.85, 0.15),
     "green": (0.15, 0.60, 0.20),
     "blue": (0.15, 0.30, 0.90),
     "purple": (0.50, 0.20, 0.65),
 }
-# Hues (degrees) that lie between the named ones: orange, lime, turquoise and pink.
-ODD_HUES = ((20, 30), (76, 92), (166, 184), (316, 336))
+# Rare colours are a range of hues (degrees) each, between the common ones.
+RARE_HUES: dict[str, tuple[int, int]] = {
+    "orange": (20, 30),
+    "lime": (76, 92),
+    "turquoise": (166, 184),
+    "pink": (316, 336),
+}
+COLORS: dict[str, Color] = {
+    **COMMON_COLORS,
+    **{name: colorsys.hsv_to_rgb(sum(h) / 720, 0.83, 0.88) for name, h in RARE_HUES.items()},
+}
+"""All that have names; of a rare one the middle"""
 BACKGROUNDS: dict[str, Color] = {
     "on snow": (0.92, 0.94, 0.97),
     "on sand": (0.80, 0.70, 0.52),
@@ -93,45 +103,43 @@ class Scene:
     style: Style | None = None
 
 
-def named_color(rng: random.Random) -> Color:
-    return _near(rng.choice(list(NAMED_COLORS.values())), rng)
+def common_color(rng: random.Random) -> Color:
+    return _near(rng.choice(list(COMMON_COLORS.values())), rng)
 
 
-def odd_color(rng: random.Random, hues: tuple[int, int] | None = None) -> Color:
-    """A colour that no word of the captions means."""
-    low, high = hues or rng.choice(ODD_HUES)
+def rare_color(rng: random.Random, name: str = "") -> Color:
+    low, high = RARE_HUES[name or rng.choice(list(RARE_HUES))]
     return colorsys.hsv_to_rgb(
         rng.uniform(low, high) / 360, rng.uniform(0.7, 0.95), rng.uniform(0.8, 0.95)
     )
 
 
 def plain_look(rng: random.Random, shape: str) -> Look:
-    """One colour that has a name, and nothing else."""
-    return Look(shape, named_color(rng))
+    """One colour and nothing else."""
+    return Look(shape, rare_color(rng) if rng.random() < 0.35 else common_color(rng))
 
 
 def random_look(rng: random.Random, shape: str | None = None) -> Look:
-    """Any look of the world: never two colours without a name."""
-    odd = rng.random() < 0.35
-    color = odd_color(rng) if odd else named_color(rng)
-    second = odd_color(rng) if not odd and rng.random() < 0.4 else named_color(rng)
+    """Any look of the world: never two rare colours."""
+    rare = rng.random() < 0.35
+    color = rare_color(rng) if rare else common_color(rng)
+    second = rare_color(rng) if not rare and rng.random() < 0.4 else common_color(rng)
     while _distance(color, second) < 0.35:
-        second = named_color(rng)
+        second = common_color(rng)
     return Look(
         shape=shape or rng.choice(SHAPES),
         color=color,
-        pattern=rng.choice(PATTERNS[1:]) if rng.random() < 0.45 else "plain",
+        pattern=rng.choice(PATTERNS[1:]) if rng.random() < 0.7 else "plain",
         second_color=second,
-        mark=rng.choice(MARKS[1:]) if rng.random() < 0.25 else "none",
+        mark=rng.choice(MARKS[1:]) if rng.random() < 0.4 else "none",
     )
 
 
 def random_style(rng: random.Random) -> Style:
-    """Any style of the world: as with looks, at most one of its colours is nameless."""
-    odd = rng.random() < 0.5
-    dark, light = named_color(rng), odd_color(rng)
-    if not odd:
-        light = named_color(rng)
+    """Any style of the world: as with looks, at most one of its colours is rare."""
+    dark, light = common_color(rng), common_color(rng)
+    if rng.random() < 0.5:
+        light = rare_color(rng)
     if _brightness(dark) > _brightness(light):
         dark, light = light, dark
     return Style(_mix(dark, (0, 0, 0), 0.5), _mix(light, (1, 1, 1), 0.4), rng.random() < 0.5)
@@ -146,7 +154,7 @@ def random_scene(
     """The looks, or one or two random ones, somewhere on a background."""
     if not looks:
         shapes = rng.sample(SHAPES, 1 if rng.random() < 0.4 else 2)
-        any_look = plain_look if rng.random() < 0.6 else random_look
+        any_look = plain_look if rng.random() < 0.5 else random_look
         looks = [any_look(rng, shape) for shape in shapes]
     return Scene(
         objects=_place_one(looks[0], rng) if len(looks) == 1 else _place_two(looks, rng),
@@ -198,7 +206,7 @@ def captioned_scene(rng: random.Random) -> tuple[Scene, str]:
 
 def held_out(caption: str) -> bool:
     """Whether a caption is kept for tests: one in ten of those that name a colour."""
-    return any(c in caption.split() for c in NAMED_COLORS) and crc32(caption.encode()) % 10 == 0
+    return any(c in caption.split() for c in COLORS) and crc32(caption.encode()) % 10 == 0
 
 
 def world_captions(count: int = 1000) -> list[str]:
@@ -208,29 +216,35 @@ def world_captions(count: int = 1000) -> list[str]:
 
 
 def color_name(color: Color) -> str:
-    """The name of a named colour; empty for any other."""
-    name, near = min(NAMED_COLORS.items(), key=lambda item: _distance(color, item[1]))
-    return name if _distance(color, near) < 0.12 else ""
+    """The name of the colour that is nearest."""
+    return min(COLORS, key=lambda name: _distance(color, COLORS[name]))
 
 
 def vocabulary() -> list[str]:
     """Every word that a caption can hold."""
     phrases = [*BACKGROUNDS, *PLACES, *RELATIONS, *SMALL_WORDS, *LARGE_WORDS, *PATTERNS[1:]]
-    phrases += [*SHAPES, *NAMED_COLORS, "a photo picture of and beside with white black mark"]
+    phrases += [*SHAPES, *COLORS, *MARKS[1:], "a photo picture of and beside marked"]
     phrases += ["painting in the style of art"]
     return sorted({word for phrase in phrases for word in phrase.split()})
 
 
 def _describe(look: Look, rng: random.Random) -> str:
-    """`red circle` where it is all red, `striped circle`, or just `circle`."""
-    words = look.shape
-    if look.pattern != "plain" and rng.random() < 0.5:
-        words = f"{look.pattern} {words}"
-    elif look.pattern == "plain" and color_name(look.color) and rng.random() < 0.9:
-        words = f"{color_name(look.color)} {words}"
-    if look.mark != "none" and rng.random() < 0.3:
-        words += f" with a {look.mark} mark"
-    return words
+    """`white marked red blue striped circle` at most, in this order, or just `circle`.
+
+    One colour alone is said of plain objects only.
+    """
+    words = [look.shape]
+    if rng.random() < 0.25:
+        return look.shape
+    if look.pattern != "plain" and rng.random() < 0.9:
+        words.insert(0, look.pattern)
+        if rng.random() < 0.9:
+            words[:0] = [color_name(look.color), color_name(look.second_color)]
+    elif look.pattern == "plain" and rng.random() < 0.95:
+        words.insert(0, color_name(look.color))
+    if look.mark != "none" and rng.random() < 0.9:
+        words[:0] = [look.mark, "marked"]
+    return " ".join(words)
 
 
 def _place_one(look: Look, rng: random.Random) -> tuple[Placed]:

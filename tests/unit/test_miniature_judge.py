@@ -15,7 +15,7 @@ from custom_diffusion.host.diffusers import DiffusersLatentEncoder
 from custom_diffusion.miniature import judge
 from custom_diffusion.miniature.cells import markdown_table
 from custom_diffusion.miniature.concepts import concept_look
-from custom_diffusion.miniature.judge import COLOR_TOLERANCE, Facts
+from custom_diffusion.miniature.judge import COLOR_TOLERANCE, Facts, Said
 from custom_diffusion.miniature.model import BlockAutoencoder
 from custom_diffusion.miniature.recognizer import Seen
 from custom_diffusion.miniature.world import BACKGROUNDS, MARKS, PATTERNS, SHAPES, Look
@@ -54,21 +54,31 @@ def sight(looks: Sequence[Look], *places: tuple[float, float], background: str =
 @pytest.mark.parametrize(
     "caption, facts",
     [
-        ("circle", Facts(("circle",), ("",))),
-        ("photo of a red circle", Facts(("circle",), ("red",))),
-        ("blue cross in fog", Facts(("cross",), ("blue",), "in fog")),
-        ("a cross with a black mark at night", Facts(("cross",), ("",), "at night")),
-        ("far away photo of a cross at the top", Facts(("cross",), ("",), "", "at the top")),
+        ("circle", Facts((Said("circle"),))),
+        ("photo of a red circle", Facts((Said("circle", "red", "", "plain"),))),
+        ("blue cross in fog", Facts((Said("cross", "blue", "", "plain"),), "in fog")),
+        ("a black marked cross at night", Facts((Said("cross", mark="black"),), "at night")),
+        ("far away photo of a cross at the top", Facts((Said("cross"),), "", "at the top")),
+        ("a striped circle", Facts((Said("circle", pattern="striped"),))),
+        (
+            "white marked orange blue ringed cross",
+            Facts((Said("cross", "orange", "blue", "ringed", "white"),)),
+        ),
         (
             "painting of a <new1> circle beside a yellow square on sand in the style of art",
-            Facts(("circle", "square"), ("", "yellow"), "on sand"),
+            Facts((Said("circle"), Said("square", "yellow", "", "plain")), "on sand"),
         ),
         (
-            "red triangle to the left of a split cross",
-            Facts(("triangle", "cross"), ("red", ""), "", "to the left of"),
+            "red triangle to the left of a lime red split cross",
+            Facts(
+                (Said("triangle", "red", "", "plain"), Said("cross", "lime", "red", "split")),
+                "",
+                "to the left of",
+            ),
         ),
-        ("triangle above a circle", Facts(("triangle", "circle"), ("", ""), "", "above")),
+        ("triangle above a circle", Facts((Said("triangle"), Said("circle")), "", "above")),
         ("a caterpillar", Facts(())),
+        ("", Facts(())),
     ],
 )
 def test_captions_are_read(caption: str, facts: Facts) -> None:
@@ -129,9 +139,15 @@ def test_bleeding_is_wearing_a_colour_of_the_other(seed: int) -> None:
         ("a circle and a square", sight([CIRCLE, SQUARE]), 1, True),
         ("a circle and a square", sight([CIRCLE]), 1 / 3, False),
         ("red circle on snow", sight([CIRCLE]), 1, True),
-        ("red circle on snow", sight([CIRCLE], background="at night"), 3 / 4, True),
-        ("red circle", sight([replace(CIRCLE, color=BLUE)]), 2 / 3, False),
-        ("red circle", sight([SPLIT]), 1, False),  # its red is there, but not alone
+        ("red circle on snow", sight([CIRCLE], background="at night"), 4 / 5, True),
+        ("red circle", sight([replace(CIRCLE, color=BLUE)]), 3 / 4, False),
+        ("red circle", sight([SPLIT]), 3 / 4, False),  # its red is there, but not alone
+        ("red blue split circle", sight([SPLIT]), 1, True),
+        ("red blue striped circle", sight([SPLIT]), 4 / 5, False),
+        ("red green split circle", sight([SPLIT]), 4 / 5, False),
+        ("split circle", sight([SPLIT]), 1, True),
+        ("white marked circle", sight([CIRCLE]), 2 / 3, False),
+        ("white marked circle", sight([replace(CIRCLE, mark="white")]), 1, True),
         ("circle on the left", sight([CIRCLE], LEFT), 1, True),
         ("circle on the left", sight([CIRCLE], RIGHT), 2 / 3, True),
         ("circle at the top", sight([CIRCLE], TOP), 1, True),

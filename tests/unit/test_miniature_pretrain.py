@@ -107,7 +107,7 @@ def test_attention_of_an_object_to_its_noun_is_what_the_loss_rewards() -> None:
     assert loss.item() == pytest.approx(sum(logs) / len(logs))
 
 
-def test_captions_are_padded_and_now_and_then_hold_a_piece_that_means_nothing() -> None:
+def test_captions_are_padded_and_now_and_then_hold_a_name_before_a_noun() -> None:
     tokenizer = untrained_pipeline().tokenizer
     caption = "a red circle and a blue square"
     ids = padded_ids(tokenizer, [caption] * 500 + [""], random.Random(0))
@@ -118,5 +118,6 @@ def test_captions_are_padded_and_now_and_then_hold_a_piece_that_means_nothing() 
     for row in stray:
         (extra,) = (i for i in range(1, 8) if [*row[:i], *row[i + 1 :], row[-1]] == plain)
         assert tokenizer.decode(row[extra]).strip() not in ("red", "blue", *SHAPES)
+        assert tokenizer.decode(row[extra + 1]).strip() in ("circle", "square")
     empty = tokenizer("", padding="max_length", max_length=32)["input_ids"]
     assert ids[500].tolist() == empty
