@@ -2,7 +2,16 @@
 
 from comfy_api.latest import io
 
-from ..host.comfyui.regularization import SAMPLERS, SCHEDULERS, draw_regularization
+from ..host.comfyui.paths import NO_FOLDER, input_folders
+from ..host.comfyui.regularization import (
+    SAMPLERS,
+    SCHEDULERS,
+    collection_fingerprint,
+    draw_regularization,
+    retrieve_regularization,
+)
+from ..host.open_clip_text import MODEL, WEIGHTS
+from ..trainer.retrieval.retrieve import COUNT, LEAST_SIMILARITY
 from .types import CATEGORY, RegularizationSet
 
 
@@ -43,4 +52,56 @@ class DrawRegularization(io.ComfyNode):
         return io.NodeOutput(draw_regularization(model, clip, vae, **settings))
 
 
-NODES = [DrawRegularization]
+class RetrieveRegularization(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RetrieveRegularization",
+            display_name="Retrieve Regularization Set",
+            category=CATEGORY,
+            description="Takes pictures of the class out of a large captioned collection of your "
+            "own: those whose captions are nearest in CLIP's text space. Captions are read once.",
+            search_aliases=["clip retrieval", "laion", "regularization images"],
+            inputs=[
+                io.Combo.Input(
+                    "collection",
+                    options=input_folders(),
+                    default=NO_FOLDER,
+                    tooltip="A folder in ComfyUI's input folder, or a link there: pictures with "
+                    ".txt files, webdataset shards (.tar) or parquet tables, of any size.",
+                ),
+                io.String.Input(
+                    "class_noun", default="cat", tooltip="As in Custom Diffusion Concept."
+                ),
+                io.Int.Input("count", default=COUNT, min=1, max=10_000),
+                io.Float.Input(
+                    "similarity",
+                    default=LEAST_SIMILARITY,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Captions that are less near to 'photo of a cat' are not taken.",
+                ),
+                io.String.Input(
+                    "clip_model", default=MODEL, advanced=True, tooltip="open_clip's name of it."
+                ),
+                io.String.Input(
+                    "clip_weights",
+                    default=WEIGHTS,
+                    advanced=True,
+                    tooltip="open_clip's name of its weights, downloaded once, or a file.",
+                ),
+            ],
+            outputs=[RegularizationSet.Output(display_name="regularization set")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, collection: str, **inputs: object) -> str:
+        return collection_fingerprint(collection)
+
+    @classmethod
+    def execute(cls, collection, **settings) -> io.NodeOutput:
+        return io.NodeOutput(retrieve_regularization(collection, **settings))
+
+
+NODES = [DrawRegularization, RetrieveRegularization]

@@ -1,10 +1,13 @@
-"""A regularization set drawn by the loaded model, with ComfyUI's own samplers."""
+"""Regularization sets: drawn by the loaded model with ComfyUI's own samplers, or retrieved."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -12,13 +15,19 @@ import torch
 from torch import Tensor
 
 from ...concept.concept import hash_projections
+from ...concept.errors import DataError
 from ...concept.prompts import DEFAULT_TEMPLATE
 from ...trainer.config import LATENT_PIXELS
 from ...trainer.data import CaptionedImage
 from ...trainer.generated_set import generated_set, settings_hash
+from ...trainer.retrieval.collection import parts_of
+from ...trainer.retrieval.index import CaptionIndex
+from ...trainer.retrieval.retrieve import retrieve
+from ..open_clip_text import OpenClipText
 from .models import cross_attention_unet, patched_projections
-from .paths import regularization_folder
+from .paths import NO_FOLDER, cache_folder, input_folder, regularization_folder
 
+log = logging.getLogger("custom_diffusion")
 SAMPLERS: list[str] = comfy.samplers.KSampler.SAMPLERS
 SCHEDULERS: list[str] = comfy.samplers.KSampler.SCHEDULERS
 
@@ -75,10 +84,8 @@ def draw_regularization(
         return vae.decode(latents)  # type: ignore[no-any-return]
 
     progress = comfy.utils.ProgressBar(count)
-    name = "".join(c if c.isalnum() else "-" for c in class_noun)
-    folder = regularization_folder() / f"{name}-{settings_hash({**settings, 'caption': caption})}"
     return generated_set(
-        folder,
+        _folder(class_noun, {**settings, "caption": caption}),
         settings,
         caption,
         count,
@@ -86,3 +93,52 @@ def draw_regularization(
         batch_size=batch_size,
         on_progress=lambda done, total: progress.update_absolute(done, total),
     )
+
+
+def retrieve_regularization(
+    collection: str,
+    *,
+    class_noun: str,
+    count: int,
+    similarity: float,
+    clip_model: str,
+    clip_weights: str,
+) -> tuple[CaptionedImage, ...]:
+    """Pictures of the class out of a captioned collection below `input/`, by CLIP's text space.
+
+    Its captions are read once; interrupting keeps what is read.
+    """
+    if collection == NO_FOLDER:
+        raise DataError("No collection was chosen. Put one into ComfyUI's input folder, or a link.")
+    progress = comfy.utils.ProgressBar(1)
+
+    def show(done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        progress.update_absolute(done, total)
+
+    device = comfy.model_management.text_encoder_device()
+    embed = OpenClipText(clip_model, clip_weights, str(device))
+    index = CaptionIndex(input_folder(collection), cache_folder(), embed.name)
+    captions = index.update(embed, show)
+    prompt = DEFAULT_TEMPLATE.format(class_noun)
+    settings = {"index": index.name, "captions": captions, "count": count, "least": similarity}
+    folder = _folder(class_noun, {**settings, "caption": prompt})
+    got = retrieve(index, embed, prompt, folder, count, similarity)
+    log.info(
+        "%d of %d pictures, similarity to %r at least %.2f, %d broken ones passed over: %s",
+        *(len(got.images), captions, prompt, got.least_similarity, got.broken, folder),
+    )
+    return got.images
+
+
+def collection_fingerprint(collection: str) -> str:
+    """Changes when a shard, a table or a folder of the collection does."""
+    if collection == NO_FOLDER:
+        return ""
+    parts = parts_of(input_folder(collection))
+    return settings_hash({str(part.path): part.fingerprint() for part in parts})
+
+
+def _folder(class_noun: str, settings: Mapping[str, Any]) -> Path:
+    name = "".join(c if c.isalnum() else "-" for c in class_noun)
+    return regularization_folder() / f"{name}-{settings_hash(settings)}"

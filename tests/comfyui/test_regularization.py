@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 from custom_diffusion.concept.file import read_concept
 from PIL import Image
+from safetensors.torch import save_file
 from support.comfy_server import ComfyPromptError, ComfyServer
 from support.graphs import Graph, draw, draw_pictures, node, teach
+from support.tiny_models import TINY_CLIP
 
 COUNT = 3
 
@@ -26,10 +30,23 @@ def bench(
     """A server that forgets results."""
     base = tmp_path_factory.mktemp("regularization")
     draw_pictures(base / "input" / "cat")
+    for folder, caption in (("a", "photo of a cat"), ("b", "a dog on the beach")):
+        draw_pictures(base / "input" / "collection" / folder)
+        for picture in (base / "input" / "collection" / folder).glob("*.png"):
+            picture.with_suffix(".txt").write_text(caption)
+    write_clip(base / "clip")
     with ComfyServer(
         comfyui_path, base, checkpoints=[checkpoint_file("sd15")], arguments=["--cache-none"]
     ) as running:
         yield running
+
+
+def write_clip(folder: Path) -> None:
+    """A random model in the layout that open_clip reads from a local folder."""
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY_CLIP}))
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
 
 
 def drawn_set(count: int = COUNT, **changes: Any) -> dict[str, Any]:
@@ -117,6 +134,40 @@ def test_interrupted_it_keeps_what_is_drawn_and_goes_on(bench: ComfyServer) -> N
     bench.run(taught("resumed", drawn_set(count=fewer, seed=9)))
     after = pictures(found[0])
     assert kept.items() <= after.items() and len(after) == fewer
+
+
+def retrieved_set(server: ComfyServer, **changes: Any) -> dict[str, Any]:
+    clip = server.input.parent / "clip"
+    settings = {
+        "collection": "collection",
+        "class_noun": "cat",
+        "count": 200,
+        "similarity": 0.999,
+        "clip_model": f"local-dir:{clip}",
+        "clip_weights": str(clip / "open_clip_model.safetensors"),
+    }
+    return node("RetrieveRegularization", **{**settings, **changes})
+
+
+def test_a_set_is_retrieved_from_a_collection(bench: ComfyServer) -> None:
+    bench.run(taught("retrieved", retrieved_set(bench)))
+    concept = read_concept(bench.models / "custom_diffusion" / "retrieved.safetensors")
+    assert concept.provenance["regularization_images"] == 3, "those of cats"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"class_noun": "mug"}, "No caption .* is as near as 0.999"),
+        ({"collection": "none"}, "No collection was chosen"),
+        ({"clip_model": "no-such-model"}, "open_clip has no model"),
+    ],
+)
+def test_what_cannot_be_retrieved_is_said(
+    bench: ComfyServer, changes: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ComfyPromptError, match=message):
+        bench.run(taught("none", retrieved_set(bench, **changes)))
 
 
 def test_a_set_and_a_folder_together_are_refused(bench: ComfyServer) -> None:
