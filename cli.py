@@ -35,6 +35,7 @@ from .trainer.loop import Event, StepDone, train
 from .trainer.methods import METHODS, recipe
 from .trainer.network_file import fold_in, write_network
 from .trainer.prepare import prepare
+from .trainer.projections import base_hash
 from .trainer.retrieval.index import CaptionIndex
 from .trainer.retrieval.retrieve import COUNT, LEAST_SIMILARITY, retrieve
 
@@ -65,7 +66,9 @@ def train_command(options: argparse.Namespace) -> None:
 
     network = options.output.with_name(f"{options.output.stem}-unet.safetensors")
     _check_new(options.output)
-    _check_new(network)
+    whole_network = METHODS[options.method].whole_network
+    if whole_network:
+        _check_new(network)
     given = {name: getattr(options, name) for name in _RECIPE}
     config = replace(
         _recipe(options.model, options.method),
@@ -100,7 +103,7 @@ def train_command(options: argparse.Namespace) -> None:
         if result.provenance["steps"] == 0:
             print("stopped before the first step: nothing was learnt, nothing was saved")
             return
-        if METHODS[config.method].whole_network:
+        if whole_network:
             result = fold_in(models.denoiser, result)
             write_network(models.denoiser.network, network)
             print(f"saved {network} ({network.stat().st_size / 1e6:.1f} MB): the whole UNet")
@@ -189,17 +192,14 @@ def sample_command(options: argparse.Namespace) -> None:
 
 
 def regularize_command(options: argparse.Namespace) -> None:
-    from .concept.concept import hash_projections
     from .host.diffusers import borrowed_models, sample
 
     pipeline = _load(options.model, options.device, DTYPES[options.precision])
     resolution = options.resolution or _recipe(options.model).resolution
     caption = instance_caption("", options.class_noun)
     with borrowed_models(pipeline) as models:
-        network, paths = models.denoiser.network, models.denoiser.projections
-        own = {layer: network.get_parameter(f"{path}.weight") for layer, path in paths.items()}
         settings = {
-            "model": hash_projections(own),
+            "model": base_hash(models.denoiser),
             "seed": options.seed,
             "steps": options.steps,
             "guidance": options.guidance,
@@ -266,7 +266,8 @@ def _recipe(model: str, method: MethodName = DEFAULTS.method) -> TrainConfig:
         return recipe(method)
     from .miniature.model import CONFIG
 
-    return CONFIG
+    slower = recipe(method).learning_rate / DEFAULTS.learning_rate
+    return replace(CONFIG, learning_rate=slower * CONFIG.learning_rate)
 
 
 def _load(model: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:

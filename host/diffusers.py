@@ -248,7 +248,7 @@ def sample(
         noise = torch.stack(
             [
                 torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-                for seed in seeds or range(len(prompts))
+                for _, seed in zip(prompts, seeds or range(len(prompts)), strict=True)
             ]
         )
         latents = ddim_sample(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..concept.errors import ConfigError, IncompatibleModelError
 
-MODEL, WEIGHTS = "ViT-B-32", "openai"
+MODEL, WEIGHTS = "ViT-B-32-quickgelu", "openai"
 _BATCH_SIZE = 256
 
 
@@ -32,22 +33,26 @@ class OpenClipText:
                 "`pip install open_clip_torch` into the same Python."
             ) from error
         try:
-            clip = open_clip.create_model(
-                model, pretrained=weights, device=device, require_pretrained=True
-            )
+            with warnings.catch_warnings():
+                # Weights with another activation than the model's load, and mean nothing.
+                warnings.filterwarnings("error", "QuickGELU mismatch")
+                clip = open_clip.create_model(
+                    model, pretrained=weights, device=device, require_pretrained=True
+                )
             self._tokenize = open_clip.get_tokenizer(model)
-        except (RuntimeError, OSError, ValueError, KeyError, UnpicklingError) as error:
+        except (RuntimeError, OSError, ValueError, KeyError, UnpicklingError, UserWarning) as error:
             raise IncompatibleModelError(
                 f"open_clip has no model {model!r} with the weights {weights!r} "
-                f"({str(error).splitlines()[0]}). Give a model and weights that "
+                f"({str(error).splitlines()[0][:200]}). Give a model and weights that "
                 f"open_clip.list_pretrained() names, or a file of the model's weights."
             ) from error
         clip.visual = None  # pictures are not looked at
         self._clip, self._device = clip.eval().requires_grad_(False), device
-        file = Path(weights)
-        stamp = f" {file.stat().st_size} {file.stat().st_mtime_ns}" if file.is_file() else ""
-        self.name = f"{model} {weights}{stamp}"
-        """What captions are embedded by, for an index"""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensor in sorted(self._clip.state_dict().items()):
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        self.name = f"{model} {digest.hexdigest()}"
+        """What captions are embedded by, weights and all"""
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Tensor:

@@ -28,6 +28,8 @@ class NetworkWeights:
             apart = {f"{path}.weight" for path in denoiser.projections.values()}
             self._parameters = [p for name, p in network.named_parameters() if name not in apart]
         self._own = {layer: parameter.data for layer, parameter in self._layers.items()}
+        # What is put back must not be written to; of the rest a second copy would be in the way.
+        self._put_back = {id(parameter) for parameter in self._layers.values()}
 
     def parameters(self) -> list[nn.Parameter]:
         return self._parameters
@@ -44,7 +46,8 @@ class NetworkWeights:
         casts = bool(dtypes) and denoiser.dtype != torch.float32
         try:
             for parameter in self._parameters:
-                parameter.data = parameter.data.to(torch.float32, copy=True)
+                copy = id(parameter) in self._put_back
+                parameter.data = parameter.data.to(torch.float32, copy=copy)
                 parameter.requires_grad_(True)
             with torch.autocast(denoiser.device.type, denoiser.dtype, enabled=casts):
                 yield

@@ -18,6 +18,14 @@ from ..concept.layers import sort_layers
 from .protocols import Denoiser
 
 
+def base_hash(denoiser: Denoiser) -> str:
+    """Fingerprint of the model, by its key and value projections."""
+    weight = denoiser.network.get_parameter
+    return hash_projections(
+        {layer: weight(f"{path}.weight") for layer, path in denoiser.projections.items()}
+    )
+
+
 class KeyValueProjections(ABC):
     """All key and value projections at once.
 
@@ -35,7 +43,7 @@ class KeyValueProjections(ABC):
         self._weights = [
             denoiser.network.get_parameter(f"{path}.weight").detach() for path in paths
         ]
-        self.base_hash = hash_projections(dict(zip(self._layers, self._weights, strict=True)))
+        self.base_hash = base_hash(denoiser)
         self._sizes = [len(weight) for weight in self._weights]
         self._slots = {path: _Slot() for path in paths}
 

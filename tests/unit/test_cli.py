@@ -15,6 +15,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from custom_diffusion import cli
 from custom_diffusion.cli import main
 from custom_diffusion.concept.file import read_concept
 from custom_diffusion.miniature import demo
@@ -93,6 +94,12 @@ def test_a_regularization_set_is_retrieved_from_a_collection(
     assert {p.read_text() for p in (tmp_path / "set").glob("*.txt")} == {"photo of a cat"}
     assert main([*command, "--prompt", "a mug", "--output", str(tmp_path / "other")]) == 1
     assert "as near as 0.999" in capsys.readouterr().err
+
+
+def test_methods_keep_their_proportions_on_the_miniature() -> None:
+    """DreamBooth's rate is a sixteenth of Custom Diffusion's wherever it is used."""
+    ours, dreambooth = (cli._recipe("miniature", m) for m in ("custom diffusion", "dreambooth"))
+    assert dreambooth.learning_rate == pytest.approx(ours.learning_rate / 16)
 
 
 def test_a_whole_unet_is_saved_loaded_and_drawn_with(

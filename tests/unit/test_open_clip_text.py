@@ -9,7 +9,8 @@ import open_clip
 import pytest
 import torch
 from custom_diffusion.concept.errors import IncompatibleModelError
-from custom_diffusion.host.open_clip_text import OpenClipText
+from custom_diffusion.host.open_clip_text import MODEL, WEIGHTS, OpenClipText
+from open_clip.pretrained import get_pretrained_cfg
 from support.tiny_models import TINY_CLIP
 
 NAME = "tiny-test-clip"
@@ -41,10 +42,19 @@ def test_captions_are_embedded_as_by_the_whole_model(weights: Path) -> None:
 
 def test_its_name_follows_the_weights(weights: Path) -> None:
     first = OpenClipText(NAME, str(weights)).name
-    assert NAME in first and str(weights) in first
-    other = weights.with_name("other.pt")
-    other.write_bytes(weights.read_bytes())
+    copy, other = weights.with_name("copy.pt"), weights.with_name("other.pt")
+    copy.write_bytes(weights.read_bytes())
+    changed = torch.load(weights, weights_only=True)
+    changed["text_projection"][0, 0] += 1
+    torch.save(changed, other)
+    assert OpenClipText(NAME, str(copy)).name == first
     assert OpenClipText(NAME, str(other)).name != first
+
+
+def test_the_default_weights_have_the_models_activation() -> None:
+    """Others load without an error and mean nothing."""
+    trained_with = get_pretrained_cfg(MODEL, WEIGHTS)["quick_gelu"]
+    assert trained_with == open_clip.get_model_config(MODEL).get("quick_gelu", False)
 
 
 @pytest.mark.parametrize("model, file", [("no-such-model", "x"), (NAME, "no-such-weights")])

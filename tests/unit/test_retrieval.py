@@ -234,6 +234,23 @@ def test_a_damaged_index_is_named(collection: Path, tmp_path: Path) -> None:
         index.search(query, 5, 0.0)
 
 
+def test_an_index_that_lost_a_chunk_is_not_searched_as_if_it_were_whole(
+    collection: Path, tmp_path: Path, small_chunks: None
+) -> None:
+    index = CaptionIndex(collection, tmp_path / "i", "words")
+    index.update(BagOfWords())
+    next((tmp_path / "i").rglob("*-00002.npy")).unlink()
+    (query,) = BagOfWords()(["a cat"])
+    with pytest.raises(DataError, match="has lost .* captions of"):
+        index.search(query, 5, 0.0)
+
+
+def test_a_collection_without_captions_is_refused(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "c", [" ", ""])
+    with pytest.raises(DataError, match="No picture of .* has a caption"):
+        CaptionIndex(tmp_path / "c", tmp_path / "i", "words").update(BagOfWords())
+
+
 # The whole way
 
 
@@ -250,3 +267,10 @@ def test_the_nearest_pictures_become_a_regularization_set(collection: Path, tmp_
     assert load_folder(folder, "") == got.images
     with pytest.raises(DataError, match="other settings"):
         retrieve(index, BagOfWords(), "photo of a dog", folder, count=3, least=0.6)
+    for picture in (collection / "d").glob("*.png"):
+        picture.write_bytes(b"broken")
+    with pytest.raises(DataError, match="has changed since"):
+        retrieve(index, BagOfWords(), "photo of a cat", tmp_path / "new", count=3, least=0.99)
+    index.update(BagOfWords())
+    with pytest.raises(DataError, match="none of their pictures can be opened"):
+        retrieve(index, BagOfWords(), "photo of a cat", tmp_path / "new", count=3, least=0.99)

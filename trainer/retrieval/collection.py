@@ -173,6 +173,7 @@ def _pictures_by_key(table: Path) -> dict[str, str]:
 
 
 def _one_line(content: bytes) -> str:
+    """Crawled captions are not always UTF-8; one letter more or less does not change a search."""
     return " ".join(content.decode("utf-8-sig", errors="replace").split())
 
 

@@ -58,7 +58,7 @@ class CaptionIndex:
         """
         captions = 0
         for number, part in enumerate(self._parts):
-            done = self._folder / f"{self._key(part)}.done"
+            done = self._done(part)
             if not done.is_file():
                 rows = 0
                 entries = part.entries()
@@ -70,6 +70,11 @@ class CaptionIndex:
                 write_text_atomically(done, str(rows))
             captions += int(done.read_text())
         on_progress(len(self._parts), len(self._parts))
+        if not captions:
+            raise DataError(
+                f"No picture of {self._collection} has a caption. Put a .txt file beside each, or "
+                f"give another collection."
+            )
         return captions
 
     def search(self, query: Tensor, count: int, least: float) -> list[Found]:
@@ -81,14 +86,26 @@ class CaptionIndex:
         best: list[tuple[float, Path, int, Part]] = []
         nearest = -1.0
         for part in self._parts:
+            done, rows = self._done(part), 0
+            if not done.is_file():
+                raise DataError(
+                    f"The captions of {part.path} were not read yet, or it has changed since. "
+                    f"Search again: what is new is read first."
+                )
             for path in self._paths(part):
                 if not path.is_file():
                     break
                 similarity = _features(path).astype(np.float32) @ wanted
+                rows += len(similarity)
                 nearest = max(nearest, float(similarity.max()))
                 top = np.argsort(-similarity, kind="stable")[:count]
                 found = [(float(similarity[row]), path, int(row), part) for row in top]
                 best += [item for item in found if item[0] >= least]
+            if rows != int(done.read_text()):
+                raise DataError(
+                    f"The index {self._folder} has lost {int(done.read_text()) - rows} captions of "
+                    f"{part.path}. Delete it; it is made anew."
+                )
             best = sorted(best, key=lambda item: -item[0])[:count]
         if not best:
             raise DataError(
@@ -99,6 +116,10 @@ class CaptionIndex:
 
     def _key(self, part: Part) -> str:
         return _digest(str(part.path.relative_to(self._collection)), part.fingerprint())
+
+    def _done(self, part: Part) -> Path:
+        """Says how many captions a part has, once all are there."""
+        return self._folder / f"{self._key(part)}.done"
 
     def _paths(self, part: Part) -> Iterator[Path]:
         key = self._key(part)

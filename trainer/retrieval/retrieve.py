@@ -13,8 +13,9 @@ from pathlib import Path, PurePosixPath
 from PIL import Image, UnidentifiedImageError
 
 from ...concept.atomic import write_bytes_atomically, write_text_atomically
+from ...concept.errors import DataError
 from ..data import CaptionedImage
-from ..generated_set import claim_folder
+from ..generated_set import claim_folder, settings_hash
 from .index import CaptionIndex, Embed, Found
 
 COUNT, LEAST_SIMILARITY = 200, 0.85
@@ -46,7 +47,10 @@ def retrieve(
     """
     (query,) = embed([prompt])
     found = index.search(query, _SPARE * count, least)
-    claim_folder(folder, {"prompt": prompt, "least similarity": least, "index": index.name})
+    places = [f"{one.part.path} {one.entry.location}" for one in found]
+    claim_folder(
+        folder, {"prompt": prompt, "count": count, "pictures": settings_hash({"found": places})}
+    )
     images: list[CaptionedImage] = []
     chosen: list[Found] = []
     broken = 0
@@ -63,7 +67,13 @@ def retrieve(
         write_bytes_atomically(path, content)
         images.append(CaptionedImage(path, one.entry.caption))
         chosen.append(one)
-    return Retrieved(tuple(images), chosen[-1].similarity if chosen else 0.0, broken)
+    if not images:
+        raise DataError(
+            f"{broken} captions are near enough to {prompt!r}, and none of their pictures can be "
+            f"opened; {found[0].entry.location} of {found[0].part.path} for one. Download the "
+            f"collection again, or ask for less."
+        )
+    return Retrieved(tuple(images), chosen[-1].similarity, broken)
 
 
 def _opens(content: bytes) -> bool:
