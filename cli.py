@@ -80,6 +80,7 @@ def train_command(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     concepts = _training_concepts(options)
+    start = read_concept(options.start) if options.start else None
     pipeline = _load(options.model, options.device, DTYPES[options.precision])
     with borrowed_models(pipeline) as models:
         with tqdm(desc="encoding pictures", unit="view") as bar:
@@ -97,6 +98,7 @@ def train_command(options: argparse.Namespace) -> None:
                 banks,
                 models.denoiser,
                 models.text_encoder,
+                start=start,
                 should_stop=stopped,
                 on_event=lambda event: _show(event, bar),
             )
@@ -368,6 +370,12 @@ def _parser() -> argparse.ArgumentParser:
     teach.add_argument("--initializer", nargs="+", help="word the token starts from")
     teach.add_argument(
         "--regularization", type=Path, nargs="+", help="folder of ordinary class pictures"
+    )
+    teach.add_argument(
+        "--start",
+        type=Path,
+        metavar="CONCEPT",
+        help="go on from a concept: with its own token, or with another to learn one more",
     )
     teach.add_argument("--style", action="store_true", help="they are styles; class noun: art")
     teach.add_argument(

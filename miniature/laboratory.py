@@ -16,7 +16,6 @@ from ..concept.prompts import subject
 from ..host.clip_text import ClipTextEncoder
 from ..host.diffusers import (
     DiffusersModels,
-    applied_concept,
     borrowed_models,
     sample,
     text_encoder,
@@ -116,17 +115,9 @@ class Laboratory:
         config: TrainConfig,
         after: Concept | None = None,
     ) -> Concept:
-        """Teaches the subjects together; `after` a concept that is in the model already.
-
-        The concept returned holds both.
-        """
-        with (
-            applied_concept(self.pipeline, after) as encoder,
-            borrowed_models(self.pipeline) as models,
-        ):
-            known = replace(models, text_encoder=encoder)
-            learnt = _train(subjects, config, known)
-        return learnt if after is None else added([after, learnt])
+        """Teaches the subjects together, or on top of what was learnt before."""
+        with borrowed_models(self.pipeline) as models:
+            return _train(subjects, config, models, after)
 
     def teach_whole_network(self, one: Subject, config: TrainConfig) -> tuple[Any, Concept]:
         """By a method that changes more than a concept holds: returns its own pipeline, too."""
@@ -250,6 +241,7 @@ def _train(
     subjects: Sequence[Subject],
     config: TrainConfig,
     models: DiffusersModels,
+    start: Concept | None = None,
 ) -> Concept:
     banks = [
         prepare(one.training, config, models.latent_encoder, models.text_encoder)
@@ -261,6 +253,7 @@ def _train(
         banks,
         models.denoiser,
         models.text_encoder,
+        start=start,
     )
 
 

@@ -256,6 +256,12 @@ class CustomDiffusionTrain(io.ComfyNode):
                     tooltip="Wait, and hand the concept on; or return at once with the job's id.",
                 ),
                 *_view_inputs(),
+                Concept.Input(
+                    "start",
+                    optional=True,
+                    tooltip="A concept of this model to go on from: with the same modifier token "
+                    "its training continues, with another one more is learnt on top of it.",
+                ),
                 io.Float.Input(
                     "prior_weight",
                     default=DEFAULTS.prior_weight,
@@ -290,9 +296,12 @@ class CustomDiffusionTrain(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, vae, concepts, name, method, wait, **settings) -> io.NodeOutput:
+    def execute(
+        cls, model, clip, vae, concepts, name, method, wait, start=None, **settings
+    ) -> io.NodeOutput:
         taught = list(concepts.values())
-        job = start_training(name, model, clip, vae, taught, TrainConfig(**method, **settings))
+        config = TrainConfig(**method, **settings)
+        job = start_training(name, model, clip, vae, taught, config, start)
         return io.NodeOutput(*training_outputs(job, wait))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..concept.concept import Concept, Delta, ModifierToken
 from ..concept.errors import ConfigError, TrainingError
@@ -23,7 +23,8 @@ from .objective import add_noise, concept_loss, sample_losses, target
 from .projections import KeyValueProjections
 from .protocols import Denoiser
 from .sampling import ddim_sample
-from .tokens import initial_embedding, token_number
+from .start import check_start
+from .tokens import words_to_teach
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,15 @@ def train(
     denoiser: Denoiser,
     text_encoder: TextEncoder,
     *,
+    start: Concept | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Concept:
     """Teaches concepts together and returns what was learnt as one concept.
 
     `banks` hold the latents of each; `config.method` says which parts of the model learn.
+    `start` is a concept of the same model to go on from: all of it is in the result, and the
+    tokens that are taught again learn on.
     `should_stop` is asked before every step; stopping returns what was learnt so far. The models
     are only borrowed: afterwards, however it ends, they are as before, except for what a method
     learns beyond keys, values and words: that stays in the denoiser's network. Random numbers come
@@ -72,11 +76,15 @@ def train(
     # What is trained, all in float32: keys and values, the embedding of every V*, and in some
     # methods more of the network.
     method = METHODS[config.method]
-    words = _new_words(training_concepts, text_encoder, denoiser.device)
+    start = start or Concept(denoiser.family, {})
+    further_layers = method.further_layers(denoiser)
+    check_start(start, denoiser, further_layers)
+    words = words_to_teach(training_concepts, start, text_encoder, denoiser.device)
     learning_words = words if method.learns_words else {}
-    prompts = _Prompts(text_encoder.with_tokens(words), learning_words, config.gradient_cut)
-    projections = method.projections(denoiser, config)
-    network = NetworkWeights(denoiser, method.further_layers(denoiser), method.whole_network)
+    known = {name: {**r, **words.get(name, {})} for name, r in start.embeddings().items()}
+    prompts = _Prompts(text_encoder.with_tokens(known), learning_words, config.gradient_cut)
+    projections = method.projections(denoiser, start.deltas, config)
+    network = NetworkWeights(denoiser, start.deltas, further_layers, method.whole_network)
     rows = [row for tokens in learning_words.values() for row in tokens.values()]
     parameters = [*projections.parameters(), *rows, *network.parameters()]
     if not words and (method.whole_network or not parameters):
@@ -136,27 +144,8 @@ def train(
 
         deltas = {**projections.deltas(), **network.deltas()}
     return _concept(
-        config, training_concepts, denoiser, projections.base_hash, deltas, words, losses
+        config, training_concepts, start, denoiser, projections.base_hash, deltas, words, losses
     )
-
-
-def _new_words(
-    training_concepts: Sequence[TrainingConcept], encoder: TextEncoder, device: torch.device
-) -> dict[str, dict[str, nn.Parameter]]:
-    """Where the modifier tokens start: encoder name → token → (1, width)."""
-    with_token = [concept for concept in training_concepts if concept.token]
-    names = [concept.token for concept in with_token]
-    if len(set(names)) < len(names):
-        raise ConfigError(
-            f"The concepts' modifier tokens are {', '.join(names)}. Concepts that are taught "
-            f"together need a token each: rename those that are alike."
-        )
-    words: dict[str, dict[str, nn.Parameter]] = {}
-    for concept in with_token:
-        start = initial_embedding(encoder, concept.initializer, token_number(concept.token))
-        for name, row in start.items():
-            words.setdefault(name, {})[concept.token] = nn.Parameter(row.to(device))
-    return words
 
 
 class _Prompts:
@@ -199,34 +188,36 @@ class _Prompts:
 def _concept(
     config: TrainConfig,
     training_concepts: Sequence[TrainingConcept],
+    start: Concept,
     denoiser: Denoiser,
     base_hash: str,
     deltas: Mapping[str, Delta],
     words: Mapping[str, Mapping[str, Tensor]],
     losses: list[float],
 ) -> Concept:
+    taught = {
+        concept.token: ModifierToken(
+            name=concept.token,
+            class_noun=concept.class_noun,
+            initializer=concept.initializer,
+            embeddings={name: rows[concept.token].detach().cpu() for name, rows in words.items()},
+        )
+        for concept in training_concepts
+        if concept.token
+    }
+    prompts = [
+        prompt
+        for concept in training_concepts
+        for prompt in (subject(concept.token, concept.class_noun), concept.prompt)
+    ]
     return Concept(
         family=denoiser.family,
         deltas=deltas,
-        tokens=tuple(
-            ModifierToken(
-                name=concept.token,
-                class_noun=concept.class_noun,
-                initializer=concept.initializer,
-                embeddings={
-                    name: rows[concept.token].detach().cpu() for name, rows in words.items()
-                },
-            )
-            for concept in training_concepts
-            if concept.token
-        ),
+        tokens=tuple(({token.name: token for token in start.tokens} | taught).values()),
         base_hash=base_hash,
-        constraint_prompts=tuple(
-            prompt
-            for concept in training_concepts
-            for prompt in (subject(concept.token, concept.class_noun), concept.prompt)
-        ),
+        constraint_prompts=tuple(dict.fromkeys([*start.constraint_prompts, *prompts])),
         provenance={
+            **({"went_on_from": start.describe()} if start.tokens or start.deltas else {}),
             "method": config.method,
             "steps": len(losses),
             "final_losses": losses[-_FINAL_LOSSES:],

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..concept.concept import DenseDelta
+from ..concept.concept import Delta, DenseDelta
 from .protocols import Denoiser
 
 
@@ -17,10 +17,17 @@ class NetworkWeights:
 
     `layers` (layer name → parameter) are put back afterwards: what they learnt is in `deltas()`.
     With `whole_network` all others but keys and values learn as well, and stay as they then are.
+    `start` is what was learnt before, by layer; it is part of what `deltas` returns.
     """
 
-    def __init__(self, denoiser: Denoiser, layers: Mapping[str, str], whole_network: bool) -> None:
-        self._denoiser = denoiser
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        start: Mapping[str, Delta],
+        layers: Mapping[str, str],
+        whole_network: bool,
+    ) -> None:
+        self._denoiser, self._start = denoiser, start
         network = denoiser.network
         self._layers = {layer: network.get_parameter(name) for layer, name in layers.items()}
         self._parameters = list(self._layers.values())
@@ -49,6 +56,9 @@ class NetworkWeights:
                 copy = id(parameter) in self._put_back
                 parameter.data = parameter.data.to(torch.float32, copy=copy)
                 parameter.requires_grad_(True)
+            for layer, parameter in self._layers.items():
+                if layer in self._start:
+                    parameter.data += self._start[layer].dense().to(parameter)
             with torch.autocast(denoiser.device.type, denoiser.dtype, enabled=casts):
                 yield
         finally:
@@ -60,7 +70,7 @@ class NetworkWeights:
                 parameter.data = self._own[layer]
 
     def deltas(self) -> dict[str, DenseDelta]:
-        """What `layers` have learnt so far, on the CPU in float32; while they learn."""
+        """What `layers` have learnt so far and before, on the CPU in float32; while they learn."""
         return {
             layer: DenseDelta((parameter.detach() - self._own[layer].float()).cpu())
             for layer, parameter in self._layers.items()

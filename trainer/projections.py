@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..concept.concept import Delta, DenseDelta, LowRankDelta, hash_projections
+from ..concept.errors import ConfigError
 from ..concept.layers import sort_layers
 from .protocols import Denoiser
 
@@ -34,10 +35,12 @@ class KeyValueProjections(ABC):
         context (b, n, d) × weightᵀ (d, Σ out)  →  keys and values of every layer, side by side
 
     That is one place where gradients can be cut.
+
+    `start` is what was learnt before, by layer; it is part of what `deltas` returns.
     """
 
-    def __init__(self, denoiser: Denoiser) -> None:
-        self._denoiser = denoiser
+    def __init__(self, denoiser: Denoiser, start: Mapping[str, Delta]) -> None:
+        self._denoiser, self._start = denoiser, start
         self._layers = sort_layers(denoiser.projections)
         paths = [denoiser.projections[layer] for layer in self._layers]
         self._weights = [
@@ -53,7 +56,7 @@ class KeyValueProjections(ABC):
 
     @abstractmethod
     def deltas(self) -> Mapping[str, Delta]:
-        """What was learnt so far, by layer, on the CPU in float32."""
+        """What was learnt so far and before, by layer, on the CPU in float32."""
 
     @abstractmethod
     def _keys_values(self, context: Tensor) -> Tensor:
@@ -98,20 +101,28 @@ class KeyValueProjections(ABC):
         """The network's own weights (Σ out, d)."""
         return torch.cat([weight.to(self._denoiser.device, dtype) for weight in self._weights])
 
+    def _started(self) -> Tensor:
+        """The same with what was learnt before, float32."""
+        parts = self._stacked(torch.float32).split(self._sizes)
+        changes = [self._start.get(layer) for layer in self._layers]
+        return torch.cat(
+            [w + c.dense().to(w) if c else w for w, c in zip(parts, changes, strict=True)]
+        )
+
 
 class DenseProjections(KeyValueProjections):
     """Every entry of every projection learns, as in Custom Diffusion: one matrix, one parameter."""
 
-    def __init__(self, denoiser: Denoiser) -> None:
-        super().__init__(denoiser)
-        self._initial = self._stacked(torch.float32)
-        self.weight = nn.Parameter(self._initial.clone())
+    def __init__(self, denoiser: Denoiser, start: Mapping[str, Delta]) -> None:
+        super().__init__(denoiser, start)
+        self._own = self._stacked(torch.float32)
+        self.weight = nn.Parameter(self._started())
 
     def parameters(self) -> list[nn.Parameter]:
         return [self.weight]
 
     def deltas(self) -> dict[str, Delta]:
-        parts = (self.weight.detach() - self._initial).cpu().split(self._sizes)
+        parts = (self.weight.detach() - self._own).cpu().split(self._sizes)
         return {
             layer: DenseDelta(part.clone()) for layer, part in zip(self._layers, parts, strict=True)
         }
@@ -123,19 +134,28 @@ class DenseProjections(KeyValueProjections):
 class LowRankProjections(KeyValueProjections):
     """The change of every projection is `up` (out, rank) times `down` (rank, d) (Hu et al. 2022).
 
-    Gradients and optimiser state are as small as the factors.
+    Gradients and optimiser state are as small as the factors. What was learnt before must be of
+    the same rank: its factors learn on.
     """
 
-    def __init__(self, denoiser: Denoiser, rank: int, seed: int) -> None:
-        super().__init__(denoiser)
+    def __init__(
+        self, denoiser: Denoiser, start: Mapping[str, Delta], rank: int, seed: int
+    ) -> None:
+        super().__init__(denoiser, start)
         self._rank = rank
         generator = torch.Generator().manual_seed(seed)
         self._base = self._stacked(denoiser.dtype)
         width = self._base.shape[1]
         # As LoRA starts: any `down`, and an `up` of zeros, so that nothing is changed at first.
         down = torch.rand(rank * len(self._sizes), width, generator=generator) * 2 - 1
-        self.down = nn.Parameter((down / math.sqrt(width)).to(denoiser.device))
-        self.up = nn.Parameter(torch.zeros(len(self._base), rank, device=denoiser.device))
+        down, up = down / math.sqrt(width), torch.zeros(len(self._base), rank)
+        for layer, d, u in zip(self._layers, down.split(rank), up.split(self._sizes), strict=True):
+            if layer in start:
+                before = _factors(start[layer], layer, rank)
+                d.copy_(before.down)
+                u.copy_(before.up)
+        self.down = nn.Parameter(down.to(denoiser.device))
+        self.up = nn.Parameter(up.to(denoiser.device))
 
     def parameters(self) -> list[nn.Parameter]:
         return [self.down, self.up]
@@ -156,17 +176,17 @@ class LowRankProjections(KeyValueProjections):
 
 
 class FrozenProjections(KeyValueProjections):
-    """Those of the network, as they are."""
+    """Those of the network with what was learnt before, as they are."""
 
-    def __init__(self, denoiser: Denoiser) -> None:
-        super().__init__(denoiser)
-        self._base = self._stacked(denoiser.dtype)
+    def __init__(self, denoiser: Denoiser, start: Mapping[str, Delta]) -> None:
+        super().__init__(denoiser, start)
+        self._base = self._started().to(denoiser.dtype)
 
     def parameters(self) -> list[nn.Parameter]:
         return []
 
     def deltas(self) -> dict[str, Delta]:
-        return {}
+        return {layer: self._start[layer] for layer in self._layers if layer in self._start}
 
     def _keys_values(self, context: Tensor) -> Tensor:
         return F.linear(context, self._base)
@@ -182,6 +202,16 @@ class _Slot(nn.Module):
     def forward(self, context: Tensor) -> Tensor:
         assert self.value is not None, "the projections are computed by KeyValueProjections.predict"
         return self.value
+
+
+def _factors(delta: Delta, layer: str, rank: int) -> LowRankDelta:
+    if not isinstance(delta, LowRankDelta) or delta.rank != rank:
+        given = f"rank {delta.rank}" if isinstance(delta, LowRankDelta) else "no low rank"
+        raise ConfigError(
+            f"The concept to go on from is of {given} in {layer}; the low-rank method would go on "
+            f"at rank {rank}. Set its rank, or choose the method 'custom diffusion'."
+        )
+    return delta
 
 
 def _set_submodule(network: nn.Module, path: str, module: nn.Module) -> None:

@@ -2,11 +2,15 @@
 
 import re
 import zlib
+from collections.abc import Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from ..concept.errors import TokenError
+from ..concept.concept import Concept
+from ..concept.errors import ConfigError, TokenError
 from ..concept.text import TextEncoder
+from .data import TrainingConcept
 
 # Pieces of CLIP's vocabulary that mean next to nothing: two that only occur inside words, and a
 # word. The paper's choice (Fig. 15): random vectors drift more. Their ids: 42170, 47629, 43514.
@@ -33,3 +37,33 @@ def initial_embedding(encoder: TextEncoder, initializer: str, index: int = 0) ->
             f"word is needed. Use a common word, the class noun for example, or leave it empty."
         )
     return encoder.vocabulary_row(ids[0])
+
+
+def words_to_teach(
+    training_concepts: Sequence[TrainingConcept],
+    start: Concept,
+    encoder: TextEncoder,
+    device: torch.device,
+) -> dict[str, dict[str, nn.Parameter]]:
+    """The modifier tokens of a run as parameters: encoder name → token → (vectors, width).
+
+    Those that `start` has learnt already go on from there. Raises ConfigError when two concepts
+    have one token.
+    """
+    with_token = [concept for concept in training_concepts if concept.token]
+    names = [concept.token for concept in with_token]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"The concepts' modifier tokens are {', '.join(names)}. Concepts that are taught "
+            f"together need a token each: rename those that are alike."
+        )
+    learnt = {token.name: token.embeddings for token in start.tokens}
+    words: dict[str, dict[str, nn.Parameter]] = {}
+    for concept in with_token:
+        rows = learnt.get(concept.token) or initial_embedding(
+            encoder, concept.initializer, token_number(concept.token)
+        )
+        for name, row in rows.items():
+            own = row.detach().to(device, torch.float32, copy=True)
+            words.setdefault(name, {})[concept.token] = nn.Parameter(own)
+    return words

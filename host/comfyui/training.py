@@ -45,6 +45,7 @@ def start_training(
     vae: Any,
     concepts: Sequence[TrainingConcept],
     config: TrainConfig,
+    start: Concept | None = None,
 ) -> Job:
     """Encodes the pictures, copies the models and queues the job. Runs on the prompt thread.
 
@@ -79,6 +80,7 @@ def start_training(
                 banks,
                 denoiser,
                 encoder,
+                start=start,
                 should_stop=should_stop,
                 on_event=on_event,
             )
@@ -96,6 +98,7 @@ def start_training(
 
     settings = {
         "concepts": [{"token": c.token, "class_noun": c.class_noun} for c in concepts],
+        "start": start.describe() if start else None,
         "config": config.as_json(),
     }
     return training_service().submit(name, config.steps, settings, run, save)

@@ -123,7 +123,7 @@ def one_step(denoiser: Any, encoder: Any) -> tuple[float, torch.Tensor, torch.Te
     context = words.encode(words.pad([words.tokenize(prompt) for prompt in PROMPTS]))
     keep = torch.ones(context.shape[:2])
     keep[:, 0] = 0
-    projections = DenseProjections(denoiser)
+    projections = DenseProjections(denoiser, {})
     with projections.installed():
         noisy = add_noise(latents, noise, timesteps, denoiser.alphas_cumprod)
         prediction = projections.predict(noisy, timesteps, context, keep)

@@ -24,6 +24,7 @@ def bench(
 ) -> Iterator[ComfyServer]:
     base = tmp_path_factory.mktemp("methods")
     draw_pictures(base / "input" / "cat")
+    draw_pictures(base / "input" / "mug", seed=1)
     with ComfyServer(comfyui_path, base, checkpoints=[checkpoint_file("sd15")]) as running:
         yield running
 
@@ -53,6 +54,24 @@ def test_a_method_teaches_saves_and_draws(bench: ComfyServer, method: MethodName
         graph["unet"] = node("UNETLoader", unet_name=unet.name, weight_dtype="default")
         graph["applied"]["inputs"]["model"] = ["unet", 0]
         assert np.abs(picture(bench, graph) - loaded).max() > 2, "the UNet has learnt"
+
+
+def test_one_more_concept_is_learnt_on_top(bench: ComfyServer) -> None:
+    first = {**teach("first", "cat", "cat", "<new1>"), **draw(PROMPT, ["first", 0])}
+    bench.run(first)
+    second = teach("second", "mug", "mug", "<new2>", steps=1, learning_rate=1e-7)
+    second["second"]["inputs"]["start"] = ["loaded", 0]
+    both_words = "photo of a <new1> cat and a <new2> mug"
+    bench.run({**load("first"), **second, **draw(both_words, ["second", 0])})
+    start, both = (
+        read_concept(bench.models / "custom_diffusion" / f"{name}.safetensors")
+        for name in ("first", "second")
+    )
+    assert [token.name for token in both.tokens] == ["<new1>", "<new2>"]
+    assert both.deltas.keys() == start.deltas.keys()
+    for layer, delta in start.deltas.items():
+        error = (both.deltas[layer].dense() - delta.dense()).abs().max()
+        assert error < 1e-3 * delta.dense().abs().max() + 1e-6
 
 
 def load(name: str) -> dict[str, dict[str, object]]:

@@ -96,7 +96,7 @@ def test_three_steps_equal_those_of_a_naive_loop(
 def test_low_rank_factors_learn_as_those_of_peft(pipeline: StableDiffusionPipeline) -> None:
     settings, concept = config("low-rank", rank=3, seed=4), cat_concept(2, regularization=2)
     with borrowed_models(pipeline) as models:
-        start = LowRankProjections(models.denoiser, 3, seed=4).deltas()
+        start = LowRankProjections(models.denoiser, {}, 3, seed=4).deltas()
         ours = trained(models, settings)
 
     def adapt(unet: Any) -> Any:

@@ -82,7 +82,7 @@ def our_gradients(
 ) -> tuple[dict[str, Tensor], Tensor]:
     latents, timesteps, context = inputs
     context = context.clone().requires_grad_(True)
-    projections = DenseProjections(denoiser)
+    projections = DenseProjections(denoiser, {})
     with projections.installed():
         projections.predict(latents, timesteps, context, keep).square().mean().backward()
     gradient = projections.weight.grad
@@ -105,7 +105,7 @@ def test_the_network_is_the_very_same_after_the_projections_were_installed(
     denoiser: DiffusersDenoiser, inputs: Inputs
 ) -> None:
     with unchanged(denoiser.network):
-        projections = DenseProjections(denoiser)
+        projections = DenseProjections(denoiser, {})
         with projections.installed():
             projections.predict(*inputs).mean().backward()
             with torch.no_grad():
@@ -116,7 +116,7 @@ def test_the_network_is_the_very_same_after_an_exception(denoiser: DiffusersDeno
     with (
         unchanged(denoiser.network),
         pytest.raises(RuntimeError, match="in the middle"),
-        DenseProjections(denoiser).installed(),
+        DenseProjections(denoiser, {}).installed(),
     ):
         raise RuntimeError("in the middle")
 
@@ -124,7 +124,7 @@ def test_the_network_is_the_very_same_after_an_exception(denoiser: DiffusersDeno
 def test_the_network_is_the_very_same_after_it_failed_itself(
     denoiser: DiffusersDenoiser, inputs: Inputs
 ) -> None:
-    projections = DenseProjections(denoiser)
+    projections = DenseProjections(denoiser, {})
     latents, timesteps, context = inputs
     with (
         unchanged(denoiser.network),
@@ -135,7 +135,7 @@ def test_the_network_is_the_very_same_after_it_failed_itself(
 
 
 def test_projections_can_be_installed_again(denoiser: DiffusersDenoiser, inputs: Inputs) -> None:
-    projections = DenseProjections(denoiser)
+    projections = DenseProjections(denoiser, {})
     with torch.no_grad():
         outputs = []
         for _ in range(2):
@@ -147,7 +147,7 @@ def test_projections_can_be_installed_again(denoiser: DiffusersDenoiser, inputs:
 def test_untrained_projections_predict_what_the_network_predicts(
     denoiser: DiffusersDenoiser, inputs: Inputs
 ) -> None:
-    projections = DenseProjections(denoiser)
+    projections = DenseProjections(denoiser, {})
     with torch.no_grad():
         plain = denoiser.predict(*inputs)
         with projections.installed():
@@ -160,7 +160,7 @@ def test_untrained_projections_predict_what_the_network_predicts(
 def test_trained_projections_predict_as_if_their_deltas_were_added(
     denoiser: DiffusersDenoiser, inputs: Inputs
 ) -> None:
-    projections = DenseProjections(denoiser)
+    projections = DenseProjections(denoiser, {})
     with torch.no_grad():
         projections.weight += 0.05 * torch.randn_like(projections.weight)
         with projections.installed():
@@ -221,7 +221,7 @@ def test_the_frozen_network_receives_no_gradient(
 def test_deltas_are_zero_before_training_and_name_every_projection(
     denoiser: DiffusersDenoiser,
 ) -> None:
-    deltas = DenseProjections(denoiser).deltas()
+    deltas = DenseProjections(denoiser, {}).deltas()
     assert deltas.keys() == denoiser.projections.keys()
     assert len(deltas) == 12
     for layer, delta in deltas.items():
@@ -232,7 +232,7 @@ def test_deltas_are_zero_before_training_and_name_every_projection(
 
 
 def test_deltas_are_copies(denoiser: DiffusersDenoiser) -> None:
-    projections = DenseProjections(denoiser)
+    projections = DenseProjections(denoiser, {})
     deltas = projections.deltas()
     with torch.no_grad():
         projections.weight += 1
@@ -248,7 +248,7 @@ def test_trained_weights_are_float32_when_the_network_is_not(inputs: Inputs) -> 
         torch.manual_seed(0)
         network = tiny_unet().requires_grad_(False).to(torch.bfloat16)
         denoiser = Host(network, sd_scheduler(), tiny_vae())
-    projections = DenseProjections(denoiser)
+    projections = DenseProjections(denoiser, {})
     with projections.installed():
         output = projections.predict(*inputs, torch.ones(2, 11))
     output.square().mean().backward()
@@ -266,4 +266,4 @@ def test_the_base_hash_is_that_of_the_networks_own_projections(
         layer: denoiser.network.get_parameter(f"{path}.weight")
         for layer, path in denoiser.projections.items()
     }
-    assert DenseProjections(denoiser).base_hash == hash_projections(weights)
+    assert DenseProjections(denoiser, {}).base_hash == hash_projections(weights)

@@ -5,7 +5,7 @@ from .method import Method
 
 METHOD = Method(
     description="the whole UNet, and the new word",
-    projections=lambda denoiser, config: DenseProjections(denoiser),
+    projections=lambda denoiser, start, config: DenseProjections(denoiser, start),
     steps=250,
     learning_rate=8e-6,
     whole_network=True,

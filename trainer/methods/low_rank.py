@@ -5,7 +5,9 @@ from .method import Method
 
 METHOD = Method(
     description="low-rank factors on keys and values, and the new word",
-    projections=lambda denoiser, config: LowRankProjections(denoiser, config.rank, config.seed),
+    projections=lambda denoiser, start, config: LowRankProjections(
+        denoiser, start, config.rank, config.seed
+    ),
     steps=250,
     learning_rate=1e-4,
 )

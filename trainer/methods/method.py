@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from ...concept.concept import Delta
 from ..config import TrainConfig
 from ..projections import KeyValueProjections
 from ..protocols import Denoiser
@@ -19,8 +20,8 @@ class Method:
     """Parts of the model that learn. Everything else about a training is the same for all."""
 
     description: str
-    projections: Callable[[Denoiser, TrainConfig], KeyValueProjections]
-    """Keys and values of cross-attention, and how they learn."""
+    projections: Callable[[Denoiser, Mapping[str, Delta], TrainConfig], KeyValueProjections]
+    """Keys and values of cross-attention and how they learn, from what was learnt before."""
     steps: int
     learning_rate: float
     """As published, for 8 pictures a step."""

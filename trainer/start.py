@@ -1,0 +1,38 @@
+"""Whether a training can go on from a concept that was learnt before."""
+
+from collections.abc import Mapping
+
+from ..concept.concept import Concept
+from ..concept.errors import ConfigError, IncompatibleModelError
+from ..concept.fit import check_fit
+from ..concept.layers import is_projection
+from .projections import base_hash
+from .protocols import Denoiser
+
+
+def check_start(start: Concept, denoiser: Denoiser, further_layers: Mapping[str, str]) -> None:
+    """Raises IncompatibleModelError for a concept of another model, ConfigError for one that holds
+    more than is going to be trained.
+
+    `further_layers` (layer → parameter of the network) are trained beside keys and values.
+    """
+    beyond = [
+        layer for layer in start.layers if not (is_projection(layer) or layer in further_layers)
+    ]
+    if beyond:
+        raise ConfigError(
+            f"The concept to go on from, {start.describe()}, changes queries and outputs of "
+            f"cross-attention too ({beyond[0]} for one). Go on with the method 'cross-attention'."
+        )
+    names = {layer: f"{path}.weight" for layer, path in denoiser.projections.items()}
+    shapes = {
+        layer: tuple(denoiser.network.get_parameter(name).shape)
+        for layer, name in (names | dict(further_layers)).items()
+    }
+    check_fit(start, denoiser.family, shapes)
+    if start.base_hash and start.base_hash != base_hash(denoiser):
+        raise IncompatibleModelError(
+            f"The concept to go on from, {start.describe()}, was trained on another checkpoint of "
+            f"{start.family.title} (base hash {start.base_hash[:8]}). Load the checkpoint it was "
+            f"trained on, or train from nothing."
+        )
