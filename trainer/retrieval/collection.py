@@ -27,6 +27,9 @@ class Entry:
     caption: str
     location: str
     """Member of a shard, or path below the part's folder"""
+    start: int = 0
+    size: int | None = None
+    """Of the bytes inside a shard, so that one picture is read without those before it."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +53,21 @@ class Part:
             return _of_folder(self.path)
         return _of_shard(self.path) if self.path.suffix == ".tar" else _of_table(self.path)
 
-    def read(self, location: str) -> bytes:
+    def read(self, entry: Entry) -> bytes:
         """The file of a picture, as it is. Raises DataError where it is gone."""
         try:
-            if self.path.suffix == ".tar" and not self.path.is_dir():
-                with tarfile.open(self.path) as shard:
-                    member = shard.extractfile(location)
-                    if member is None:
-                        raise KeyError(location)
-                    return member.read()
+            if entry.size is not None:
+                with open(self.path, "rb") as shard:
+                    shard.seek(entry.start)
+                    content = shard.read(entry.size)
+                if len(content) < entry.size:
+                    raise OSError("the shard ends before it")
+                return content
             folder = self.path if self.path.is_dir() else self.path.parent
-            return (folder / location).read_bytes()
-        except (OSError, KeyError, tarfile.TarError) as error:
+            return (folder / entry.location).read_bytes()
+        except OSError as error:
             raise DataError(
-                f"The picture {location} of {self.path} cannot be read ({error}). Was the "
+                f"The picture {entry.location} of {self.path} cannot be read ({error}). Was the "
                 f"collection changed? Search again: the index follows it."
             ) from error
 
@@ -100,7 +104,7 @@ def _of_folder(folder: Path) -> Iterator[Entry]:
 
 def _of_shard(path: Path) -> Iterator[Entry]:
     """Members of one sample follow each other and share a name up to the first dot."""
-    key, caption, picture = "", "", ""
+    key, caption, picture = "", "", None
     try:
         with tarfile.open(path) as shard:
             for member in shard:
@@ -108,20 +112,24 @@ def _of_shard(path: Path) -> Iterator[Entry]:
                 stem, _, extension = name.name.partition(".")
                 if str(name.parent / stem) != key:
                     if caption and picture:
-                        yield Entry(caption, picture)
-                    key, caption, picture = str(name.parent / stem), "", ""
-                if f".{extension}".lower() in IMAGE_SUFFIXES:
-                    picture = member.name
+                        yield _member_entry(caption, picture)
+                    key, caption, picture = str(name.parent / stem), "", None
+                if f".{extension}".lower() in IMAGE_SUFFIXES and member.isreg():
+                    picture = member
                 elif extension in ("txt", "json") and not caption:
                     file = shard.extractfile(member)
                     content = file.read() if file else b""
                     caption = _one_line(content) if extension == "txt" else _json_caption(content)
             if caption and picture:
-                yield Entry(caption, picture)
+                yield _member_entry(caption, picture)
     except (OSError, tarfile.TarError, ValueError) as error:
         raise DataError(
             f"The shard {path} cannot be read ({error}). Download it again, or move it away."
         ) from error
+
+
+def _member_entry(caption: str, member: tarfile.TarInfo) -> Entry:
+    return Entry(caption, member.name, member.offset_data, member.size)
 
 
 def _of_table(path: Path) -> Iterator[Entry]:

@@ -57,7 +57,7 @@ def retrieve(
     for one in found:
         if len(images) == count:
             break
-        content = one.part.read(one.entry.location)
+        content = one.part.read(one.entry)
         if not _opens(content):
             broken += 1
             continue
