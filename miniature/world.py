@@ -129,7 +129,7 @@ def random_look(rng: random.Random, shape: str | None = None) -> Look:
     return Look(
         shape=shape or rng.choice(SHAPES),
         color=color,
-        pattern=rng.choice(PATTERNS[1:]) if rng.random() < 0.7 else "plain",
+        pattern=rng.choice(PATTERNS[1:]) if rng.random() < 0.85 else "plain",
         second_color=second,
         mark=rng.choice(MARKS[1:]) if rng.random() < 0.4 else "none",
     )
@@ -154,7 +154,7 @@ def random_scene(
     """The looks, or one or two random ones, somewhere on a background."""
     if not looks:
         shapes = rng.sample(SHAPES, 1 if rng.random() < 0.4 else 2)
-        any_look = plain_look if rng.random() < 0.5 else random_look
+        any_look = plain_look if rng.random() < 0.25 else random_look
         looks = [any_look(rng, shape) for shape in shapes]
     return Scene(
         objects=_place_one(looks[0], rng) if len(looks) == 1 else _place_two(looks, rng),
