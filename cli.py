@@ -31,18 +31,28 @@ from .merge.compose import DEFAULT_RELATIVE_RIDGE, merge_concepts
 from .trainer.config import Fit, GradientCut, MethodName, TrainConfig
 from .trainer.data import TrainingConcept, instance_caption, load_folder
 from .trainer.generated_set import generated_set
-from .trainer.loop import Event, StepDone, train
+from .trainer.loop import Event, MemoryShort, StepDone, train
 from .trainer.methods import METHODS, recipe
 from .trainer.network_file import fold_in, write_network
 from .trainer.prepare import prepare
 from .trainer.projections import base_hash
+from .trainer.retrieval.collection import parts_of
 from .trainer.retrieval.index import CaptionIndex
 from .trainer.retrieval.retrieve import COUNT, LEAST_SIMILARITY, retrieve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULTS = TrainConfig()
 MINIATURE = "miniature"  # the model that comes with the project
-_RECIPE = ("rank", "steps", "batch_size", "learning_rate", "resolution", "gradient_cut", "fit")
+_RECIPE = (
+    "rank",
+    "steps",
+    "batch_size",
+    "micro_batch_size",
+    "learning_rate",
+    "resolution",
+    "gradient_cut",
+    "fit",
+)
 INTERRUPTED = 130  # exit status after Ctrl-C
 
 
@@ -74,6 +84,7 @@ def train_command(options: argparse.Namespace) -> None:
         _recipe(options.model, options.method),
         method=options.method,
         **{name: value for name, value in given.items() if value is not None},
+        gradient_checkpointing=options.gradient_checkpointing,
         augment=not options.no_augment,
         flip=not options.no_flip,
         preview_every_steps=0,
@@ -229,6 +240,7 @@ def regularize_command(options: argparse.Namespace) -> None:
 def retrieve_command(options: argparse.Namespace) -> None:
     from .host.open_clip_text import OpenClipText
 
+    parts_of(options.collection)  # a wrong folder is refused before CLIP is loaded
     embed = OpenClipText(options.clip, options.clip_weights, options.device)
     index = CaptionIndex(options.collection, options.index, embed.name)
     with tqdm(desc="reading captions", unit="part") as bar:
@@ -325,6 +337,8 @@ def _show(event: Event, bar: tqdm[None]) -> None:
     if isinstance(event, StepDone):
         bar.set_postfix(loss=f"{event.loss:.4f}", refresh=False)
         bar.update(event.step - bar.n)
+    elif isinstance(event, MemoryShort):
+        bar.write(event.text())
 
 
 def _check_new(output: Path) -> None:
@@ -387,6 +401,14 @@ def _parser() -> argparse.ArgumentParser:
     teach.add_argument("--rank", type=int, help=f"of low-rank, default {DEFAULTS.rank}")
     teach.add_argument("--steps", type=int, help=f"default {DEFAULTS.steps}, or the method's own")
     teach.add_argument("--batch-size", type=int, help=f"default {DEFAULTS.batch_size}")
+    teach.add_argument(
+        "--micro-batch-size", type=int, help="pictures computed at once; default all of a step"
+    )
+    teach.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="less memory, about a third slower; comes by itself when memory runs out",
+    )
     teach.add_argument("--learning-rate", type=float, help="default: the method's own")
     teach.add_argument("--resolution", type=int, help=f"default {DEFAULTS.resolution}")
     teach.add_argument("--gradient-cut", choices=get_args(GradientCut))

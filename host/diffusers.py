@@ -4,6 +4,7 @@ pipeline.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from ..trainer.protocols import Prediction
 from ..trainer.sampling import ddim_sample
 from .clip_text import ClipTextEncoder
 
+_BLOCK = re.compile(r"\.(resnets|attentions)\.\d+$")
 _PREDICTIONS: Mapping[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
@@ -60,6 +62,7 @@ class DiffusersDenoiser:
         self.prediction = _PREDICTIONS[scheduler.config.prediction_type]
         self.alphas_cumprod = scheduler.alphas_cumprod.float().cpu()
         self.network: nn.Module = unet
+        self.blocks = [path for path, _ in unet.named_modules() if _BLOCK.search(path)]
         self.device: torch.device = unet.device
         self.dtype: torch.dtype = unet.conv_in.weight.dtype
         self._vae = vae

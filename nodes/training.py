@@ -280,6 +280,22 @@ class CustomDiffusionTrain(io.ComfyNode):
                     "start token as in the paper, and by choice the padding after the last word.",
                 ),
                 io.Int.Input(
+                    "micro_batch_size",
+                    default=DEFAULTS.micro_batch_size,
+                    min=0,
+                    max=256,
+                    advanced=True,
+                    tooltip="Pictures computed at once, a part of the batch; 0 is all of it. It "
+                    "becomes less by itself when memory runs out.",
+                ),
+                io.Boolean.Input(
+                    "gradient_checkpointing",
+                    default=DEFAULTS.gradient_checkpointing,
+                    advanced=True,
+                    tooltip="Needs less memory and more time. It is turned on by itself when one "
+                    "picture at once is still too much.",
+                ),
+                io.Int.Input(
                     "preview_every_steps",
                     default=DEFAULTS.preview_every_steps,
                     min=0,

@@ -41,6 +41,10 @@ class TrainConfig:
     """Effective rate, for keys, values and modifier token alike (the reference's 1e-5 times 8
     images).
     """
+    micro_batch_size: int = 0
+    """Images computed at once, a part of the batch; 0 is all of it. Less memory, the same step."""
+    gradient_checkpointing: bool = False
+    """Compute the UNet's blocks twice instead of keeping what is inside them: less memory."""
     weight_decay: float = 1e-2
     """Of AdamW."""
     max_gradient_norm: float | None = 1.0
@@ -71,6 +75,7 @@ class TrainConfig:
         _at_least("rank", self.rank, 1)
         _at_least("steps", self.steps, 1)
         _at_least("batch_size", self.batch_size, 1)
+        _at_least("micro_batch_size", self.micro_batch_size, 0)
         _at_least("views_per_image", self.views_per_image, 1)
         _at_least("preview_every_steps", self.preview_every_steps, 0)
         _at_least("resolution", self.resolution, LATENT_PIXELS * 8)

@@ -26,7 +26,7 @@ from ..concept.atomic import write_text_atomically
 from ..concept.concept import Concept
 from ..concept.errors import ConfigError
 from ..concept.file import safe_file_name
-from .loop import Event, PreviewDrawn, StepDone
+from .loop import Event, MemoryShort, PreviewDrawn, StepDone
 
 log = logging.getLogger("custom_diffusion")
 
@@ -139,6 +139,8 @@ class Job:
                 self._snapshot = replace(self._snapshot, state=JobState.RUNNING, step=event.step)
         elif isinstance(event, PreviewDrawn):
             self._update(preview_hwc=event.image_hwc, preview_step=event.step)
+        elif isinstance(event, MemoryShort):
+            log.warning("training job %s: %s", self.id, event.text())
 
     def _update(self, **changes: Any) -> None:
         with self._lock:

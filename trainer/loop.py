@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +14,15 @@ from ..concept.concept import Concept, Delta, ModifierToken
 from ..concept.errors import ConfigError, TrainingError
 from ..concept.prompts import subject
 from ..concept.text import TextEncoder
-from .config import GradientCut, TrainConfig
+from .backward import Backward
+from .config import TrainConfig
 from .data import TrainingConcept
 from .latents import LatentBank, batches
 from .methods import METHODS
 from .network_weights import NetworkWeights
-from .objective import add_noise, concept_loss, sample_losses, target
+from .objective import add_noise, sample_losses, sample_weights, target
 from .projections import KeyValueProjections
+from .prompt_features import PromptFeatures
 from .protocols import Denoiser
 from .sampling import ddim_sample
 from .start import check_start
@@ -43,7 +45,23 @@ class PreviewDrawn:
     image_hwc: Tensor
 
 
-Event = StepDone | PreviewDrawn
+@dataclass(frozen=True)
+class MemoryShort:
+    """Memory ran out: the step is computed again, and from now on with less."""
+
+    step: int
+    micro_batch_size: int
+    gradient_checkpointing: bool
+
+    def text(self) -> str:
+        recomputed = ", with gradient checkpointing" if self.gradient_checkpointing else ""
+        return (
+            f"memory ran out at step {self.step}: from now on {self.micro_batch_size} of the "
+            f"pictures at once{recomputed}; slower, the same steps"
+        )
+
+
+Event = StepDone | PreviewDrawn | MemoryShort
 _FINAL_LOSSES = 20
 
 
@@ -82,7 +100,7 @@ def train(
     words = words_to_teach(training_concepts, start, text_encoder, denoiser.device)
     learning_words = words if method.learns_words else {}
     known = {name: {**r, **words.get(name, {})} for name, r in start.embeddings().items()}
-    prompts = _Prompts(text_encoder.with_tokens(known), learning_words, config.gradient_cut)
+    prompts = PromptFeatures(text_encoder.with_tokens(known), learning_words, config.gradient_cut)
     projections = method.projections(denoiser, start.deltas, config)
     network = NetworkWeights(denoiser, start.deltas, further_layers, method.whole_network)
     rows = [row for tokens in learning_words.values() for row in tokens.values()]
@@ -100,6 +118,25 @@ def train(
     )
 
     losses: list[float] = []
+    backward = Backward(
+        denoiser,
+        config.micro_batch_size,
+        config.gradient_checkpointing,
+        on_less=lambda *now: on_event(MemoryShort(len(losses) + 1, *now)),
+    )
+
+    def loss_of(
+        noisy: Tensor,
+        timesteps: Tensor,
+        features: Tensor,
+        keep: Tensor | None,
+        wanted: Tensor,
+        masks: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        prediction = projections.predict(noisy, timesteps, features, keep)
+        return weights @ sample_losses(prediction, wanted, masks)
+
     stream = batches(banks, config, rng, generator)
     with projections.installed(), network.learning():
         while len(losses) < config.steps and not should_stop():
@@ -114,31 +151,33 @@ def train(
                 for t in (batch.latents_bchw, noise, timesteps, batch.masks_bhw)
             )
 
-            # Forward: text, then the UNet with the trained projections.
+            # Text, once for all samples: a leaf takes the gradients of its features.
             context, keep = prompts.encode(batch.prompts)
-            noisy = add_noise(latents, noise, timesteps, denoiser.alphas_cumprod)
-            prediction = projections.predict(noisy, timesteps, context, keep)
+            features = context.detach().requires_grad_(context.requires_grad)
 
             # Loss: denoising in the valid region, and prior preservation.
+            noisy = add_noise(latents, noise, timesteps, denoiser.alphas_cumprod)
             wanted = target(latents, noise, timesteps, denoiser.alphas_cumprod, denoiser.prediction)
-            loss = concept_loss(
-                sample_losses(prediction, wanted, masks), batch.prior, config.prior_weight
-            )
-            _check_finite(float(loss.detach()), len(losses) + 1, config, denoiser)
+            weights = sample_weights(len(noisy), batch.prior, config.prior_weight).to(noisy)
+
+            # Gradients: of the UNet, then through it of the text encoder.
+            samples = (noisy, timesteps, features, keep, wanted, masks, weights)
+            loss = backward(loss_of, samples, [*parameters, features])
+            _check_finite(loss, len(losses) + 1, config, denoiser)
+            if features.grad is not None:
+                context.backward(features.grad)
 
             # Update.
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
             if config.max_gradient_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, config.max_gradient_norm)
             optimizer.step()
 
             # Report.
-            losses.append(float(loss.detach()))
+            losses.append(loss)
             on_event(StepDone(len(losses), losses[-1]))
             if config.preview_every_steps and len(losses) % config.preview_every_steps == 0:
-                start = torch.Generator().manual_seed(config.seed)
-                noise = torch.randn(batch.latents_bchw[:1].shape, generator=start)
+                fixed = torch.Generator().manual_seed(config.seed)
+                noise = torch.randn(batch.latents_bchw[:1].shape, generator=fixed)
                 picture = _preview(noise, training_concepts[0], prompts, projections, denoiser)
                 on_event(PreviewDrawn(len(losses), picture))
 
@@ -146,43 +185,6 @@ def train(
     return _concept(
         config, training_concepts, start, denoiser, projections.base_hash, deltas, words, losses
     )
-
-
-class _Prompts:
-    """Features of prompts: with a new token at every step, without one once."""
-
-    def __init__(
-        self, encoder: TextEncoder, words: Mapping[str, Iterable[str]], cut: GradientCut
-    ) -> None:
-        self._encoder, self._cut = encoder, cut
-        self._tokens = {token for tokens in words.values() for token in tokens}
-        self._fixed: dict[str, Tensor] = {}
-
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """Features (b, n, d) and where their keys and values may pass gradients (b, n)."""
-        unique = list(dict.fromkeys(prompts))
-        learnt = [p for p in unique if any(token in p for token in self._tokens)]
-        missing = [p for p in unique if p not in learnt and p not in self._fixed]
-        if missing:
-            with torch.no_grad():
-                self._fixed.update(self._features(missing))
-        features = {**self._fixed, **(self._features(learnt) if learnt else {})}
-        context = torch.stack([features[prompt] for prompt in prompts])
-        return context, self._keep(prompts, context)
-
-    def _features(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        ids = self._encoder.pad([self._encoder.tokenize(prompt) for prompt in prompts])
-        return dict(zip(prompts, self._encoder.encode(ids), strict=True))
-
-    def _keep(self, prompts: Sequence[str], context: Tensor) -> Tensor | None:
-        if self._cut == "none":
-            return None
-        keep = torch.ones(context.shape[:2], device=context.device)
-        keep[:, 0] = 0
-        if self._cut == "start and padding":
-            for row, prompt in zip(keep, prompts, strict=True):
-                row[len(self._encoder.tokenize(prompt)) :] = 0
-        return keep
 
 
 def _concept(
@@ -233,7 +235,7 @@ def _concept(
 def _preview(
     noise: Tensor,
     training_concept: TrainingConcept,
-    prompts: _Prompts,
+    prompts: PromptFeatures,
     projections: KeyValueProjections,
     denoiser: Denoiser,
 ) -> Tensor:

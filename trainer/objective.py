@@ -1,5 +1,6 @@
 """The denoising loss, with valid regions and prior preservation (Custom Diffusion, §3.1)."""
 
+import torch
 from torch import Tensor
 
 from .protocols import Prediction
@@ -43,11 +44,13 @@ def sample_losses(prediction: Tensor, target: Tensor, masks_bhw: Tensor) -> Tens
     return (error * masks_bhw).sum((1, 2)) / masks_bhw.sum((1, 2)).clamp_min(1)
 
 
-def concept_loss(losses: Tensor, prior: int, prior_weight: float) -> Tensor:
-    """Instance loss plus `prior_weight` times the loss of the last `prior` samples (b,)."""
-    if prior == 0:
-        return losses.mean()
-    return losses[:-prior].mean() + prior_weight * losses[-prior:].mean()
+def sample_weights(count: int, prior: int, prior_weight: float) -> Tensor:
+    """What each sample's loss counts (count,): their weighted sum is the mean of the instances plus
+    `prior_weight` times the mean of the last `prior` samples.
+    """
+    weights = torch.full((count,), 1 / (count - prior))
+    weights[count - prior :] = prior_weight / max(prior, 1)
+    return weights
 
 
 def _signal_and_noise(

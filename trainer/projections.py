@@ -74,6 +74,8 @@ class KeyValueProjections(ABC):
         finally:
             for path, module in own.items():
                 _set_submodule(network, path, module)
+            for slot in self._slots.values():
+                slot.value = None
 
     def predict(
         self, noisy_latents: Tensor, timesteps: Tensor, context: Tensor, keep: Tensor | None = None
@@ -90,12 +92,8 @@ class KeyValueProjections(ABC):
         for slot, part in zip(
             self._slots.values(), keys_values.split(self._sizes, -1), strict=True
         ):
-            slot.value = part
-        try:
-            return self._denoiser.predict(noisy_latents, timesteps, context)
-        finally:
-            for slot in self._slots.values():
-                slot.value = None
+            slot.value = part  # stays: activation checkpointing asks for it once more
+        return self._denoiser.predict(noisy_latents, timesteps, context)
 
     def _stacked(self, dtype: torch.dtype) -> Tensor:
         """The network's own weights (Σ out, d)."""

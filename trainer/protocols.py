@@ -1,6 +1,6 @@
 """What the trainer needs of a model. The hosts implement it; the loop knows nothing else."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -25,6 +25,8 @@ class Denoiser(Protocol):
     network: nn.Module
     projections: Mapping[str, str]
     """Layer name (`concept.layers`) → path of its linear module inside `network`."""
+    blocks: Sequence[str]
+    """Paths of its residual and transformer blocks, which checkpointing computes twice."""
 
     def predict(self, noisy_latents_bchw: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """What the network predicts for latents at integer timesteps (b,), context (b, n, d)."""

@@ -8,6 +8,7 @@ patches in them.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import comfy.latent_formats
@@ -29,6 +30,7 @@ from ..clip_text import ClipTextEncoder, text_transformer
 from .tokenizer import known_tokens
 
 _UNET_PREFIX = "diffusion_model."
+_BLOCK = re.compile(r"(input_blocks\.\d+|middle_block|output_blocks\.\d+)\.\d+$")
 _HEAD_WIDTH = 64  # of every CLIP text model
 _TIMESTEPS = 1000  # of every Stable Diffusion
 
@@ -72,6 +74,7 @@ class ComfyDenoiser:
             weights = patched_weights(model, _UNET_PREFIX)
             self.network: nn.Module = _empty_unet(model, dtype)
             self.projections = _projections(self.network)
+            self.blocks = [path for path, _ in self.network.named_modules() if _BLOCK.match(path)]
             # The projections are trained from their own precision, everything else is cast.
             exact = {f"{path}.weight" for path in self.projections.values()}
             weights = {k: w if k in exact else w.to(dtype) for k, w in weights.items()}

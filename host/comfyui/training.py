@@ -147,9 +147,9 @@ def training_outputs(job: Job, wait: bool) -> tuple[Any, Any, str]:
 def _out_of_memory(config: TrainConfig, device: torch.device) -> str:
     free = comfy.model_management.get_free_memory(device)
     return (
-        f"The memory of {device} was not enough for {config.batch_size} pictures of "
-        f"{config.resolution} px a step; {free / 1e9:.1f} GB are free. Lower batch_size or "
-        f"resolution, or unload other models, and train again."
+        f"The memory of {device} was not enough for pictures of {config.resolution} px, one at a "
+        f"time and with gradient checkpointing; {free / 1e9:.1f} GB are free. Unload other models "
+        f"or lower resolution, and train again."
     )
 
 

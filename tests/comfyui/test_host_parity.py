@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from custom_diffusion.host.diffusers import borrowed_models
-from custom_diffusion.trainer.objective import add_noise, concept_loss, sample_losses, target
+from custom_diffusion.trainer.objective import add_noise, sample_losses, sample_weights, target
 from custom_diffusion.trainer.projections import DenseProjections
 from support.diffusers_twin import diffusers_twin
 
@@ -128,7 +128,7 @@ def one_step(denoiser: Any, encoder: Any) -> tuple[float, torch.Tensor, torch.Te
         noisy = add_noise(latents, noise, timesteps, denoiser.alphas_cumprod)
         prediction = projections.predict(noisy, timesteps, context, keep)
         wanted = target(latents, noise, timesteps, denoiser.alphas_cumprod, denoiser.prediction)
-        loss = concept_loss(sample_losses(prediction, wanted, masks), prior=2, prior_weight=1.0)
+        loss = sample_weights(4, 2, 1.0) @ sample_losses(prediction, wanted, masks)
         loss.backward()
     assert projections.weight.grad is not None and row.grad is not None
     return float(loss.detach()), projections.weight.grad, row.grad, projections.base_hash

@@ -9,9 +9,9 @@ import pytest
 import torch
 from custom_diffusion.trainer.objective import (
     add_noise,
-    concept_loss,
     denoised,
     sample_losses,
+    sample_weights,
     target,
 )
 from custom_diffusion.trainer.protocols import Prediction
@@ -115,7 +115,8 @@ def test_an_empty_mask_gives_zero_instead_of_nan() -> None:
 
 
 def test_the_loss_is_the_mean_of_the_instances_without_regularization() -> None:
-    assert concept_loss(torch.tensor([1.0, 2.0, 6.0]), 0, 5.0).item() == pytest.approx(3.0)
+    loss = sample_weights(3, 0, 5.0) @ torch.tensor([1.0, 2.0, 6.0])
+    assert loss.item() == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize("weight, expected", [(0.0, 2.0), (1.0, 9.0), (0.5, 5.5)])
@@ -123,7 +124,7 @@ def test_regularization_counts_with_its_weight_and_apart_from_the_instances(
     weight: float, expected: float
 ) -> None:
     losses = torch.tensor([1.0, 2.0, 3.0, 6.0, 8.0])
-    assert concept_loss(losses, 2, weight).item() == pytest.approx(expected)
+    assert (sample_weights(5, 2, weight) @ losses).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("prediction", get_args(Prediction))
