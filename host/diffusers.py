@@ -62,7 +62,9 @@ class DiffusersDenoiser:
         self.prediction = _PREDICTIONS[scheduler.config.prediction_type]
         self.alphas_cumprod = scheduler.alphas_cumprod.float().cpu()
         self.network: nn.Module = unet
-        self.blocks = [path for path, _ in unet.named_modules() if _BLOCK.search(path)]
+        self.blocks: Sequence[str] = [
+            path for path, _ in unet.named_modules() if _BLOCK.search(path)
+        ]
         self.device: torch.device = unet.device
         self.dtype: torch.dtype = unet.conv_in.weight.dtype
         self._vae = vae

@@ -9,6 +9,7 @@ patches in them.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.latent_formats
@@ -74,7 +75,9 @@ class ComfyDenoiser:
             weights = patched_weights(model, _UNET_PREFIX)
             self.network: nn.Module = _empty_unet(model, dtype)
             self.projections = _projections(self.network)
-            self.blocks = [path for path, _ in self.network.named_modules() if _BLOCK.match(path)]
+            self.blocks: Sequence[str] = [
+                path for path, _ in self.network.named_modules() if _BLOCK.match(path)
+            ]
             # The projections are trained from their own precision, everything else is cast.
             exact = {f"{path}.weight" for path in self.projections.values()}
             weights = {k: w if k in exact else w.to(dtype) for k, w in weights.items()}
