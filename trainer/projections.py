@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -46,9 +47,13 @@ class KeyValueProjections(ABC):
         self._weights = [
             denoiser.network.get_parameter(f"{path}.weight").detach() for path in paths
         ]
-        self.base_hash = base_hash(denoiser)
         self._sizes = [len(weight) for weight in self._weights]
         self._slots = {path: _Slot() for path in paths}
+
+    @cached_property
+    def base_hash(self) -> str:
+        """Of the network's own projections; while they are not installed."""
+        return base_hash(self._denoiser)
 
     @abstractmethod
     def parameters(self) -> list[nn.Parameter]:
@@ -113,16 +118,16 @@ class DenseProjections(KeyValueProjections):
 
     def __init__(self, denoiser: Denoiser, start: Mapping[str, Delta]) -> None:
         super().__init__(denoiser, start)
-        self._own = self._stacked(torch.float32)
         self.weight = nn.Parameter(self._started())
 
     def parameters(self) -> list[nn.Parameter]:
         return [self.weight]
 
     def deltas(self) -> dict[str, Delta]:
-        parts = (self.weight.detach() - self._own).cpu().split(self._sizes)
+        parts = self.weight.detach().split(self._sizes)
         return {
-            layer: DenseDelta(part.clone()) for layer, part in zip(self._layers, parts, strict=True)
+            layer: DenseDelta((part - own.to(part)).cpu())
+            for layer, part, own in zip(self._layers, parts, self._weights, strict=True)
         }
 
     def _keys_values(self, context: Tensor) -> Tensor:
