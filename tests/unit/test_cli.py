@@ -15,8 +15,8 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from custom_diffusion import cli
 from custom_diffusion.cli import main
+from custom_diffusion.cli.models import recipe_for
 from custom_diffusion.concept.file import read_concept
 from custom_diffusion.miniature import demo
 from PIL import Image
@@ -98,7 +98,7 @@ def test_a_regularization_set_is_retrieved_from_a_collection(
 
 def test_methods_keep_their_proportions_on_the_miniature() -> None:
     """DreamBooth's rate is a sixteenth of Custom Diffusion's wherever it is used."""
-    ours, dreambooth = (cli._recipe("miniature", m) for m in ("custom diffusion", "dreambooth"))
+    ours, dreambooth = (recipe_for("miniature", m) for m in ("custom diffusion", "dreambooth"))
     assert dreambooth.learning_rate == pytest.approx(ours.learning_rate / 16)
 
 

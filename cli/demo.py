@@ -1,0 +1,21 @@
+"""`custom-diffusion demo`"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_to(commands: Any) -> None:
+    demo = commands.add_parser(
+        "demo", help="the whole way on a small model that comes with this, in minutes"
+    )
+    demo.add_argument("--output", type=Path, default=Path("demo"), metavar="FOLDER")
+    demo.set_defaults(command=demo_command)
+
+
+def demo_command(options: argparse.Namespace) -> None:
+    from ..miniature.demo import run_demo
+
+    run_demo(options.output)

@@ -1,0 +1,71 @@
+"""`custom-diffusion merge`"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..concept.errors import ConfigError
+from ..concept.file import read_concept
+from ..merge.captions import read_captions
+from ..merge.compose import DEFAULT_RELATIVE_RIDGE, merge_concepts
+from .models import MINIATURE, load
+from .output import check_new, save
+
+
+def add_to(commands: Any) -> None:
+    merge = commands.add_parser("merge", help="merge concepts by constrained least squares")
+    merge.add_argument("concepts", type=Path, nargs="+", metavar="CONCEPT")
+    merge.add_argument("--model", required=True, help="base model; its text encoder is used")
+    merge.add_argument("--strengths", type=float, nargs="+", help="one for each concept")
+    merge.add_argument("--tokens", nargs="+", help="new names of the concepts' tokens")
+    merge.add_argument("--captions", type=Path, help="your own captions, one a line")
+    merge.add_argument("--ridge", type=float, default=DEFAULT_RELATIVE_RIDGE)
+    merge.add_argument("--cache", type=Path, help="folder that keeps the captions' factor")
+    merge.add_argument("--output", type=Path, default=Path("merged.safetensors"))
+    merge.set_defaults(command=merge_command)
+
+
+def merge_command(options: argparse.Namespace) -> None:
+    from ..host.diffusers import text_encoder
+
+    check_new(options.output)
+    concepts = [read_concept(path) for path in options.concepts]
+    if options.tokens:
+        if len(options.tokens) != len(concepts):
+            raise ConfigError(
+                f"{len(options.tokens)} names were given for the tokens of {len(concepts)} "
+                f"concepts. Give one for each."
+            )
+        renamed = zip(concepts, options.tokens, strict=True)
+        concepts = [concept.with_token(token) for concept, token in renamed]
+    with tqdm(total=100, desc="merging", unit="%") as bar:
+        merged, report = merge_concepts(
+            concepts,
+            text_encoder(load(options.model)),
+            strengths=options.strengths,
+            captions=_captions(options),
+            relative_ridge=options.ridge,
+            cache_folder=options.cache,
+            on_progress=lambda fraction: _show_percent(fraction, bar),
+        )
+    print(report.text())
+    save(merged, options.output)
+
+
+def _captions(options: argparse.Namespace) -> list[str] | None:
+    """Regularization captions of a merge; None for our own."""
+    if options.captions:
+        return read_captions(options.captions)
+    if options.model != MINIATURE:
+        return None
+    from ..miniature.world import world_captions
+
+    return world_captions()
+
+
+def _show_percent(fraction: float, bar: tqdm[None]) -> None:
+    bar.update(int(100 * fraction) - bar.n)

@@ -1,0 +1,46 @@
+"""The model that a command works with, and the settings that suit it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..trainer.config import MethodName, TrainConfig
+from ..trainer.methods import recipe
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DEFAULTS = TrainConfig()
+MINIATURE = "miniature"  # the model that comes with the project
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        required=True,
+        help=f"folder in diffusers' layout, or {MINIATURE!r}: the small one of the demo",
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=DTYPES, default="float32", help="of frozen weights")
+
+
+def load(model: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    if model == MINIATURE:
+        from ..miniature.model import miniature_pipeline
+
+        return miniature_pipeline().to(device)
+    from ..host.diffusers import load_pipeline
+
+    return load_pipeline(model, device, dtype)
+
+
+def recipe_for(model: str, method: MethodName = DEFAULTS.method) -> TrainConfig:
+    """The training settings that suit a model and a method."""
+    if model != MINIATURE:
+        return recipe(method)
+    from ..miniature.model import CONFIG
+
+    slower = recipe(method).learning_rate / DEFAULTS.learning_rate
+    return replace(CONFIG, learning_rate=slower * CONFIG.learning_rate)

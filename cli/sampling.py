@@ -1,0 +1,43 @@
+"""`custom-diffusion sample`"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..concept.file import read_concept
+from .models import DEFAULTS, DTYPES, add_model_options, load, recipe_for
+
+
+def add_to(commands: Any) -> None:
+    draw = commands.add_parser("sample", help="draw pictures, with a concept or without")
+    add_model_options(draw)
+    draw.add_argument("--prompt", required=True)
+    draw.add_argument("--concept", type=Path)
+    draw.add_argument("--unet", type=Path, help="a whole UNet that was trained here")
+    draw.add_argument("--strength", type=float, default=1.0)
+    draw.add_argument("--count", type=int, default=1)
+    draw.add_argument("--resolution", type=int, help=f"default {DEFAULTS.resolution}")
+    draw.add_argument("--seed", type=int, default=0)
+    draw.add_argument("--output", type=Path, default=Path("sample.png"))
+    draw.set_defaults(command=sample_command)
+
+
+def sample_command(options: argparse.Namespace) -> None:
+    from ..host.diffusers import load_network, sample, side_by_side
+
+    pipeline = load(options.model, options.device, DTYPES[options.precision])
+    if options.unet:
+        load_network(pipeline, options.unet)
+    concept = read_concept(options.concept) if options.concept else None
+    pictures = sample(
+        pipeline,
+        [options.prompt] * options.count,
+        concept,
+        strength=options.strength,
+        resolution=options.resolution or recipe_for(options.model).resolution,
+        seeds=range(options.seed, options.seed + options.count),
+    )
+    side_by_side(pictures).save(options.output)
+    print(f"saved {options.output}")

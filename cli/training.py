@@ -1,0 +1,206 @@
+"""`custom-diffusion train`"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, get_args
+
+from tqdm import tqdm
+
+from ..concept.errors import ConfigError
+from ..concept.file import read_concept
+from ..concept.prompts import DEFAULT_TEMPLATE, STYLE_TEMPLATE
+from ..trainer.config import Fit, GradientCut
+from ..trainer.data import TrainingConcept, instance_caption, load_folder
+from ..trainer.loop import Event, MemoryShort, StepDone, train
+from ..trainer.methods import METHODS
+from ..trainer.network_file import fold_in, write_network
+from ..trainer.prepare import prepare
+from .models import DEFAULTS, DTYPES, add_model_options, load, recipe_for
+from .output import check_new, progress, save
+
+_RECIPE = (
+    "rank",
+    "steps",
+    "batch_size",
+    "micro_batch_size",
+    "learning_rate",
+    "resolution",
+    "gradient_cut",
+    "fit",
+)
+
+
+def add_to(commands: Any) -> None:
+    teach = commands.add_parser(
+        "train",
+        help="teach concepts from folders of pictures",
+        description="Teaches a concept, or several together into one file: then give as many "
+        "class nouns and tokens as folders. The defaults are Stable Diffusion's; the miniature has "
+        "its own steps, batch, rate and resolution.",
+    )
+    add_model_options(teach)
+    teach.add_argument(
+        "--images", type=Path, nargs="+", required=True, help="folder of 4 to 20 pictures"
+    )
+    teach.add_argument(
+        "--class-noun", nargs="+", required=True, help="everyday word for the thing: cat"
+    )
+    teach.add_argument(
+        "--token", nargs="+", help="its new word, default <new1>; '' teaches the class noun itself"
+    )
+    teach.add_argument("--initializer", nargs="+", help="word the token starts from")
+    teach.add_argument(
+        "--regularization", type=Path, nargs="+", help="folder of ordinary class pictures"
+    )
+    teach.add_argument(
+        "--start",
+        type=Path,
+        metavar="CONCEPT",
+        help="go on from a concept: with its own token, or with another to learn one more",
+    )
+    teach.add_argument("--style", action="store_true", help="they are styles; class noun: art")
+    teach.add_argument(
+        "--method",
+        choices=METHODS,
+        default=DEFAULTS.method,
+        help="; ".join(f"{name}: {method.description}" for name, method in METHODS.items()),
+    )
+    teach.add_argument("--rank", type=int, help=f"of low-rank, default {DEFAULTS.rank}")
+    teach.add_argument("--steps", type=int, help=f"default {DEFAULTS.steps}, or the method's own")
+    teach.add_argument("--batch-size", type=int, help=f"default {DEFAULTS.batch_size}")
+    teach.add_argument(
+        "--micro-batch-size", type=int, help="pictures computed at once; default all of a step"
+    )
+    teach.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="less memory, about a third slower; comes by itself when memory runs out",
+    )
+    teach.add_argument("--learning-rate", type=float, help="default: the method's own")
+    teach.add_argument("--resolution", type=int, help=f"default {DEFAULTS.resolution}")
+    teach.add_argument("--gradient-cut", choices=get_args(GradientCut))
+    teach.add_argument("--no-augment", action="store_true", help="no random sizes")
+    teach.add_argument("--no-flip", action="store_true", help="no mirrored views")
+    teach.add_argument("--fit", choices=get_args(Fit), help="of pictures that are not square")
+    teach.add_argument("--seed", type=int, default=DEFAULTS.seed)
+    teach.add_argument("--output", type=Path, default=Path("concept.safetensors"))
+    teach.set_defaults(command=train_command)
+
+
+def train_command(options: argparse.Namespace) -> None:
+    from ..host.diffusers import borrowed_models
+
+    network = options.output.with_name(f"{options.output.stem}-unet.safetensors")
+    check_new(options.output)
+    whole_network = METHODS[options.method].whole_network
+    if whole_network:
+        check_new(network)
+    given = {name: getattr(options, name) for name in _RECIPE}
+    config = replace(
+        recipe_for(options.model, options.method),
+        method=options.method,
+        **{name: value for name, value in given.items() if value is not None},
+        gradient_checkpointing=options.gradient_checkpointing,
+        augment=not options.no_augment,
+        flip=not options.no_flip,
+        preview_every_steps=0,
+        seed=options.seed,
+    )
+    concepts = _training_concepts(options)
+    start = read_concept(options.start) if options.start else None
+    pipeline = load(options.model, options.device, DTYPES[options.precision])
+    with borrowed_models(pipeline) as models:
+        with tqdm(desc="encoding pictures", unit="view") as bar:
+            banks = [
+                prepare(one, config, models.latent_encoder, models.text_encoder, progress(bar))
+                for one in concepts
+            ]
+        with (
+            tqdm(total=config.steps, desc="training", unit="step") as bar,
+            _stop_on_interrupt() as stopped,
+        ):
+            result = train(
+                config,
+                concepts,
+                banks,
+                models.denoiser,
+                models.text_encoder,
+                start=start,
+                should_stop=stopped,
+                on_event=lambda event: _show(event, bar),
+            )
+        if result.provenance["steps"] == 0:
+            print("stopped before the first step: nothing was learnt, nothing was saved")
+            return
+        if whole_network:
+            result = fold_in(models.denoiser, result)
+            write_network(models.denoiser.network, network)
+            print(f"saved {network} ({network.stat().st_size / 1e6:.1f} MB): the whole UNet")
+    save(result, options.output)
+
+
+def _training_concepts(options: argparse.Namespace) -> list[TrainingConcept]:
+    """One for each folder of pictures."""
+    count = len(options.images)
+    tokens = options.token or [f"<new{number}>" for number in range(1, count + 1)]
+    initializers = options.initializer or [""] * count
+    regularizations = options.regularization or [None] * count
+    for name, values in (
+        ("class nouns", options.class_noun),
+        ("tokens", tokens),
+        ("initializers", initializers),
+        ("regularization folders", regularizations),
+    ):
+        if len(values) != count:
+            raise ConfigError(
+                f"{len(values)} {name} were given for {count} folders of pictures. Give one for "
+                f"each."
+            )
+    template = STYLE_TEMPLATE if options.style else DEFAULT_TEMPLATE
+    return [
+        TrainingConcept(
+            images=load_folder(folder, instance_caption(token, noun, template)),
+            class_noun=noun,
+            token=token,
+            initializer=initializer,
+            regularization=load_folder(others, instance_caption("", noun, template))
+            if others
+            else (),
+            template=template,
+        )
+        for folder, noun, token, initializer, others in zip(
+            options.images, options.class_noun, tokens, initializers, regularizations, strict=True
+        )
+    ]
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C asks once for an orderly stop, which saves; a second one interrupts as usual."""
+    asked = threading.Event()
+
+    def ask(_signal: int, _frame: FrameType | None) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _show(event: Event, bar: tqdm[None]) -> None:
+    if isinstance(event, StepDone):
+        bar.set_postfix(loss=f"{event.loss:.4f}", refresh=False)
+        bar.update(event.step - bar.n)
+    elif isinstance(event, MemoryShort):
+        bar.write(event.text())
