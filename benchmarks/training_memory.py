@@ -8,7 +8,7 @@ and the copy of the model that ComfyUI keeps for sampling.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -99,11 +99,11 @@ class _Denoiser(DiffusersDenoiser):
 
 
 class Kept:
-    """What autograd keeps for the backward pass, each storage once."""
+    """What autograd keeps for the backward pass, each storage once, and no weight."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Iterable[Tensor]) -> None:
         self.bytes = 0
-        self._storages: dict[int, Tensor] = {}
+        self._storages = {weight.untyped_storage()._cdata: weight for weight in weights}
 
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -114,8 +114,8 @@ class Kept:
 
 
 @contextmanager
-def counted() -> Iterator[Kept]:
-    kept = Kept()
+def counted(denoiser: _Denoiser, projections: KeyValueProjections) -> Iterator[Kept]:
+    kept = Kept([*denoiser.network.parameters(), *_tensors(projections)])
     with (
         mock.patch.object(F, "scaled_dot_product_attention", _fused_attention),
         torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor),
@@ -137,10 +137,8 @@ def measure(name: str, shape: Shape) -> Iterator[Memory]:
     }
     for method, make in methods.items():
         projections = make()
-        held = [v for v in vars(projections).values() if isinstance(v, Tensor)]
-        parameters = projections.parameters()
-        constants = sum(t.nbytes for t in held if all(t is not p for p in parameters))
-        trained = 4 * sum(p.nbytes for p in parameters) + constants
+        learnt = 4 * sum(p.nbytes for p in projections.parameters())
+        trained = learnt + sum(t.nbytes for t in _tensors(projections) if not t.requires_grad)
         inside = _inside_of_blocks(denoiser, projections, shape)
         yield Memory(
             name,
@@ -156,7 +154,7 @@ def _kept(
     denoiser: _Denoiser, projections: KeyValueProjections, shape: Shape, checkpointing: bool
 ) -> int:
     blocks = checkpointed(denoiser.network, denoiser.blocks) if checkpointing else nullcontext()
-    with blocks, counted() as kept:
+    with blocks, counted(denoiser, projections) as kept:
         _predict(denoiser, projections, shape)
     return kept.bytes
 
@@ -167,7 +165,7 @@ def _inside_of_blocks(
     """What each block keeps, when nothing is checkpointed."""
     before: dict[Any, int] = {}
     sizes: list[int] = []
-    with counted() as kept:
+    with counted(denoiser, projections) as kept:
         hooks = []
         for path in denoiser.blocks:
             block = denoiser.network.get_submodule(path)
@@ -189,6 +187,10 @@ def _predict(denoiser: _Denoiser, projections: KeyValueProjections, shape: Shape
     context = torch.empty(1, 77, width, device="meta", requires_grad=True)
     with projections.installed():
         projections.predict(latents, timesteps, context)
+
+
+def _tensors(projections: KeyValueProjections) -> list[Tensor]:
+    return [value for value in vars(projections).values() if isinstance(value, Tensor)]
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
