@@ -140,7 +140,8 @@ def _from_tensors(
                 f"{len(values)} {name} were given for {len(pictures)} pictures. Give one for each, "
                 "or none."
             )
-    texts = list(captions) or [default] * len(pictures)
+    # ComfyUI's loader of folders leaves a caption empty where there is no .txt file.
+    texts = [text.strip() or default for text in captions or [""] * len(pictures)]
     return tuple(
         CaptionedImage(*parts)
         for parts in zip(pictures, texts, shades or [None] * len(pictures), strict=True)

@@ -30,6 +30,8 @@ def bench(
     base = tmp_path_factory.mktemp("main-job")
     for seed, name in enumerate(("cat", "dog", "regularization")):
         draw_pictures(base / "input" / name, seed=seed)
+    draw_pictures(base / "input" / "captioned")
+    (base / "input" / "captioned" / "0.txt").write_text("a drawing of a <new1> cat")
     text = "\n".join(regularization_captions(120))
     (base / "input" / "captions.txt").write_text(text, encoding="utf-8")
     checkpoint = checkpoints / "sd15.safetensors"
@@ -171,6 +173,19 @@ def test_connected_images_and_captions_teach_too(bench: ComfyServer) -> None:
     assert (
         read_concept(concepts(bench) / "from-images.safetensors").provenance["instance_images"] == 3
     )
+
+
+def test_a_dataset_of_comfyui_brings_its_captions(bench: ComfyServer) -> None:
+    """Its list of texts has an empty one where a picture has no caption."""
+    folder = bench.input / "captioned"
+    graph = teach("from-dataset", "none", "cat", "<new1>", steps=1)
+    data = graph["from-dataset-data"]["inputs"]
+    data["images"], data["captions"] = ["dataset", 0], ["dataset", 1]
+    graph["dataset"] = node("LoadImageTextDataSetFromFolder", folder=folder.name)
+    bench.run(graph)
+    (folder / "0.txt").write_text("a drawing of a cat")
+    with pytest.raises(ComfyPromptError, match=r"'a drawing of a cat'.* does not contain"):
+        bench.run(graph)
 
 
 def test_interrupting_saves_what_was_learnt(bench: ComfyServer) -> None:
