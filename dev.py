@@ -21,6 +21,7 @@ STRICTLY_TYPED = [
     "merge",
     "trainer",
     "host.clip_text",
+    "host.clip_pair",
     "host.diffusers",
     "host.open_clip_text",
     "host.open_clip_vocabulary",

@@ -80,24 +80,6 @@ class Memory:
     kept_checkpointed: float
 
 
-class _Denoiser(DiffusersDenoiser):
-    """Also of SDXL, whose network asks for a pooled text feature and six sizes more."""
-
-    def predict(self, noisy_latents_bchw: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        count = len(noisy_latents_bchw)
-        more = {
-            "text_embeds": torch.empty(count, 1280, dtype=self.dtype, device="meta"),
-            "time_ids": torch.empty(count, 6, device="meta"),
-        }
-        output = self.network(
-            noisy_latents_bchw.to(self.dtype),
-            timesteps,
-            encoder_hidden_states=context,
-            added_cond_kwargs=more,
-        )
-        return output.sample.float()  # type: ignore[no-any-return]
-
-
 class Kept:
     """What autograd keeps for the backward pass, each storage once, and no weight."""
 
@@ -114,7 +96,7 @@ class Kept:
 
 
 @contextmanager
-def counted(denoiser: _Denoiser, projections: KeyValueProjections) -> Iterator[Kept]:
+def counted(denoiser: DiffusersDenoiser, projections: KeyValueProjections) -> Iterator[Kept]:
     kept = Kept([*denoiser.network.parameters(), *_tensors(projections)])
     with (
         mock.patch.object(F, "scaled_dot_product_attention", _fused_attention),
@@ -129,7 +111,7 @@ def measure(name: str, shape: Shape) -> Iterator[Memory]:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**shape.unet).eval().requires_grad_(False)
     torch.set_default_dtype(before)
-    denoiser = _Denoiser(unet, DDPMScheduler(), vae=None)
+    denoiser = DiffusersDenoiser(unet, DDPMScheduler(), vae=None)
     frozen = sum(p.nbytes for p in unet.parameters()) + 4 * shape.text_weights
     methods: dict[str, Callable[[], KeyValueProjections]] = {
         "custom diffusion": lambda: DenseProjections(denoiser, {}),
@@ -151,7 +133,7 @@ def measure(name: str, shape: Shape) -> Iterator[Memory]:
 
 
 def _kept(
-    denoiser: _Denoiser, projections: KeyValueProjections, shape: Shape, checkpointing: bool
+    denoiser: DiffusersDenoiser, projections: KeyValueProjections, shape: Shape, checkpointing: bool
 ) -> int:
     blocks = checkpointed(denoiser.network, denoiser.blocks) if checkpointing else nullcontext()
     with blocks, counted(denoiser, projections) as kept:
@@ -160,7 +142,7 @@ def _kept(
 
 
 def _inside_of_blocks(
-    denoiser: _Denoiser, projections: KeyValueProjections, shape: Shape
+    denoiser: DiffusersDenoiser, projections: KeyValueProjections, shape: Shape
 ) -> list[int]:
     """What each block keeps, when nothing is checkpointed."""
     before: dict[Any, int] = {}
@@ -179,14 +161,16 @@ def _inside_of_blocks(
     return sizes
 
 
-def _predict(denoiser: _Denoiser, projections: KeyValueProjections, shape: Shape) -> None:
+def _predict(denoiser: DiffusersDenoiser, projections: KeyValueProjections, shape: Shape) -> None:
     """One picture, with a context that learns: the graph stays until the counting is over."""
     latents = torch.empty(1, 4, shape.latent_edge, shape.latent_edge, device="meta")
     timesteps = torch.empty(1, dtype=torch.long, device="meta")
-    width = denoiser.family.context_width
-    context = torch.empty(1, 77, width, device="meta", requires_grad=True)
+    family = denoiser.family
+    context = torch.empty(1, 77, family.context_width, device="meta", requires_grad=True)
+    pooled = torch.empty(1, family.pooled_width, device="meta", requires_grad=True)
+    sizes = torch.empty(1, 6, dtype=torch.long, device="meta")
     with projections.installed():
-        projections.predict(latents, timesteps, context)
+        projections.predict(latents, timesteps, context, pooled, sizes)
 
 
 def _tensors(projections: KeyValueProjections) -> list[Tensor]:

@@ -30,7 +30,9 @@ def add_to(commands: Any) -> None:
     add_model_options(regularize)
     regularize.add_argument("--class-noun", required=True)
     regularize.add_argument("--count", type=int, default=200)
-    regularize.add_argument("--resolution", type=int, help=f"default {DEFAULTS.resolution}")
+    regularize.add_argument(
+        "--resolution", type=int, help=f"default {DEFAULTS.resolution}; take 1024 for SDXL"
+    )
     regularize.add_argument("--steps", type=int, default=25, help="of the sampler, DDIM")
     regularize.add_argument("--guidance", type=float, default=6.0)
     regularize.add_argument("--seed", type=int, default=0)

@@ -18,7 +18,9 @@ def add_to(commands: Any) -> None:
     draw.add_argument("--unet", type=Path, help="a whole UNet that was trained here")
     draw.add_argument("--strength", type=float, default=1.0)
     draw.add_argument("--count", type=int, default=1)
-    draw.add_argument("--resolution", type=int, help=f"default {DEFAULTS.resolution}")
+    draw.add_argument(
+        "--resolution", type=int, help=f"default {DEFAULTS.resolution}; take 1024 for SDXL"
+    )
     draw.add_argument("--seed", type=int, default=0)
     draw.add_argument("--output", type=Path, default=Path("sample.png"))
     draw.set_defaults(command=sample_command)

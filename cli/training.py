@@ -85,7 +85,9 @@ def add_to(commands: Any) -> None:
         help="less memory, about a third slower; comes by itself when memory runs out",
     )
     teach.add_argument("--learning-rate", type=float, help="default: the method's own")
-    teach.add_argument("--resolution", type=int, help=f"default {DEFAULTS.resolution}")
+    teach.add_argument(
+        "--resolution", type=int, help=f"default {DEFAULTS.resolution}; take 1024 for SDXL"
+    )
     teach.add_argument("--gradient-cut", choices=get_args(GradientCut))
     teach.add_argument("--no-augment", action="store_true", help="no random sizes")
     teach.add_argument("--no-flip", action="store_true", help="no mirrored views")

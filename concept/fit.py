@@ -7,6 +7,15 @@ from .errors import IncompatibleModelError
 from .layers import Family
 
 
+def check_text_width(width: int, family: Family) -> None:
+    """Raises IncompatibleModelError when a model of the family reads features of another width."""
+    if width != family.context_width:
+        raise IncompatibleModelError(
+            f"The CLIP given makes text features of width {width}; this model is {family.title} "
+            f"and reads {family.context_width}. Connect the CLIP of the model's own checkpoint."
+        )
+
+
 def check_fit(concept: Concept, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises IncompatibleModelError unless the model has every projection that the concept changes.
 

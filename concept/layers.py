@@ -32,6 +32,9 @@ class Family:
     """Embedding width of each text encoder, by its name in embedding files (`clip_l`)."""
     architecture: str
     """Value of `modelspec.architecture`."""
+    pooled_width: int = 0
+    """Width of the one row a text that the UNet reads beside the context, with six sizes of the
+    picture; 0 where it reads neither."""
 
 
 FAMILIES = {
@@ -45,6 +48,7 @@ FAMILIES = {
             2048,
             {"clip_l": 768, "clip_g": 1280},
             "stable-diffusion-xl-v1",
+            pooled_width=1280,
         ),
         # Our own test bed (`miniature/`); never met in ComfyUI.
         Family("miniature", "The miniature", 128, {"clip_l": 128}, "custom-diffusion-miniature"),

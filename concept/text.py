@@ -2,10 +2,19 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+
+class TextFeatures(NamedTuple):
+    """All that a UNet reads of texts."""
+
+    context: Tensor
+    """(b, n, d), for cross-attention"""
+    pooled: Tensor | None = None
+    """(b, w), each text as one row; None where the model reads none"""
 
 
 class TextEncoder(Protocol):
@@ -27,11 +36,20 @@ class TextEncoder(Protocol):
         ...
 
     def pad(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
-        """Ids (b, context_length), padded as the model was trained."""
+        """Ids (b, context_length), padded as the model was trained.
+
+        Of two encoders that pad in different ways (b, 2, context_length).
+        """
         ...
 
     def encode(self, token_ids: Tensor) -> Tensor:
-        """Ids (b, n) → features (b, n, context_width), float32."""
+        """Ids as they are, (b, n), or as `pad` returns them → features (b, n, context_width),
+        float32.
+        """
+        ...
+
+    def encode_with_pooled(self, token_ids: Tensor) -> TextFeatures:
+        """The same, and the pooled feature of models that read one (`Family.pooled_width`)."""
         ...
 
     def with_tokens(self, embeddings: Mapping[str, Mapping[str, Tensor]]) -> "TextEncoder":

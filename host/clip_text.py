@@ -16,17 +16,20 @@ from torch import Tensor, nn
 
 from ..concept.errors import TokenError
 from ..concept.prompts import split_at_tokens
+from ..concept.text import TextFeatures
 
 
 class ClipTextEncoder:
     """One CLIP text model with its tokenizer; fulfils `concept.text.TextEncoder`.
 
     Args:
-        name: how embedding files call this encoder, `clip_l` or `clip_h`.
-        model: a `transformers.CLIPTextModel`; only borrowed while it encodes.
+        name: how embedding files call this encoder: `clip_l`, `clip_h` or `clip_g`.
+        model: a `transformers.CLIPTextModel`, or a `CLIPTextModelWithProjection`, which has a
+            pooled feature as well; only borrowed while it encodes.
         tokenizer: a `transformers.CLIPTokenizer`, called with text.
         pad_id: id after the end of text: the end token itself (SD 1.x) or 0 (SD 2.x).
         hidden_layer: None for the last layer; -2 for the last but one, and so on ("clip skip").
+        normed: whether the final norm is applied to a hidden layer; not so in SDXL.
     """
 
     def __init__(
@@ -37,13 +40,14 @@ class ClipTextEncoder:
         *,
         pad_id: int,
         hidden_layer: int | None = None,
+        normed: bool = True,
         embeddings: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.name = name
         self.context_width = int(model.config.hidden_size)
         self.context_length = int(model.config.max_position_embeddings)
         self._model, self._tokenizer = model, tokenizer
-        self._pad_id, self._hidden_layer = pad_id, hidden_layer
+        self._pad_id, self._hidden_layer, self._normed = pad_id, hidden_layer, normed
         self._embeddings = dict(embeddings or {})
         self._word_ids: dict[str, list[int]] = {}
         next_id = self._vocabulary.num_embeddings
@@ -54,6 +58,11 @@ class ClipTextEncoder:
     def to(self, device: torch.device) -> None:
         """Moves the text model to the device that trains."""
         self._model.to(device)
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """The new words it knows, in order, with how many vectors each has."""
+        return {token: len(ids) for token, ids in self._word_ids.items()}
 
     def tokenize(self, prompt: str) -> list[int]:
         start, end = self._tokenizer("")["input_ids"]
@@ -71,6 +80,9 @@ class ClipTextEncoder:
         return torch.tensor([[*ids, *[self._pad_id] * (length - len(ids))] for ids in token_ids])
 
     def encode(self, token_ids: Tensor) -> Tensor:
+        return self.encode_with_pooled(token_ids).context
+
+    def encode_with_pooled(self, token_ids: Tensor) -> TextFeatures:
         model, vocabulary = self._model, self._vocabulary
         model.set_input_embeddings(_ExtendedEmbedding(vocabulary, list(self._embeddings.values())))
         try:
@@ -80,11 +92,24 @@ class ClipTextEncoder:
             )
         finally:
             model.set_input_embeddings(vocabulary)
-        if self._hidden_layer is None:
-            return output.last_hidden_state.float()  # type: ignore[no-any-return]
-        hidden = output.hidden_states[self._hidden_layer]
-        final_norm: nn.LayerNorm = text_transformer(model).final_layer_norm
-        return final_norm(hidden).float()  # type: ignore[no-any-return]
+        context = output.last_hidden_state
+        if self._hidden_layer is not None:
+            context = output.hidden_states[self._hidden_layer]
+            if self._normed:
+                context = text_transformer(model).final_layer_norm(context)
+        pooled = self._pooled(token_ids, output.last_hidden_state)
+        return TextFeatures(context.float(), pooled)
+
+    def _pooled(self, token_ids: Tensor, last: Tensor) -> Tensor | None:
+        """The end of text after the last layer and its norm, projected: (b, w)."""
+        projection = getattr(self._model, "text_projection", None)
+        if projection is None:
+            return None
+        # The first end of text: padding may look the same, and new words have higher ids.
+        _, end = self._tokenizer("")["input_ids"]
+        position = (token_ids.to(last.device) == end).int().argmax(-1)
+        rows = last[torch.arange(len(last), device=last.device), position]
+        return projection(rows).float()  # type: ignore[no-any-return]
 
     def with_tokens(self, embeddings: Mapping[str, Mapping[str, Tensor]]) -> ClipTextEncoder:
         new = embeddings.get(self.name, {})
@@ -100,6 +125,7 @@ class ClipTextEncoder:
             self._tokenizer,
             pad_id=self._pad_id,
             hidden_layer=self._hidden_layer,
+            normed=self._normed,
             embeddings={**self._embeddings, **new},
         )
 
@@ -113,7 +139,7 @@ class ClipTextEncoder:
 
     def fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
-        settings = (self.name, self._pad_id, self._hidden_layer, self._word_ids)
+        settings = (self.name, self._pad_id, self._hidden_layer, self._normed, self._word_ids)
         digest.update(repr(settings).encode())
         weights = text_transformer(self._model).state_dict()
         for tensor in [*weights.values(), *self._embeddings.values()]:

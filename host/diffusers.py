@@ -4,6 +4,7 @@ pipeline.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,9 +28,11 @@ from ..concept.layers import (
     is_projection,
     layer_from_diffusers,
 )
+from ..concept.text import TextEncoder
 from ..trainer.config import LATENT_PIXELS
 from ..trainer.protocols import Prediction
 from ..trainer.sampling import ddim_sample
+from .clip_pair import ClipTextEncoderPair
 from .clip_text import ClipTextEncoder
 
 _BLOCK = re.compile(r"\.(resnets|attentions)\.\d+$")
@@ -46,14 +49,22 @@ class DiffusersDenoiser:
         if unet.config.get("layers_per_block", 2) != 2:
             raise IncompatibleModelError(
                 f"This UNet has {unet.config.layers_per_block} layers a block; every Stable "
-                f"Diffusion has 2, and concepts are named after those. Load an SD 1.x or 2.x UNet."
+                f"Diffusion has 2, and concepts are named after those. Load the UNet of SD 1.x, "
+                f"SD 2.x or SDXL."
             )
         if not self.projections or not isinstance(unet.config.cross_attention_dim, int):
             raise IncompatibleModelError(
                 f"{type(unet).__name__} has no cross-attention with key and value projections. "
-                f"Custom Diffusion needs a Stable Diffusion 1.x or 2.x UNet."
+                f"Custom Diffusion needs the UNet of Stable Diffusion 1.x, 2.x or XL."
             )
         self.family = family_of_width(unet.config.cross_attention_dim)
+        beside = unet.config.get("addition_embed_type")
+        if beside != ("text_time" if self.family.pooled_width else None):
+            raise IncompatibleModelError(
+                f"This UNet reads text features of {self.family.title}, and beside them "
+                f"{beside or 'nothing'}. SDXL's reads 'text_time', that of SD 1.x or 2.x nothing; "
+                f"load one of these."
+            )
         if scheduler.config.prediction_type not in _PREDICTIONS:
             raise IncompatibleModelError(
                 f"The scheduler predicts {scheduler.config.prediction_type!r}; "
@@ -69,11 +80,23 @@ class DiffusersDenoiser:
         self.dtype: torch.dtype = unet.conv_in.weight.dtype
         self._vae = vae
 
-    def predict(self, noisy_latents_bchw: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    def predict(
+        self,
+        noisy_latents_bchw: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        pooled: Tensor | None = None,
+        sizes: Tensor | None = None,
+    ) -> Tensor:
+        beside = None
+        if self.family.pooled_width:
+            assert pooled is not None and sizes is not None, "this UNet reads both"
+            beside = {"text_embeds": pooled.to(self.dtype), "time_ids": sizes}
         output = self.network(
             noisy_latents_bchw.to(self.dtype),
             timesteps,
             encoder_hidden_states=context.to(self.dtype),
+            added_cond_kwargs=beside,
         )
         return output.sample.float()  # type: ignore[no-any-return]
 
@@ -103,42 +126,56 @@ class DiffusersModels:
     """A pipeline seen through the trainer's protocols."""
 
     denoiser: DiffusersDenoiser
-    text_encoder: ClipTextEncoder
+    text_encoder: TextEncoder
     latent_encoder: DiffusersLatentEncoder
 
 
 def load_pipeline(
     folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Any:
-    """A Stable Diffusion pipeline from a folder in diffusers' layout.
+    """A pipeline of Stable Diffusion 1.x, 2.x or XL from a folder in diffusers' layout.
 
     Frozen weights compute in `dtype`; the UNet's key and value projections keep float32, from which
-    they are trained.
+    they are trained, and so does SDXL's autoencoder, whose numbers grow too large for half
+    precision.
     """
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    if not (Path(folder) / "model_index.json").is_file():
+    index = Path(folder) / "model_index.json"
+    if not index.is_file():
         raise IncompatibleModelError(
             f"{folder} is no Stable Diffusion pipeline in diffusers' layout: it has no "
             f"model_index.json. Give the folder of a downloaded pipeline."
         )
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            str(folder),
-            safety_checker=None,
-            requires_safety_checker=False,
-            local_files_only=True,
-        )
+        kind = json.loads(index.read_text()).get("_class_name")
+        if kind == "StableDiffusionXLPipeline":
+            pipeline = StableDiffusionXLPipeline.from_pretrained(
+                str(folder), add_watermarker=False, local_files_only=True
+            )
+        elif kind == "StableDiffusionPipeline":
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                str(folder),
+                safety_checker=None,
+                requires_safety_checker=False,
+                local_files_only=True,
+            )
+        else:
+            raise ValueError(
+                f"it is a {kind}; needed is a StableDiffusionPipeline or a "
+                f"StableDiffusionXLPipeline, not a refiner"
+            )
     except (OSError, ValueError) as error:
         raise IncompatibleModelError(
-            f"{folder} could not be loaded as a Stable Diffusion 1.x or 2.x pipeline ({error}). "
-            f"Download it again, or give another one."
+            f"{folder} could not be loaded as a pipeline of Stable Diffusion 1.x, 2.x or XL "
+            f"({error}). Download it again, or give another one."
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     exact = {path: module.weight.detach() for path, module in _projections(pipeline.unet)}
     pipeline.unet.to(dtype)
-    pipeline.vae.to(dtype)
+    if not text_family(pipeline).pooled_width:
+        pipeline.vae.to(dtype)
     for path, weight in exact.items():
         pipeline.unet.get_submodule(path).weight.data = weight
     return pipeline
@@ -158,7 +195,7 @@ def load_network(pipeline: Any, path: Path) -> None:
 @contextmanager
 def borrowed_models(pipeline: Any) -> Iterator[DiffusersModels]:
     """The pipeline's models, frozen while the context lasts and as before afterwards."""
-    modules = (pipeline.unet, pipeline.text_encoder, pipeline.vae)
+    modules = (pipeline.unet, *_text_models(pipeline), pipeline.vae)
     flags = [(p, p.requires_grad) for module in modules for p in module.parameters()]
     modes = [(part, part.training) for module in modules for part in module.modules()]
     try:
@@ -177,24 +214,37 @@ def borrowed_models(pipeline: Any) -> Iterator[DiffusersModels]:
 
 
 def text_family(pipeline: Any) -> Family:
-    """The model family, from the width of the text encoder."""
-    return family_of_width(pipeline.text_encoder.config.hidden_size)
+    """The model family, from the width of its text features."""
+    return family_of_width(sum(model.config.hidden_size for model in _text_models(pipeline)))
 
 
-def text_encoder(pipeline: Any) -> ClipTextEncoder:
-    """The pipeline's text encoder with its tokenizer."""
-    return ClipTextEncoder(
-        next(iter(text_family(pipeline).text_encoders)),
-        pipeline.text_encoder,
-        pipeline.tokenizer,
-        pad_id=pipeline.tokenizer.pad_token_id,
+def text_encoder(pipeline: Any) -> TextEncoder:
+    """The pipeline's text encoder with its tokenizer, or both of SDXL's as one."""
+    family = text_family(pipeline)
+    if not family.pooled_width:
+        (name,) = family.text_encoders
+        tokenizer = pipeline.tokenizer
+        return ClipTextEncoder(
+            name, pipeline.text_encoder, tokenizer, pad_id=tokenizer.pad_token_id
+        )
+    first, second = (
+        ClipTextEncoder(
+            name, model, tokenizer, pad_id=tokenizer.pad_token_id, hidden_layer=-2, normed=False
+        )
+        for name, model, tokenizer in zip(
+            family.text_encoders,
+            _text_models(pipeline),
+            (pipeline.tokenizer, pipeline.tokenizer_2),
+            strict=True,
+        )
     )
+    return ClipTextEncoderPair(first, second)
 
 
 @contextmanager
 def applied_concept(
     pipeline: Any, concept: Concept | None, strength: float = 1.0
-) -> Iterator[ClipTextEncoder]:
+) -> Iterator[TextEncoder]:
     """The pipeline with a concept added to its UNet; yields a text encoder that knows the tokens.
 
     Afterwards every weight is bit for bit what it was. Without a concept it is the base model.
@@ -244,8 +294,8 @@ def sample(
         applied_concept(pipeline, concept, strength) as encoder,
         borrowed_models(pipeline) as models,
     ):
-        context, nothing = (
-            encoder.encode(encoder.pad([encoder.tokenize(text) for text in texts]))
+        text, nothing = (
+            encoder.encode_with_pooled(encoder.pad([encoder.tokenize(prompt) for prompt in texts]))
             for texts in (prompts, [""] * len(prompts))
         )
         edge = resolution // LATENT_PIXELS
@@ -259,7 +309,7 @@ def sample(
         latents = ddim_sample(
             models.denoiser.predict,
             noise.to(models.denoiser.device),
-            context,
+            text,
             nothing,
             models.denoiser.alphas_cumprod,
             models.denoiser.prediction,
@@ -273,6 +323,11 @@ def side_by_side(images_bhwc: Tensor) -> Image.Image:
     """Pictures in 0..1 as one."""
     row = torch.cat(list(images_bhwc), dim=1)
     return Image.fromarray((row * 255).round().byte().numpy())
+
+
+def _text_models(pipeline: Any) -> list[Any]:
+    models = pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)
+    return [model for model in models if model is not None]
 
 
 def _projections(unet: Any) -> list[tuple[str, Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..concept.concept import Concept, DenseDelta
 from ..concept.prompts import subject
-from ..host.clip_text import ClipTextEncoder
+from ..concept.text import TextEncoder
 from ..host.diffusers import (
     DiffusersModels,
     borrowed_models,
@@ -102,7 +102,7 @@ class Laboratory:
         self._reference: dict[str, Tensor] = {}
 
     @cached_property
-    def encoder(self) -> ClipTextEncoder:
+    def encoder(self) -> TextEncoder:
         return text_encoder(self.pipeline)
 
     @cached_property

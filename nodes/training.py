@@ -22,7 +22,7 @@ def _resolution() -> io.Int.Input:
         min=64,
         max=2048,
         step=8,
-        tooltip="512 for SD 1.x and 2.x base, 768 for SD 2.1 768.",
+        tooltip="512 for SD 1.x and 2.x base, 768 for SD 2.1 768, 1024 for SDXL.",
     )
 
 
@@ -218,7 +218,9 @@ class CustomDiffusionTrain(io.ComfyNode):
             search_aliases=["train", "finetune", "dreambooth", "textual inversion"],
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="SD 1.x or 2.x. It is copied, never changed."),
+                io.Model.Input(
+                    "model", tooltip="SD 1.x, SD 2.x or SDXL. It is copied, never changed."
+                ),
                 io.Clip.Input("clip", tooltip="The text encoder of the same checkpoint."),
                 io.Vae.Input("vae"),
                 io.Autogrow.Input(

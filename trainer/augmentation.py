@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from .config import LATENT_PIXELS, Fit
 from .data import GREY, Picture
+from .protocols import Sizes
 
 SMALL_PREFIXES = ("very small", "far away")
 LARGE_PREFIXES = ("zoomed in", "close up")
@@ -40,6 +41,8 @@ class View:
     """(S/8, S/8) in 0..1: how much the loss counts"""
     prefix: str
     """Words before the caption, or nothing"""
+    sizes: Sizes
+    """Where it comes from. A picture that is smaller than the view counts as not cropped."""
 
 
 def whole_view(picture: Picture, size: int, flip: bool = False, fit: Fit = "crop") -> View:
@@ -85,12 +88,14 @@ def _view(
     left, top, edge = square
     image, mask = picture.image, picture.mask
     width, height = image.size
+    cut_x = cut_y = 0  # of the picture at the size it is seen
     if fit == "crop":
         shorter = min(image.size)
         x, y = (width - shorter) // 2, (height - shorter) // 2
         box = (x, y, x + shorter, y + shorter)
         image, mask = image.crop(box), mask and mask.crop(box)
         width = height = edge
+        cut_x, cut_y = x * edge // shorter, y * edge // shorter
     else:
         width, height = (max(round(edge * side / max(image.size)), 1) for side in image.size)
         left, top = left + (edge - width) // 2, top + (edge - height) // 2
@@ -106,7 +111,9 @@ def _view(
         shades.paste(mask.resize((width, height), Image.Resampling.BILINEAR), (left, top))
         whole = torch.from_numpy(np.array(shades, dtype=np.float32)) / 255
         counts *= functional.avg_pool2d(whole[None], LATENT_PIXELS)[0]
-    return View(_to_tensor(canvas), counts, prefix)
+    crop = (max(cut_y - top, 0), max(cut_x - left, 0)) if edge >= size else (0, 0)
+    sizes = (picture.image.height, picture.image.width, *crop, size, size)
+    return View(_to_tensor(canvas), counts, prefix, sizes)
 
 
 def _inner_cells(start: int, edge: int, size: int) -> slice:

@@ -15,7 +15,7 @@ from ..concept.errors import DataError
 from .augmentation import View, random_view, whole_view
 from .config import LATENT_PIXELS, TrainConfig
 from .data import CaptionedImage, Picture, TrainingConcept
-from .protocols import LatentEncoder
+from .protocols import LatentEncoder, Sizes
 
 T = TypeVar("T")
 MOST_ELONGATED = 4
@@ -24,12 +24,15 @@ MOST_ELONGATED = 4
 
 @dataclass(frozen=True)
 class EncodedView:
-    """Mean and deviation (4, h, w) of a view's latents, its valid region (h, w) and its prompt."""
+    """Mean and deviation (4, h, w) of a view's latents, its valid region (h, w), its prompt, and
+    where it comes from.
+    """
 
     mean: Tensor
     deviation: Tensor
     mask: Tensor
     prompt: str
+    sizes: Sizes
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def encode_views(
         nonlocal done
         mean, deviation = encoder.moments(view.image_chw)
         on_progress(done := done + 1, total)
-        return EncodedView(mean, deviation, view.mask, prompt)
+        return EncodedView(mean, deviation, view.mask, prompt, view.sizes)
 
     views = [encode(prompt, view) for prompt, view in instance_views(concept, config)]
     instances = tuple(
@@ -118,6 +121,8 @@ class Batch:
     latents_bchw: Tensor
     masks_bhw: Tensor
     prompts: tuple[str, ...]
+    sizes: Tensor
+    """`Sizes` of each, (b, 6)"""
     prior: int
 
 
@@ -145,6 +150,7 @@ def batches(
             latents_bchw=mean + deviation * torch.randn(mean.shape, generator=generator),
             masks_bhw=torch.stack([view.mask for view in views]),
             prompts=tuple(view.prompt for view in views),
+            sizes=torch.tensor([view.sizes for view in views]),
             prior=prior,
         )
 

@@ -128,13 +128,15 @@ def train(
     def loss_of(
         noisy: Tensor,
         timesteps: Tensor,
-        features: Tensor,
+        context: Tensor,
+        pooled: Tensor | None,
+        sizes: Tensor,
         keep: Tensor | None,
         wanted: Tensor,
         masks: Tensor,
         weights: Tensor,
     ) -> Tensor:
-        prediction = projections.predict(noisy, timesteps, features, keep)
+        prediction = projections.predict(noisy, timesteps, context, pooled, sizes, keep=keep)
         return weights @ sample_losses(prediction, wanted, masks)
 
     stream = batches(banks, config, rng, generator)
@@ -146,14 +148,14 @@ def train(
             timesteps = torch.randint(
                 len(denoiser.alphas_cumprod), (config.batch_size,), generator=generator
             )
-            latents, noise, timesteps, masks = (
+            latents, noise, timesteps, masks, sizes = (
                 t.to(denoiser.device)
-                for t in (batch.latents_bchw, noise, timesteps, batch.masks_bhw)
+                for t in (batch.latents_bchw, noise, timesteps, batch.masks_bhw, batch.sizes)
             )
 
-            # Text, once for all samples: a leaf takes the gradients of its features.
-            context, keep = prompts.encode(batch.prompts)
-            features = context.detach().requires_grad_(context.requires_grad)
+            # Text, once for all samples: leaves take the gradients of its features.
+            text, keep = prompts.encode(batch.prompts)
+            context, pooled = (_leaf(features) for features in text)
 
             # Loss: denoising in the valid region, and prior preservation.
             noisy = add_noise(latents, noise, timesteps, denoiser.alphas_cumprod)
@@ -161,11 +163,11 @@ def train(
             weights = sample_weights(len(noisy), batch.prior, config.prior_weight).to(noisy)
 
             # Gradients: of the UNet, then through it of the text encoder.
-            samples = (noisy, timesteps, features, keep, wanted, masks, weights)
-            loss = backward(loss_of, samples, [*parameters, features])
+            samples = (noisy, timesteps, context, pooled, sizes, keep, wanted, masks, weights)
+            leaves = [leaf for leaf in (context, pooled) if leaf is not None]
+            loss = backward(loss_of, samples, [*parameters, *leaves])
             _check_finite(loss, len(losses) + 1, config, denoiser)
-            if features.grad is not None:
-                context.backward(features.grad)
+            _pass_on(leaves, [features for features in text if features is not None])
 
             # Update.
             if config.max_gradient_norm is not None:
@@ -185,6 +187,23 @@ def train(
     return _concept(
         config, training_concepts, start, denoiser, projections.base_hash, deltas, words, losses
     )
+
+
+def _leaf(features: Tensor | None) -> Tensor | None:
+    """The same numbers, as a tensor that gradients stop at."""
+    return None if features is None else features.detach().requires_grad_(features.requires_grad)
+
+
+def _pass_on(leaves: Sequence[Tensor], features: Sequence[Tensor]) -> None:
+    """Gradients that the leaves have taken, to what they were made from."""
+    reached = [
+        (made_from, leaf.grad)
+        for leaf, made_from in zip(leaves, features, strict=True)
+        if leaf.grad is not None
+    ]
+    if reached:
+        made_from, gradients = zip(*reached, strict=True)
+        torch.autograd.backward(made_from, gradients)
 
 
 def _concept(
@@ -241,12 +260,13 @@ def _preview(
 ) -> Tensor:
     """A sample from the same noise every time, so that previews of one run can be compared."""
     with torch.no_grad():
-        context, _ = prompts.encode([training_concept.prompt, ""])
+        text, _ = prompts.encode([training_concept.prompt])
+        nothing, _ = prompts.encode([""])
         latents = ddim_sample(
             projections.predict,
             noise.to(denoiser.device),
-            context[:1],
-            context[1:],
+            text,
+            nothing,
             denoiser.alphas_cumprod,
             denoiser.prediction,
         )

@@ -83,7 +83,14 @@ class KeyValueProjections(ABC):
                 slot.value = None
 
     def predict(
-        self, noisy_latents: Tensor, timesteps: Tensor, context: Tensor, keep: Tensor | None = None
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        pooled: Tensor | None = None,
+        sizes: Tensor | None = None,
+        *,
+        keep: Tensor | None = None,
     ) -> Tensor:
         """The network's prediction with these projections, while they are installed.
 
@@ -98,7 +105,7 @@ class KeyValueProjections(ABC):
             self._slots.values(), keys_values.split(self._sizes, -1), strict=True
         ):
             slot.value = part  # stays: activation checkpointing asks for it once more
-        return self._denoiser.predict(noisy_latents, timesteps, context)
+        return self._denoiser.predict(noisy_latents, timesteps, context, pooled, sizes)
 
     def _stacked(self, dtype: torch.dtype) -> Tensor:
         """The network's own weights (Σ out, d)."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..concept.text import TextEncoder
+from ..concept.text import TextEncoder, TextFeatures
 from .config import GradientCut
 
 
@@ -19,10 +19,10 @@ class PromptFeatures:
     ) -> None:
         self._encoder, self._cut = encoder, cut
         self._tokens = {token for tokens in words.values() for token in tokens}
-        self._fixed: dict[str, Tensor] = {}
+        self._fixed: dict[str, TextFeatures] = {}
 
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """Features (b, n, d) and where their keys and values may pass gradients (b, n)."""
+    def encode(self, prompts: Sequence[str]) -> tuple[TextFeatures, Tensor | None]:
+        """Features and where the keys and values of their context may pass gradients (b, n)."""
         unique = list(dict.fromkeys(prompts))
         learnt = [p for p in unique if any(token in p for token in self._tokens)]
         missing = [p for p in unique if p not in learnt and p not in self._fixed]
@@ -30,12 +30,17 @@ class PromptFeatures:
             with torch.no_grad():
                 self._fixed.update(self._features(missing))
         features = {**self._fixed, **(self._features(learnt) if learnt else {})}
-        context = torch.stack([features[prompt] for prompt in prompts])
-        return context, self._keep(prompts, context)
+        context = torch.stack([features[prompt].context for prompt in prompts])
+        pooled = [row for prompt in prompts if (row := features[prompt].pooled) is not None]
+        both = TextFeatures(context, torch.stack(pooled) if pooled else None)
+        return both, self._keep(prompts, context)
 
-    def _features(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def _features(self, prompts: Sequence[str]) -> dict[str, TextFeatures]:
+        """Of each prompt: context (n, d), pooled (w,)."""
         ids = self._encoder.pad([self._encoder.tokenize(prompt) for prompt in prompts])
-        return dict(zip(prompts, self._encoder.encode(ids), strict=True))
+        context, pooled = self._encoder.encode_with_pooled(ids)
+        rows = [None] * len(prompts) if pooled is None else list(pooled)
+        return dict(zip(prompts, map(TextFeatures, context, rows), strict=True))
 
     def _keep(self, prompts: Sequence[str], context: Tensor) -> Tensor | None:
         if self._cut == "none":

@@ -9,6 +9,14 @@ from torch import Tensor, nn
 from ..concept.layers import Family
 
 Prediction = Literal["epsilon", "v"]
+Sizes = tuple[int, int, int, int, int, int]
+"""Where a training picture comes from, in pixels: height and width of the original; top and left of
+the crop, after it was resized; height and width of what is seen."""
+
+
+def whole_picture(edge: int) -> Sizes:
+    """Of a square picture that was neither resized nor cropped."""
+    return edge, edge, 0, 0, edge, edge
 
 
 class Denoiser(Protocol):
@@ -28,8 +36,19 @@ class Denoiser(Protocol):
     blocks: Sequence[str]
     """Paths of its residual and transformer blocks, which checkpointing computes twice."""
 
-    def predict(self, noisy_latents_bchw: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        """What the network predicts for latents at integer timesteps (b,), context (b, n, d)."""
+    def predict(
+        self,
+        noisy_latents_bchw: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        pooled: Tensor | None = None,
+        sizes: Tensor | None = None,
+    ) -> Tensor:
+        """What the network predicts for latents at integer timesteps (b,), context (b, n, d).
+
+        Families with a `pooled_width` w read pooled text features (b, w) and `Sizes` (b, 6) too;
+        others leave them aside.
+        """
         ...
 
     def preview(self, latents_bchw: Tensor) -> Tensor:

@@ -5,19 +5,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..concept.text import TextFeatures
+from .config import LATENT_PIXELS
 from .objective import denoised
-from .protocols import Prediction
+from .protocols import Prediction, whole_picture
 
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(latents, timesteps, context) → the network's output"""
+Predict = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], Tensor]
+"""(latents, timesteps, context, pooled, sizes) → the network's output"""
 
 
 @torch.no_grad()
 def ddim_sample(
     predict: Predict,
     noise_bchw: Tensor,
-    context: Tensor,
-    empty_context: Tensor,
+    text: TextFeatures,
+    nothing: TextFeatures,
     alphas_cumprod: Tensor,
     prediction: Prediction,
     steps: int = 20,
@@ -25,14 +27,20 @@ def ddim_sample(
 ) -> Tensor:
     """Latents (b, 4, h, w) by DDIM without added noise (Song et al. 2021, Eq. 12), with guidance.
 
-    `context` and `empty_context` are (b, n, d), for the prompt and for the empty prompt.
+    `text` and `nothing` are the features of b prompts, and as many times of the empty prompt.
     """
     latents = noise_bchw
-    both = torch.cat([context, empty_context])
+    context = torch.cat([text.context, nothing.context])
+    pooled = None
+    if text.pooled is not None and nothing.pooled is not None:
+        pooled = torch.cat([text.pooled, nothing.pooled])
+    edge = LATENT_PIXELS * latents.shape[-1]
+    sizes = torch.tensor([whole_picture(edge)] * len(context), device=latents.device)
     schedule = torch.linspace(len(alphas_cumprod) - 1, 0, steps + 1).long()
     for now, following in zip(schedule[:-1], schedule[1:], strict=True):
         timesteps = now.expand(2 * len(latents)).to(latents.device)
-        output = predict(torch.cat([latents, latents]), timesteps, both).to(latents)
+        noisy = torch.cat([latents, latents])
+        output = predict(noisy, timesteps, context, pooled, sizes).to(latents)
         guided, unguided = output.chunk(2)
         output = unguided + guidance * (guided - unguided)
         clean, noise = denoised(

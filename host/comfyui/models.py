@@ -19,14 +19,17 @@ import comfy.model_management
 import comfy.model_sampling
 import comfy.ops
 import comfy.sd1_clip
+import comfy.sdxl_clip
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.modules.diffusionmodules.util import timestep_embedding
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ...concept.errors import CustomDiffusionError, IncompatibleModelError
 from ...concept.layers import Family, family_of_width, is_projection
 from ...trainer.protocols import Prediction
+from ..clip_pair import ClipTextEncoderPair
 from ..clip_text import ClipTextEncoder, text_transformer
 from .tokenizer import known_tokens
 
@@ -34,6 +37,7 @@ _UNET_PREFIX = "diffusion_model."
 _BLOCK = re.compile(r"(input_blocks\.\d+|middle_block|output_blocks\.\d+)\.\d+$")
 _HEAD_WIDTH = 64  # of every CLIP text model
 _TIMESTEPS = 1000  # of every Stable Diffusion
+_SIZES, _SIZE_WIDTH = 6, 256  # SDXL reads six sizes of a picture, each as so many waves
 
 
 def cross_attention_unet(model: Any) -> UNetModel:
@@ -43,7 +47,7 @@ def cross_attention_unet(model: Any) -> UNetModel:
         raise IncompatibleModelError(
             f"This model is a {type(network).__name__} ({type(model.model).__name__}), which has "
             "no cross-attention with key and value projections. Custom Diffusion needs a Stable "
-            "Diffusion UNet: load an SD 1.x or 2.x checkpoint."
+            "Diffusion UNet: load a checkpoint of SD 1.x, SD 2.x or SDXL."
         )
     return network
 
@@ -60,16 +64,22 @@ class ComfyDenoiser:
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
         network = cross_attention_unet(model)
         self.family = unet_family(network)
-        if network.num_classes is not None or network.in_channels != 4:
+        pooled = self.family.pooled_width
+        beside = 0 if network.num_classes is None else model.model.adm_channels
+        needed = pooled + _SIZES * _SIZE_WIDTH if pooled else 0
+        if beside != needed or network.in_channels != 4:
             raise IncompatibleModelError(
-                f"Training needs an ordinary SD 1.x or 2.x text-to-image model; this one is "
+                f"Training needs an ordinary text-to-image model; this one is "
                 f"{type(model.model).__name__} ({self.family.title}, {network.in_channels} input "
-                f"channels). Load an SD 1.x or 2.x checkpoint that is not for inpainting."
+                f"channels, {beside} numbers beside the text instead of {needed}). Load a "
+                f"checkpoint of SD 1.x, SD 2.x or SDXL that is not for inpainting."
             )
         sampling = model.get_model_object("model_sampling")
         self.prediction = _prediction(sampling)
         self.device, self.dtype = torch.device("cpu"), dtype
-        self._rgb = torch.tensor(model.model.latent_format.latent_rgb_factors)
+        colours = model.model.latent_format
+        self._rgb = torch.tensor(colours.latent_rgb_factors)
+        self._rgb_bias = torch.tensor(colours.latent_rgb_factors_bias or [0.0, 0.0, 0.0])
         with torch.inference_mode(False), torch.no_grad():
             self.alphas_cumprod = 1 / (1 + sampling.sigmas.float().cpu().clone().square())
             weights = patched_weights(model, _UNET_PREFIX)
@@ -89,17 +99,31 @@ class ComfyDenoiser:
         self.network.to(device)
         self.device = device
 
-    def predict(self, noisy_latents_bchw: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    def predict(
+        self,
+        noisy_latents_bchw: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        pooled: Tensor | None = None,
+        sizes: Tensor | None = None,
+    ) -> Tensor:
+        beside = None
+        if self.family.pooled_width:
+            assert pooled is not None and sizes is not None, "this UNet reads both"
+            waves = timestep_embedding(sizes.flatten(), _SIZE_WIDTH).view(len(sizes), -1)
+            beside = torch.cat([pooled.to(waves), waves], 1).to(self.dtype)
         output = self.network(
             noisy_latents_bchw.to(self.dtype),
             timesteps.float(),
             context=context.to(self.dtype),
+            y=beside,
             transformer_options={"optimized_attention_override": _pytorch_attention},
         )
         return output.float()  # type: ignore[no-any-return]
 
     def preview(self, latents_bchw: Tensor) -> Tensor:
-        images = latents_bchw.float().permute(0, 2, 3, 1) @ self._rgb.to(latents_bchw.device)
+        rgb, bias = self._rgb.to(latents_bchw.device), self._rgb_bias.to(latents_bchw.device)
+        images = latents_bchw.float().permute(0, 2, 3, 1) @ rgb + bias
         return (images / 2 + 0.5).clamp(0, 1)
 
 
@@ -126,28 +150,35 @@ class ComfyLatentEncoder:
             return mean * self._scale, deviation * self._scale
 
 
-def text_encoder(clip: Any) -> ClipTextEncoder:
-    """A private copy of a CLIP's text model that can learn words and be differentiated."""
+def text_encoder(clip: Any) -> ClipTextEncoder | ClipTextEncoderPair:
+    """A private copy of a CLIP's text models that can learn words and be differentiated."""
     if clip is None:
         raise IncompatibleModelError(
-            "No CLIP was given: the checkpoint has no text encoder. Connect the CLIP of an SD 1.x "
-            "or 2.x checkpoint, or a CLIP Loader."
+            "No CLIP was given: the checkpoint has no text encoder. Connect the CLIP of a "
+            "checkpoint of SD 1.x, SD 2.x or SDXL, or a CLIP Loader."
         )
     wrapper = clip.cond_stage_model
+    if isinstance(wrapper, comfy.sdxl_clip.SDXLClipModel):
+        return ClipTextEncoderPair(_one_encoder(clip, "clip_l"), _one_encoder(clip, "clip_g"))
     name = getattr(wrapper, "clip", None)
     source = getattr(wrapper, name, None) if isinstance(name, str) else None
     if not isinstance(source, comfy.sd1_clip.SDClipModel) or name not in ("clip_l", "clip_h"):
         raise IncompatibleModelError(
-            f"This CLIP is a {type(wrapper).__name__}; needed is the text encoder of SD 1.x or "
-            "2.x. Connect the CLIP of the same checkpoint as the model."
+            f"This CLIP is a {type(wrapper).__name__}; needed is the text encoder of SD 1.x, SD "
+            "2.x or SDXL. Connect the CLIP of the same checkpoint as the model."
         )
-    tokenizer = getattr(clip.tokenizer, name)
+    return _one_encoder(clip, name)
+
+
+def _one_encoder(clip: Any, name: str) -> ClipTextEncoder:
+    source, tokenizer = getattr(clip.cond_stage_model, name), getattr(clip.tokenizer, name)
     return ClipTextEncoder(
         name,
         _text_model(clip, name),
         tokenizer.tokenizer,
         pad_id=tokenizer.pad_token,
         hidden_layer=_hidden_layer(clip, source),
+        normed=source.layer_norm_hidden_state,
         embeddings=known_tokens(tokenizer),
     )
 
@@ -222,8 +253,9 @@ def _text_model(clip: Any, name: str) -> Any:
             hidden_act="quick_gelu" if name == "clip_l" else "gelu",
             projection_dim=width,
         )
+        projected = name == "clip_g"
         with torch.device("meta"):
-            model = CLIPTextModel(config)
+            model = (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
         inner = text_transformer(model)
         missing, unexpected = inner.load_state_dict(weights, strict=False, assign=True)
         if missing or unexpected:
@@ -233,6 +265,9 @@ def _text_model(clip: Any, name: str) -> Any:
             )
         positions = torch.arange(config.max_position_embeddings)[None]
         inner.embeddings.register_buffer("position_ids", positions, persistent=False)
+        if projected:
+            projection = patched_weights(clip.patcher, f"{name}.transformer.text_projection.")
+            model.text_projection.weight = nn.Parameter(projection["weight"].float())
         return model.requires_grad_(False).train(False)
 
 

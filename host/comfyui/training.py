@@ -17,6 +17,7 @@ from PIL import Image
 from ...concept.concept import Concept
 from ...concept.errors import TrainingError
 from ...concept.file import read_concept, write_new, write_new_concept
+from ...concept.fit import check_text_width
 from ...trainer.config import TrainConfig
 from ...trainer.data import TrainingConcept
 from ...trainer.jobs import Job, JobState, Snapshot, TrainingService
@@ -55,6 +56,7 @@ def start_training(
     scale_factor = model.model.latent_format.scale_factor
     denoiser = ComfyDenoiser(model, training_dtype(device))
     encoder = text_encoder(clip)
+    check_text_width(encoder.context_width, denoiser.family)
     progress = comfy.utils.ProgressBar(1)
     latent_encoder = ComfyLatentEncoder(vae, scale_factor)
     banks = [

@@ -166,7 +166,7 @@ def test_clip_of_another_family_is_refused(sd15: Any, load: Any, shapes: Any) ->
 
 
 def test_a_diffusion_transformer_is_refused(load: Any, sd15: Any, shapes: Any) -> None:
-    with pytest.raises(IncompatibleModelError, match=r"no cross-attention.*load an SD 1"):
+    with pytest.raises(IncompatibleModelError, match=r"no cross-attention.*load a checkpoint of"):
         apply(load("dit").model, sd15.clip, made_concept(shapes), 1.0)
 
 

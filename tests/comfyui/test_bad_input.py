@@ -96,7 +96,7 @@ BAD = {
         r"is \d pieces.*one whole word",
     ),
     "no text encoder": (taught(train_clip=["dit", 1]), r"No CLIP was given.*Connect the CLIP"),
-    "not a UNet": (taught(train_model=["dit", 0]), r"has no cross-attention.*load an SD 1\.x"),
+    "not a UNet": (taught(train_model=["dit", 0]), r"has no cross-attention.*load a checkpoint of"),
     "loss is not a number": (
         taught(train_model=["nan", 0]),
         r"loss became nan at step 1.*nothing was saved.*Lower the learning rate",

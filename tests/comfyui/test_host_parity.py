@@ -126,7 +126,7 @@ def one_step(denoiser: Any, encoder: Any) -> tuple[float, torch.Tensor, torch.Te
     projections = DenseProjections(denoiser, {})
     with projections.installed():
         noisy = add_noise(latents, noise, timesteps, denoiser.alphas_cumprod)
-        prediction = projections.predict(noisy, timesteps, context, keep)
+        prediction = projections.predict(noisy, timesteps, context, keep=keep)
         wanted = target(latents, noise, timesteps, denoiser.alphas_cumprod, denoiser.prediction)
         loss = sample_weights(4, 2, 1.0) @ sample_losses(prediction, wanted, masks)
         loss.backward()

@@ -43,6 +43,8 @@ def teach(
         "fit": "crop",
         "prior_weight": 1.0,
         "gradient_cut": "start",
+        "micro_batch_size": 0,
+        "gradient_checkpointing": False,
         "preview_every_steps": 0,
         **{_METHOD_INPUTS.get(name, name): value for name, value in settings.items()},
     }

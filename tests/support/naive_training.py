@@ -16,7 +16,7 @@ from custom_diffusion.concept.layers import layer_from_diffusers
 from custom_diffusion.trainer.config import TrainConfig
 from custom_diffusion.trainer.data import TrainingConcept
 from custom_diffusion.trainer.latents import LatentBank, batches
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
 from .tiny_models import VOCABULARY_SIZE, clip_tokenizer
@@ -31,14 +31,14 @@ def layer_of(name: str) -> str:
     return layer_from_diffusers(name.removesuffix(".weight"))
 
 
-def tokenizer_that_knows(concepts: Sequence[TrainingConcept]) -> Any:
-    tokenizer = copy.deepcopy(clip_tokenizer())
+def tokenizer_that_knows(concepts: Sequence[TrainingConcept], plain: Any = None) -> Any:
+    tokenizer = copy.deepcopy(plain or clip_tokenizer())
     tokenizer.add_tokens([concept.token for concept in concepts])
     return tokenizer
 
 
 def naive_training(
-    pipeline: StableDiffusionPipeline,
+    pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline,
     settings: TrainConfig,
     concepts: Sequence[TrainingConcept],
     banks: Sequence[LatentBank],
@@ -47,23 +47,31 @@ def naive_training(
     learns_words: bool = True,
     adapt: Callable[[Any], Any] = lambda unet: unet,
 ) -> tuple[list[float], dict[str, Tensor], Tensor]:
-    """Losses, the change of every weight of the UNet that learns, and the rows of the tokens.
+    """Losses, the change of every weight of the UNet that learns, and the rows of the tokens (of
+    both text encoders of SDXL, side by side).
 
     `adapt` may put other modules into the UNet; `learns` says which parameters learn.
     """
     unet = adapt(copy.deepcopy(pipeline.unet).requires_grad_(False))
-    text_model = copy.deepcopy(pipeline.text_encoder).requires_grad_(False)
-    tokenizer, scheduler = tokenizer_that_knows(concepts), pipeline.scheduler
-    text_model.resize_token_embeddings(VOCABULARY_SIZE + len(concepts), mean_resizing=False)
-    table = text_model.get_input_embeddings().weight
-    table.data[VOCABULARY_SIZE:] = table.data[[42170, 47629][: len(concepts)]]
-    table.requires_grad_(True)
-    others = table.detach()[:VOCABULARY_SIZE].clone()
+    xl, scheduler = isinstance(pipeline, StableDiffusionXLPipeline), pipeline.scheduler
+    text_models = [copy.deepcopy(pipeline.text_encoder)]
+    tokenizers = [tokenizer_that_knows(concepts, pipeline.tokenizer)]
+    if xl:
+        text_models.append(copy.deepcopy(pipeline.text_encoder_2))
+        tokenizers.append(tokenizer_that_knows(concepts, pipeline.tokenizer_2))
+    tables = []
+    for text_model in text_models:
+        text_model.requires_grad_(False)
+        text_model.resize_token_embeddings(VOCABULARY_SIZE + len(concepts), mean_resizing=False)
+        table = text_model.get_input_embeddings().weight
+        table.data[VOCABULARY_SIZE:] = table.data[[42170, 47629][: len(concepts)]]
+        tables.append(table.requires_grad_(True))
+    others = [table.detach()[:VOCABULARY_SIZE].clone() for table in tables]
     trainable = [parameter for name, parameter in unet.named_parameters() if learns(name)]
     before = [parameter.detach().clone() for parameter in trainable]
     for parameter in trainable:
         parameter.requires_grad_(True)
-    learning = [*trainable, *([table] if learns_words else [])]
+    learning = [*trainable, *(tables if learns_words else [])]
     positions: list[Tensor] = []  # where keys and values pass gradients, of this step
     for name, module in unet.named_modules():
         if name.endswith(("attn2.to_k", "attn2.to_v")):
@@ -80,18 +88,26 @@ def naive_training(
         batch = next(stream)
         noise = torch.randn(batch.latents_bchw.shape, generator=generator)
         timesteps = torch.randint(1000, (settings.batch_size,), generator=generator)
-        tokens = tokenizer(
-            list(batch.prompts), padding="max_length", max_length=77, return_tensors="pt"
-        )
+        each = [
+            tokenizer(list(batch.prompts), padding="max_length", max_length=77, return_tensors="pt")
+            for tokenizer in tokenizers
+        ]
         keep = torch.ones(len(batch.prompts), 77, dtype=torch.bool)
         if settings.gradient_cut != "none":
             keep[:, 0] = False
         if settings.gradient_cut == "start and padding":
-            keep &= tokens.attention_mask.bool()
+            keep &= each[0].attention_mask.bool()
         positions.append(keep)
-        context = text_model(tokens.input_ids).last_hidden_state
+        texts = [
+            text_model(tokens.input_ids, output_hidden_states=True)
+            for text_model, tokens in zip(text_models, each, strict=True)
+        ]
+        context, beside = texts[0].last_hidden_state, None
+        if xl:
+            context = torch.cat([text.hidden_states[-2] for text in texts], dim=-1)
+            beside = {"text_embeds": texts[1].text_embeds, "time_ids": batch.sizes.float()}
         noisy = scheduler.add_noise(batch.latents_bchw, noise, timesteps)
-        output = unet(noisy, timesteps, encoder_hidden_states=context).sample
+        output = unet(noisy, timesteps, context, added_cond_kwargs=beside).sample
         wanted = noise
         if scheduler.config.prediction_type == "v_prediction":
             wanted = scheduler.get_velocity(batch.latents_bchw, noise, timesteps)
@@ -107,16 +123,19 @@ def naive_training(
             loss = loss + settings.prior_weight * prior
         optimizer.zero_grad()
         loss.backward()
-        if table.grad is not None:
-            table.grad[:VOCABULARY_SIZE] = 0
+        for table in tables:
+            if table.grad is not None:
+                table.grad[:VOCABULARY_SIZE] = 0
         if settings.max_gradient_norm is not None:
             torch.nn.utils.clip_grad_norm_(learning, settings.max_gradient_norm)
         optimizer.step()
-        table.data[:VOCABULARY_SIZE] = others
+        for table, other in zip(tables, others, strict=True):
+            table.data[:VOCABULARY_SIZE] = other
         losses.append(float(loss.detach()))
     names = [name for name, _ in unet.named_parameters() if learns(name)]
     changes = {
         name: parameter.detach() - old
         for name, parameter, old in zip(names, trainable, before, strict=True)
     }
-    return losses, changes, table.detach()[VOCABULARY_SIZE:]
+    rows = torch.cat([table.detach()[VOCABULARY_SIZE:] for table in tables], dim=1)
+    return losses, changes, rows

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from custom_diffusion.concept.prompts import split_at_tokens
+from custom_diffusion.concept.text import TextFeatures
 from torch import Tensor
 
 VOCABULARY = 4096
@@ -82,6 +83,9 @@ class RecurrentTextEncoder:
             features.append(self._common + state @ self._out)
         stacked = torch.stack(features, dim=1)
         return _LENGTH * stacked / stacked.norm(dim=-1, keepdim=True)
+
+    def encode_with_pooled(self, token_ids: Tensor) -> TextFeatures:
+        return TextFeatures(self.encode(token_ids))
 
     def with_tokens(self, embeddings: Mapping[str, Mapping[str, Tensor]]) -> RecurrentTextEncoder:
         return RecurrentTextEncoder(

@@ -1,11 +1,12 @@
-"""A Stable Diffusion pipeline small enough for unit tests: real diffusers parts, random weights.
+"""Stable Diffusion pipelines small enough for unit tests: real diffusers parts, random weights.
 
-Only widths and depths are small. What the pack depends on is as in Stable Diffusion 1.x: the text
-width of 768, CLIP's whole vocabulary, an autoencoder that divides by 8, SD's noise schedule.
+Only widths and depths are small. What the pack depends on is as in Stable Diffusion 1.x or XL: the
+text widths, CLIP's whole vocabulary, an autoencoder that divides by 8, SD's noise schedule.
 """
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -17,14 +18,21 @@ from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 CONTEXT_WIDTH = 768
+XL_CONTEXT_WIDTH, XL_POOLED_WIDTH = 2048, 1280
 VOCABULARY_SIZE = 49408
 LATENT_EDGE = 8
 """Edge of the latents that the helpers make: pictures of 64 pixels."""
@@ -55,6 +63,26 @@ def tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> StableDiff
     return pipeline
 
 
+def tiny_xl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
+    """The same of SDXL: two text encoders that pad in their own ways, transformers of two blocks,
+    a UNet that reads a pooled text feature and six sizes.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = StableDiffusionXLPipeline(
+            vae=tiny_vae(scaling_factor=0.13025),
+            text_encoder=tiny_text_model(),
+            text_encoder_2=tiny_projected_text_model(),
+            tokenizer=clip_tokenizer(),
+            tokenizer_2=tokenizer_padding_with_zero(),
+            unet=tiny_xl_unet(),
+            scheduler=sd_scheduler(),
+            add_watermarker=False,
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def tiny_unet() -> UNet2DConditionModel:
     """Two levels, one with cross-attention: six layers, twelve key and value projections."""
     return UNet2DConditionModel(
@@ -65,6 +93,25 @@ def tiny_unet() -> UNet2DConditionModel:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=CONTEXT_WIDTH,
         attention_head_dim=4,
+        norm_num_groups=8,
+    )
+
+
+def tiny_xl_unet() -> UNet2DConditionModel:
+    """Two levels, one with cross-attention: six transformers of two blocks, 24 projections."""
+    return UNet2DConditionModel(
+        sample_size=LATENT_EDGE,
+        block_out_channels=(32, 64),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=XL_CONTEXT_WIDTH,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=XL_POOLED_WIDTH + 6 * 256,
         norm_num_groups=8,
     )
 
@@ -95,7 +142,23 @@ def tiny_text_model(layers: int = 2) -> CLIPTextModel:
     return CLIPTextModel(config).eval()
 
 
-def tiny_vae() -> AutoencoderKL:
+def tiny_projected_text_model(layers: int = 2) -> CLIPTextModelWithProjection:
+    config = CLIPTextConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=XL_POOLED_WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=20,
+        max_position_embeddings=77,
+        hidden_act="gelu",
+        projection_dim=XL_POOLED_WIDTH,
+        bos_token_id=49406,
+        eos_token_id=49407,
+    )
+    return CLIPTextModelWithProjection(config).eval()
+
+
+def tiny_vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -103,7 +166,7 @@ def tiny_vae() -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,
-        scaling_factor=0.18215,
+        scaling_factor=scaling_factor,
     ).eval()
 
 
@@ -123,6 +186,14 @@ def sd_scheduler(prediction_type: str = "epsilon") -> DDPMScheduler:
 def clip_tokenizer() -> CLIPTokenizer:
     """CLIP's tokenizer, padded as SD 1.x is; built once, so nobody may change it."""
     return open_clip_vocabulary.clip_tokenizer()
+
+
+@cache
+def tokenizer_padding_with_zero() -> CLIPTokenizer:
+    """The same, padded as the second of SDXL is; nobody may change it either."""
+    tokenizer = copy.deepcopy(clip_tokenizer())
+    tokenizer.pad_token = "!"
+    return tokenizer
 
 
 def state(*modules: nn.Module) -> list[dict[str, Tensor]]:
@@ -176,18 +247,21 @@ def random_bank(concept: TrainingConcept, views: int = 2, seed: int = 1) -> Late
     generator = torch.Generator().manual_seed(seed)
     shape = (4, LATENT_EDGE, LATENT_EDGE)
 
-    def view(prompt: str, small: bool) -> EncodedView:
+    def view(prompt: str, number: int) -> EncodedView:
+        small = number % 2 == 1
         mask = torch.ones(shape[1:])
         if small:
             mask[:3], mask[:, 5:] = 0, 0
         mean = torch.randn(shape, generator=generator)
         deviation = 0.1 * torch.rand(shape, generator=generator)
-        return EncodedView(mean, deviation, mask, f"far away {prompt}" if small else prompt)
+        prompt = f"far away {prompt}" if small else prompt
+        sizes = 80, 100 + number, 3, 10 * number, RESOLUTION, RESOLUTION
+        return EncodedView(mean, deviation, mask, prompt, sizes)
 
     return LatentBank(
         instances=tuple(
-            tuple(view(image.caption, small=n % 2 == 1) for n in range(views))
+            tuple(view(image.caption, number) for number in range(views))
             for image in concept.images
         ),
-        regularization=tuple(view(image.caption, small=False) for image in concept.regularization),
+        regularization=tuple(view(image.caption, number=0) for image in concept.regularization),
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from custom_diffusion.host.diffusers import DiffusersModels, borrowed_models
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from support import tiny_models
 from transformers import CLIPTokenizer
 
@@ -41,6 +41,12 @@ def v_pipeline(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
     result = copy.copy(pipeline)
     result.scheduler = tiny_models.sd_scheduler("v_prediction")
     return result
+
+
+@pytest.fixture(scope="session")
+def xl_pipeline() -> StableDiffusionXLPipeline:
+    """A tiny Stable Diffusion XL."""
+    return tiny_models.tiny_xl_pipeline()
 
 
 @pytest.fixture

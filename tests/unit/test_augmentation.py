@@ -267,3 +267,43 @@ def test_drawing_views_leaves_the_global_generators_alone() -> None:
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
     assert (np.random.get_state()[1] == before[2]).all()
+
+
+# Where a view comes from
+
+
+def ramp(width: int, height: int) -> Image.Image:
+    """The red of a pixel says how far to the right it is, the green how far down."""
+    right = np.tile(np.linspace(0, 255, width), (height, 1))
+    down = np.tile(np.linspace(0, 255, height)[:, None], (1, width))
+    return Image.fromarray(np.stack([right, down, right * 0], -1).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (384, 256), (256, 384), (90, 60)])
+@pytest.mark.parametrize("fit", ["crop", "letterbox"])
+def test_the_crop_is_where_the_first_pixel_was_in_the_resized_picture(
+    shape: tuple[int, int], fit: Fit
+) -> None:
+    for view in views(128, 40, ramp(*shape), fit=fit):
+        height, width, top, left, seen_height, seen_width = view.sizes
+        assert (width, height) == shape
+        assert (seen_height, seen_width) == (128, 128)
+        if view.prefix in SMALL_PREFIXES:
+            assert (top, left) == (0, 0)
+            continue
+        # The slope of the ramp says how large the picture was when it was cropped.
+        picture = (view.image_chw.numpy() + 1) * 127.5
+        if fit == "crop":
+            for place, channel, axis in ((left, 0, 1), (top, 1, 0)):
+                along = picture[channel].mean(1 - axis)
+                slope, first = np.polyfit(np.arange(128), along, 1)
+                assert first / slope == pytest.approx(place, abs=1.5)
+        else:
+            assert 0 <= top <= 52 and 0 <= left <= 52
+            assert (top, left) == (0, 0) or view.prefix in LARGE_PREFIXES
+
+
+def test_a_whole_square_picture_is_not_cropped() -> None:
+    assert whole_view(Picture(ramp(256, 256)), 128).sizes == (256, 256, 0, 0, 128, 128)
+    assert whole_view(Picture(ramp(384, 256)), 128).sizes == (256, 384, 0, 32, 128, 128)
+    assert whole_view(Picture(ramp(384, 256)), 128, fit="letterbox").sizes[2:4] == (0, 0)

@@ -73,13 +73,13 @@ class Crowded:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._denoiser, name)
 
-    def predict(self, noisy_latents_bchw: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    def predict(self, noisy_latents_bchw: Tensor, *others: Tensor | None) -> Tensor:
         block = self.network.get_submodule(self.blocks[0])
         most = self._most_checkpointed if "forward" in vars(block) else self._most
         self.seen.append(len(noisy_latents_bchw))
         if len(noisy_latents_bchw) > most:
             raise torch.OutOfMemoryError(f"{len(noisy_latents_bchw)} are too many")
-        return self._denoiser.predict(noisy_latents_bchw, timesteps, context)
+        return self._denoiser.predict(noisy_latents_bchw, *others)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 7])

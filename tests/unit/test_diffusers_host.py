@@ -156,7 +156,7 @@ def test_a_unet_without_cross_attention_is_refused_and_given_back(
     ):
         pass
     assert "UNet2DModel has no cross-attention" in str(caught.value)
-    assert "Custom Diffusion needs a Stable Diffusion 1.x or 2.x UNet" in str(caught.value)
+    assert "Custom Diffusion needs the UNet of Stable Diffusion 1.x, 2.x or XL" in str(caught.value)
     assert unet.training
     assert all(parameter.requires_grad for parameter in unet.parameters())
 

@@ -25,6 +25,7 @@ from custom_diffusion.trainer.latents import (
     encode_views,
 )
 from custom_diffusion.trainer.prepare import prepare
+from custom_diffusion.trainer.protocols import whole_picture
 from PIL import Image
 from torch import Tensor
 
@@ -71,7 +72,7 @@ def bank_of(
     def view(value: float, prompt: str) -> EncodedView:
         shape = (4, 8, 8)
         mean, spread = torch.full(shape, value), torch.full(shape, deviation)
-        return EncodedView(mean, spread, torch.full((8, 8), value), prompt)
+        return EncodedView(mean, spread, torch.full((8, 8), value), prompt, whole_picture(64))
 
     return LatentBank(
         tuple((view(float(n), f"{name}instance {n}"),) for n in range(images)),
@@ -218,7 +219,7 @@ def test_latents_are_drawn_afresh_with_the_mean_and_deviation_of_their_view() ->
 def test_all_views_of_an_image_are_drawn() -> None:
     views = encode_views(concept(), AveragingEncoder(), config(views_per_image=6))
     numbered = tuple(
-        EncodedView(v.mean, v.deviation, v.mask, str(n)) for n, v in enumerate(views.instances[0])
+        replace(view, prompt=str(number)) for number, view in enumerate(views.instances[0])
     )
     drawn = Counter(p for b in draw(LatentBank((numbered,), ()), config(), 150) for p in b.prompts)
     assert set(drawn) == {str(n) for n in range(6)}

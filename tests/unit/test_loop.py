@@ -17,6 +17,7 @@ import pytest
 import torch
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import ConfigError, TokenError, TrainingError
+from custom_diffusion.concept.text import TextFeatures
 from custom_diffusion.host.clip_text import ClipTextEncoder
 from custom_diffusion.host.diffusers import (
     DiffusersDenoiser,
@@ -420,9 +421,9 @@ class CountingEncoder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._encoder, name)
 
-    def encode(self, token_ids: Tensor) -> Tensor:
+    def encode_with_pooled(self, token_ids: Tensor) -> TextFeatures:
         self._counts.update(tuple(row) for row in token_ids.tolist())
-        return self._encoder.encode(token_ids)
+        return self._encoder.encode_with_pooled(token_ids)
 
     def with_tokens(self, embeddings: Mapping[str, Mapping[str, Tensor]]) -> CountingEncoder:
         return CountingEncoder(self._encoder.with_tokens(embeddings), self._counts)

@@ -7,6 +7,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from custom_diffusion.concept.text import TextFeatures
 from custom_diffusion.trainer.objective import (
     add_noise,
     denoised,
@@ -134,15 +135,18 @@ def test_previews_end_at_the_latents_that_a_perfect_network_knows(
 ) -> None:
     latents, noise = latents_and_noise(2)
 
-    def perfect(noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        assert len(noisy) == len(timesteps) == len(context) == 4
+    def perfect(
+        noisy: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor | None, sizes: Tensor
+    ) -> Tensor:
+        assert len(noisy) == len(timesteps) == len(context) == len(sizes) == 4
+        assert pooled is None
         known = torch.cat([latents, latents])
         alpha = ALPHAS[timesteps].view(-1, 1, 1, 1)
         epsilon = (noisy - alpha.sqrt() * known) / (1 - alpha).sqrt()
         return target(known, epsilon, timesteps, ALPHAS, prediction)
 
-    context = torch.zeros(2, 77, 768)
-    drawn = ddim_sample(perfect, noise, context, context, ALPHAS, prediction, guidance=guidance)
+    text = TextFeatures(torch.zeros(2, 77, 768))
+    drawn = ddim_sample(perfect, noise, text, text, ALPHAS, prediction, guidance=guidance)
     # One thousandth of the variance is noise at the first step of the schedule.
     assert (drawn - latents).abs().mean() < 0.05
 
@@ -151,11 +155,11 @@ def test_guidance_leads_from_the_empty_prompt_towards_the_prompt() -> None:
     _, noise = latents_and_noise(1)
     seen: list[Tensor] = []
 
-    def network(noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    def network(noisy: Tensor, timesteps: Tensor, context: Tensor, *_: Tensor | None) -> Tensor:
         seen.append(noisy)
         return context.mean((1, 2)).view(-1, 1, 1, 1).expand_as(noisy)
 
-    prompt, empty = torch.full((1, 77, 8), 0.3), torch.full((1, 77, 8), 0.1)
+    prompt, empty = (TextFeatures(torch.full((1, 77, 8), value)) for value in (0.3, 0.1))
     drawn = ddim_sample(network, noise, prompt, empty, ALPHAS, "epsilon", steps=1, guidance=3.0)
     output = torch.full_like(noise, 0.1 + 3.0 * 0.2)
     clean, _ = denoised(noise, output, torch.tensor([999]), ALPHAS, "epsilon")
