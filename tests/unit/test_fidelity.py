@@ -21,8 +21,8 @@ from custom_diffusion.miniature.model import CONFIG
 from custom_diffusion.miniature.world import world_captions
 from custom_diffusion.trainer.tokens import initial_embedding, token_number
 
-pytestmark = pytest.mark.skip(
-    reason="the miniature's weights are not the final ones yet, nor are the thresholds"
+unproven = pytest.mark.skip(
+    reason="it was not shown yet that broken trainers stay below the thresholds"
 )
 
 PAIR = 50
@@ -91,9 +91,10 @@ def test_the_judge_tells_concepts_from_almost_concepts(lab: Laboratory) -> None:
     captions = caption_table(lab.recognizer, pictures=100)
     right, followed = captions.pop("as the caption says")
     assert right > 0.9 and followed > 0.95
-    assert all(score < right - 0.05 for score, _ in captions.values())
+    assert all(score < right - 0.03 for score, _ in captions.values())
 
 
+@unproven
 def test_a_concept_is_learnt_by_keys_values_and_token(
     lab: Laboratory, pair: tuple[Subject, Subject], concepts: list[Concept]
 ) -> None:
@@ -104,6 +105,7 @@ def test_a_concept_is_learnt_by_keys_values_and_token(
         assert lab.likeness(one, with_first_embedding(concept, lab), seed=1) < learnt - PART
 
 
+@unproven
 def test_the_class_is_not_the_concept(
     lab: Laboratory, pair: tuple[Subject, Subject], concepts: list[Concept]
 ) -> None:
@@ -112,6 +114,7 @@ def test_the_class_is_not_the_concept(
         assert score.class_alignment < score.image_alignment - 0.25
 
 
+@unproven
 def test_a_merge_keeps_both_concepts(
     lab: Laboratory, pair: tuple[Subject, Subject], merged: Concept, merged_score: Score
 ) -> None:
