@@ -23,6 +23,7 @@ from ..trainer.loop import Event, MemoryShort, StepDone, train
 from ..trainer.methods import METHODS
 from ..trainer.network_file import fold_in, write_network
 from ..trainer.prepare import prepare
+from ..trainer.start import check_start
 from .models import DEFAULTS, DTYPES, add_model_options, load, recipe_for
 from .output import check_new, progress, save
 
@@ -82,7 +83,7 @@ def add_to(commands: Any) -> None:
     teach.add_argument(
         "--gradient-checkpointing",
         action="store_true",
-        help="less memory, about a third slower; comes by itself when memory runs out",
+        help="less memory, more time; comes by itself when memory runs out",
     )
     teach.add_argument("--learning-rate", type=float, help="default: the method's own")
     teach.add_argument(
@@ -120,6 +121,8 @@ def train_command(options: argparse.Namespace) -> None:
     start = read_concept(options.start) if options.start else None
     pipeline = load(options.model, options.device, DTYPES[options.precision])
     with borrowed_models(pipeline) as models:
+        if start:  # before the time that encoding takes
+            check_start(start, models.denoiser, config)
         with tqdm(desc="encoding pictures", unit="view") as bar:
             banks = [
                 prepare(one, config, models.latent_encoder, models.text_encoder, progress(bar))

@@ -23,6 +23,7 @@ from .laboratory import Laboratory
 from .model import LATENT_EDGE
 from .recognizer import Recognizer, load_recognizer
 from .world import (
+    BACKGROUNDS,
     MARKS,
     PATTERNS,
     SHAPES,
@@ -147,7 +148,7 @@ _SCENE_CHANGES: dict[str, Callable[[Scene, random.Random], Scene]] = {
     "another shape": _change_first(CHANGES["another shape"]),
     "the last object missing": lambda scene, rng: replace(scene, objects=scene.objects[:-1]),
     "another background": lambda scene, rng: replace(
-        scene, background=random_scene(rng).background
+        scene, background=_other(tuple(BACKGROUNDS), scene.background, rng)
     ),
 }
 

@@ -1,6 +1,6 @@
 """Concepts of the miniature world: an endless family of looks and styles that no picture had.
 
-A concept is an object of a known class with two colours that have no name, a pattern and a mark.
+A concept is an object of a known class with two rare colours, a pattern and a mark.
 Seeds 2n and 2n + 1 make a pair: different classes, and no colour in common.
 """
 

@@ -8,7 +8,7 @@
   colour of the other.
 
 It sees with `recognizer.py`, which is trained on drawn pictures and knows the colours of things as
-numbers, so it can tell a concept's nameless colours apart.
+numbers, so it can tell the shades of one name apart.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ def train(
     method = METHODS[config.method]
     start = start or Concept(denoiser.family, {})
     further_layers = method.further_layers(denoiser)
-    check_start(start, denoiser, further_layers)
+    check_start(start, denoiser, config)
     words = words_to_teach(training_concepts, start, text_encoder, denoiser.device)
     learning_words = words if method.learns_words else {}
     known = {name: {**r, **words.get(name, {})} for name, r in start.embeddings().items()}
@@ -106,10 +107,7 @@ def train(
     rows = [row for tokens in learning_words.values() for row in tokens.values()]
     parameters = [*projections.parameters(), *rows, *network.parameters()]
     if not words and (method.whole_network or not parameters):
-        raise ConfigError(
-            f"What the method {config.method!r} leaves beside a UNet is a word, and no concept has "
-            f"a modifier token. Give one, '<new1>' say, or choose another method."
-        )
+        raise _nothing_to_keep(config)
     optimizer = torch.optim.AdamW(
         parameters,
         lr=config.learning_rate,
@@ -124,20 +122,6 @@ def train(
         config.gradient_checkpointing,
         on_less=lambda *now: on_event(MemoryShort(len(losses) + 1, *now)),
     )
-
-    def loss_of(
-        noisy: Tensor,
-        timesteps: Tensor,
-        context: Tensor,
-        pooled: Tensor | None,
-        sizes: Tensor,
-        keep: Tensor | None,
-        wanted: Tensor,
-        masks: Tensor,
-        weights: Tensor,
-    ) -> Tensor:
-        prediction = projections.predict(noisy, timesteps, context, pooled, sizes, keep=keep)
-        return weights @ sample_losses(prediction, wanted, masks)
 
     stream = batches(banks, config, rng, generator)
     with projections.installed(), network.learning():
@@ -165,7 +149,7 @@ def train(
             # Gradients: of the UNet, then through it of the text encoder.
             samples = (noisy, timesteps, context, pooled, sizes, keep, wanted, masks, weights)
             leaves = [leaf for leaf in (context, pooled) if leaf is not None]
-            loss = backward(loss_of, samples, [*parameters, *leaves])
+            loss = backward(partial(_loss_of, projections), samples, [*parameters, *leaves])
             _check_finite(loss, len(losses) + 1, config, denoiser)
             _pass_on(leaves, [features for features in text if features is not None])
 
@@ -187,6 +171,23 @@ def train(
     return _concept(
         config, training_concepts, start, denoiser, projections.base_hash, deltas, words, losses
     )
+
+
+def _loss_of(
+    projections: KeyValueProjections,
+    noisy: Tensor,
+    timesteps: Tensor,
+    context: Tensor,
+    pooled: Tensor | None,
+    sizes: Tensor,
+    keep: Tensor | None,
+    wanted: Tensor,
+    masks: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """What some samples add to the loss of a step."""
+    prediction = projections.predict(noisy, timesteps, context, pooled, sizes, keep=keep)
+    return weights @ sample_losses(prediction, wanted, masks)
 
 
 def _leaf(features: Tensor | None) -> Tensor | None:
@@ -271,6 +272,13 @@ def _preview(
             denoiser.prediction,
         )
         return denoiser.preview(latents)[0].float().cpu()
+
+
+def _nothing_to_keep(config: TrainConfig) -> ConfigError:
+    return ConfigError(
+        f"What the method {config.method!r} leaves beside a UNet is a word, and no concept has "
+        f"a modifier token. Give one, '<new1>' say, or choose another method."
+    )
 
 
 def _check_finite(loss: float, step: int, config: TrainConfig, denoiser: Denoiser) -> None:

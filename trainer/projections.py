@@ -161,7 +161,7 @@ class LowRankProjections(KeyValueProjections):
         down, up = down / math.sqrt(width), torch.zeros(len(self._base), rank)
         for layer, d, u in zip(self._layers, down.split(rank), up.split(self._sizes), strict=True):
             if layer in start:
-                before = _factors(start[layer], layer, rank)
+                before = low_rank_factors(start[layer], layer, rank)
                 d.copy_(before.down)
                 u.copy_(before.up)
         self.down = nn.Parameter(down.to(denoiser.device))
@@ -214,7 +214,8 @@ class _Slot(nn.Module):
         return self.value
 
 
-def _factors(delta: Delta, layer: str, rank: int) -> LowRankDelta:
+def low_rank_factors(delta: Delta, layer: str, rank: int) -> LowRankDelta:
+    """The factors that learn on. Raises ConfigError where there are none of this rank."""
     if not isinstance(delta, LowRankDelta) or delta.rank != rank:
         given = f"rank {delta.rank}" if isinstance(delta, LowRankDelta) else "no low rank"
         raise ConfigError(

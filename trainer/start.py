@@ -1,21 +1,20 @@
 """Whether a training can go on from a concept that was learnt before."""
 
-from collections.abc import Mapping
-
 from ..concept.concept import Concept
 from ..concept.errors import ConfigError, IncompatibleModelError
 from ..concept.fit import check_fit
 from ..concept.layers import is_projection
-from .projections import base_hash
+from .config import TrainConfig
+from .methods import METHODS
+from .projections import base_hash, low_rank_factors
 from .protocols import Denoiser
 
 
-def check_start(start: Concept, denoiser: Denoiser, further_layers: Mapping[str, str]) -> None:
-    """Raises IncompatibleModelError for a concept of another model, ConfigError for one that holds
-    more than is going to be trained.
-
-    `further_layers` (layer → parameter of the network) are trained beside keys and values.
+def check_start(start: Concept, denoiser: Denoiser, config: TrainConfig) -> None:
+    """Raises IncompatibleModelError for a concept of another model, ConfigError for one that the
+    method cannot go on from.
     """
+    further_layers = METHODS[config.method].further_layers(denoiser)
     beyond = [
         layer for layer in start.layers if not (is_projection(layer) or layer in further_layers)
     ]
@@ -24,6 +23,9 @@ def check_start(start: Concept, denoiser: Denoiser, further_layers: Mapping[str,
             f"The concept to go on from, {start.describe()}, changes queries and outputs of "
             f"cross-attention too ({beyond[0]} for one). Go on with the method 'cross-attention'."
         )
+    if config.method == "low-rank":
+        for layer in filter(is_projection, start.layers):
+            low_rank_factors(start.deltas[layer], layer, config.rank)
     names = {layer: f"{path}.weight" for layer, path in denoiser.projections.items()}
     shapes = {
         layer: tuple(denoiser.network.get_parameter(name).shape)

@@ -25,6 +25,7 @@ from ...trainer.loop import train
 from ...trainer.methods import METHODS
 from ...trainer.network_file import fold_in, write_network
 from ...trainer.prepare import prepare
+from ...trainer.start import check_start
 from .models import ComfyDenoiser, ComfyLatentEncoder, text_encoder, training_dtype
 from .paths import concept_folder, jobs_folder, network_folder
 
@@ -57,6 +58,8 @@ def start_training(
     denoiser = ComfyDenoiser(model, training_dtype(device))
     encoder = text_encoder(clip)
     check_text_width(encoder.context_width, denoiser.family)
+    if start:  # before the time that encoding takes
+        check_start(start, denoiser, config)
     progress = comfy.utils.ProgressBar(1)
     latent_encoder = ComfyLatentEncoder(vae, scale_factor)
     banks = [

@@ -71,6 +71,26 @@ def test_two_concepts_are_taught_merged_inspected_and_drawn(
     assert Image.open(picture).size == (128, 64)
 
 
+def test_a_training_goes_on_from_a_concept(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cat, both = tmp_path / "cat.safetensors", tmp_path / "both.safetensors"
+    assert teach(model, photos, "cat", "<new1>", cat) == 0
+    dog = ["--class-noun", "dog", "--token", "<new2>", "--output", str(both), *QUICK]
+    more = ["train", "--model", str(model), "--images", str(photos), "--start", str(cat), *dog]
+    assert main([*more, "--micro-batch-size", "1", "--gradient-checkpointing"]) == 0
+    learnt = read_concept(both)
+    assert [token.name for token in learnt.tokens] == ["<new1>", "<new2>"]
+    settings = learnt.provenance["config"]
+    assert settings["micro_batch_size"] == 1 and settings["gradient_checkpointing"]
+    capsys.readouterr()
+
+    both.unlink()
+    assert main([*more, "--method", "low-rank"]) == 1
+    told = capsys.readouterr().err
+    assert "no low rank" in told and "encoding" not in told
+
+
 def test_a_regularization_set_is_retrieved_from_a_collection(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

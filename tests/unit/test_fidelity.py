@@ -91,7 +91,7 @@ def test_the_judge_tells_concepts_from_almost_concepts(lab: Laboratory) -> None:
     captions = caption_table(lab.recognizer, pictures=100)
     right, followed = captions.pop("as the caption says")
     assert right > 0.9 and followed > 0.95
-    assert all(score < right - 0.03 for score, _ in captions.values())
+    assert all(score < right - 0.05 for score, _ in captions.values())
 
 
 @unproven
