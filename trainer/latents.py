@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -126,40 +126,50 @@ class Batch:
     prior: int
 
 
-def batches(
+def batch_of_step(
     banks: Sequence[LatentBank],
     config: TrainConfig,
+    step: int,
     rng: random.Random,
     generator: torch.Generator,
-) -> Iterator[Batch]:
-    """Endless batches: concepts take turns, every image of a concept comes up equally often, its
-    views and latents are drawn at random.
+) -> Batch:
+    """What step `step` (from 0 on) is trained on: concepts take turns, every image of a concept
+    comes up equally often, its views and latents are drawn at random.
     """
-    instances = _in_turn([_shuffled(bank.instances, rng) for bank in banks])
-    regularization = _in_turn(
-        [_shuffled(bank.regularization, rng) for bank in banks if bank.regularization]
+    instances = [bank.instances for bank in banks]
+    regularization = [bank.regularization for bank in banks if bank.regularization]
+    prior = config.batch_size // 2 if regularization else 0
+    taught = config.batch_size - prior
+    turns = range(step * taught, (step + 1) * taught)
+    views = [rng.choice(_in_turn(instances, turn, f"{config.seed} images")) for turn in turns]
+    turns = range(step * prior, (step + 1) * prior)
+    views += [_in_turn(regularization, turn, f"{config.seed} regularization") for turn in turns]
+    mean, deviation = (torch.stack([getattr(v, k) for v in views]) for k in ("mean", "deviation"))
+    return Batch(
+        latents_bchw=mean + deviation * torch.randn(mean.shape, generator=generator),
+        masks_bhw=torch.stack([view.mask for view in views]),
+        prompts=tuple(view.prompt for view in views),
+        sizes=torch.tensor([view.sizes for view in views]),
+        prior=prior,
     )
-    prior = config.batch_size // 2 if any(bank.regularization for bank in banks) else 0
-    while True:
-        views = [rng.choice(next(instances)) for _ in range(config.batch_size - prior)]
-        views += [next(regularization) for _ in range(prior)]
-        mean, deviation = (
-            torch.stack([getattr(v, k) for v in views]) for k in ("mean", "deviation")
-        )
-        yield Batch(
-            latents_bchw=mean + deviation * torch.randn(mean.shape, generator=generator),
-            masks_bhw=torch.stack([view.mask for view in views]),
-            prompts=tuple(view.prompt for view in views),
-            sizes=torch.tensor([view.sizes for view in views]),
-            prior=prior,
-        )
 
 
-def _shuffled(items: Sequence[T], rng: random.Random) -> Iterator[T]:
-    while True:
-        yield from rng.sample(items, len(items))
+def step_randomness(seed: int, step: int) -> tuple[random.Random, torch.Generator]:
+    """Everything random of a step follows from the run's seed and the number of the step: so a run
+    goes on from any step without its past.
+    """
+    rng = random.Random(f"{seed} step {step}")
+    return rng, torch.Generator().manual_seed(rng.getrandbits(32))
 
 
-def _in_turn(streams: Sequence[Iterator[T]]) -> Iterator[T]:
-    for stream in cycle(streams):
-        yield next(stream)
+def _in_turn(lists: Sequence[Sequence[T]], turn: int, seed: str) -> T:
+    """What comes at a turn when lists take turns, each in another order every time around."""
+    turn, which = divmod(turn, len(lists))
+    items = lists[which]
+    time_around, place = divmod(turn, len(items))
+    return items[_order(f"{seed} {which} {time_around}", len(items))[place]]
+
+
+@lru_cache(maxsize=64)
+def _order(seed: str, count: int) -> list[int]:
+    return random.Random(seed).sample(range(count), count)

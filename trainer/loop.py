@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from ..concept.text import TextEncoder
 from .backward import Backward
 from .config import TrainConfig
 from .data import TrainingConcept
-from .latents import LatentBank, batches
+from .latents import LatentBank, batch_of_step, step_randomness
 from .methods import METHODS
 from .network_weights import NetworkWeights
 from .objective import add_noise, sample_losses, sample_weights, target
@@ -89,8 +88,6 @@ def train(
     """
     if len(training_concepts) != len(banks):
         raise ValueError(f"{len(training_concepts)} concepts need as many banks, not {len(banks)}")
-    rng = random.Random(config.seed)
-    generator = torch.Generator().manual_seed(config.seed)
 
     # What is trained, all in float32: keys and values, the embedding of every V*, and in some
     # methods more of the network.
@@ -123,11 +120,11 @@ def train(
         on_less=lambda *now: on_event(MemoryShort(len(losses) + 1, *now)),
     )
 
-    stream = batches(banks, config, rng, generator)
     with projections.installed(), network.learning():
         while len(losses) < config.steps and not should_stop():
             # Data: latents, noise, timesteps.
-            batch = next(stream)
+            rng, generator = step_randomness(config.seed, len(losses))
+            batch = batch_of_step(banks, config, len(losses), rng, generator)
             noise = torch.randn(batch.latents_bchw.shape, generator=generator)
             timesteps = torch.randint(
                 len(denoiser.alphas_cumprod), (config.batch_size,), generator=generator

@@ -7,7 +7,6 @@ check by eye.
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from custom_diffusion.concept.layers import layer_from_diffusers
 from custom_diffusion.trainer.config import TrainConfig
 from custom_diffusion.trainer.data import TrainingConcept
-from custom_diffusion.trainer.latents import LatentBank, batches
+from custom_diffusion.trainer.latents import LatentBank, batch_of_step, step_randomness
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
@@ -81,11 +80,10 @@ def naive_training(
     optimizer = torch.optim.AdamW(
         learning, settings.learning_rate, weight_decay=settings.weight_decay, fused=False
     )
-    generator = torch.Generator().manual_seed(settings.seed)
-    stream = batches(banks, settings, random.Random(settings.seed), generator)
     losses = []
-    for _ in range(settings.steps):
-        batch = next(stream)
+    for step in range(settings.steps):
+        rng, generator = step_randomness(settings.seed, step)
+        batch = batch_of_step(banks, settings, step, rng, generator)
         noise = torch.randn(batch.latents_bchw.shape, generator=generator)
         timesteps = torch.randint(1000, (settings.batch_size,), generator=generator)
         each = [

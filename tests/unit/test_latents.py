@@ -6,7 +6,6 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from custom_diffusion.trainer.latents import (
     Batch,
     EncodedView,
     LatentBank,
-    batches,
+    batch_of_step,
     encode_views,
+    step_randomness,
 )
 from custom_diffusion.trainer.prepare import prepare
 from custom_diffusion.trainer.protocols import whole_picture
@@ -87,8 +87,10 @@ def draw(bank: LatentBank, settings: TrainConfig, count: int, seed: int = 0) -> 
 def draw_together(
     banks: Sequence[LatentBank], settings: TrainConfig, count: int, seed: int = 0
 ) -> list[Batch]:
-    generator = torch.Generator().manual_seed(seed)
-    return list(islice(batches(banks, settings, random.Random(seed), generator), count))
+    settings = replace(settings, seed=seed)
+    return [
+        batch_of_step(banks, settings, step, *step_randomness(seed, step)) for step in range(count)
+    ]
 
 
 def red_is_left(view: EncodedView) -> bool:
@@ -226,7 +228,7 @@ def test_all_views_of_an_image_are_drawn() -> None:
     assert min(drawn.values()) > 60
 
 
-def test_batches_depend_on_their_generators_alone() -> None:
+def test_batches_depend_on_seed_and_step_alone() -> None:
     torch_state, python_state = torch.get_rng_state(), random.getstate()
     bank = bank_of(4, 2, 1.0)
     one, same, other = (draw(bank, config(), 5, seed=seed) for seed in (1, 1, 2))
@@ -238,26 +240,22 @@ def test_batches_depend_on_their_generators_alone() -> None:
     assert random.getstate() == python_state
 
 
-def test_batches_of_one_concept_draw_its_random_numbers_in_this_order() -> None:
-    """To the bit what runs of one concept always drew: the order of the images, then their views,
-    then the latents.
-    """
-    views = tuple(bank_of(3, 0, 1.0, f"{n} ").instances[n] * 2 for n in range(3))
-    bank = LatentBank(views, bank_of(0, 2, 1.0).regularization)
-    rng, generator = random.Random(7), torch.Generator().manual_seed(7)
-    orders: dict[str, list[int]] = {"instance": [], "regularization": []}
+def test_a_step_needs_no_step_before_it() -> None:
+    banks, settings = [bank_of(4, 3, 1.0), bank_of(2, 0, 1.0)], config(seed=3)
+    in_order = draw_together(banks, settings, 12, seed=3)
+    for step in (11, 4, 7):
+        again = batch_of_step(banks, settings, step, *step_randomness(3, step))
+        assert again.prompts == in_order[step].prompts
+        assert torch.equal(again.latents_bchw, in_order[step].latents_bchw)
 
-    def following(kind: str, count: int) -> int:
-        if not orders[kind]:
-            orders[kind] = rng.sample(range(count), count)
-        return orders[kind].pop(0)
 
-    for batch in draw(bank, config(batch_size=5), 6, seed=7):
-        drawn = [rng.choice(bank.instances[following("instance", 3)]) for _ in range(3)]
-        drawn += [bank.regularization[following("regularization", 2)] for _ in range(2)]
-        mean = torch.stack([view.mean for view in drawn])
-        assert batch.prompts == tuple(view.prompt for view in drawn)
-        assert torch.equal(batch.latents_bchw, mean + torch.randn(mean.shape, generator=generator))
+def test_no_two_steps_draw_the_same_numbers() -> None:
+    drawn = [
+        torch.rand(1, generator=step_randomness(seed, step)[1]).item()
+        for seed in range(10)
+        for step in range(200)
+    ]
+    assert len(set(drawn)) > 0.999 * len(drawn)
 
 
 # Several concepts
