@@ -20,8 +20,9 @@ from custom_diffusion.concept.text import TextEncoder
 from custom_diffusion.host.diffusers import DiffusersDenoiser
 from custom_diffusion.trainer.config import LATENT_PIXELS, TrainConfig
 from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
+from custom_diffusion.trainer.events import Event
 from custom_diffusion.trainer.latents import EncodedView, LatentBank
-from custom_diffusion.trainer.loop import Event, train
+from custom_diffusion.trainer.loop import train
 from diffusers import DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn

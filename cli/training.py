@@ -19,7 +19,8 @@ from ..concept.file import read_concept
 from ..concept.prompts import DEFAULT_TEMPLATE, STYLE_TEMPLATE
 from ..trainer.config import Fit, GradientCut
 from ..trainer.data import TrainingConcept, instance_caption, load_folder
-from ..trainer.loop import Event, MemoryShort, StepDone, train
+from ..trainer.events import Event, MemoryShort, StepDone
+from ..trainer.loop import train
 from ..trainer.methods import METHODS
 from ..trainer.network_file import fold_in, write_network
 from ..trainer.prepare import prepare

@@ -31,3 +31,15 @@ class MergeError(CustomDiffusionError):
 
 class TrainingError(CustomDiffusionError):
     """A training run cannot go on."""
+
+
+class CheckpointError(CustomDiffusionError):
+    """A checkpoint of a training cannot be used."""
+
+
+class JobError(CustomDiffusionError):
+    """A training job cannot be found, or cannot do what is asked of it now."""
+
+
+class UnknownJobError(JobError):
+    """There is no training job of that id."""

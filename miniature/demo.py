@@ -18,7 +18,8 @@ from ..concept.file import read_concept, write_concept
 from ..host.diffusers import borrowed_models, sample, text_encoder
 from ..merge.compose import merge_concepts
 from ..trainer.data import instance_caption, load_folder
-from ..trainer.loop import Event, StepDone, train
+from ..trainer.events import Event, StepDone
+from ..trainer.loop import train
 from ..trainer.prepare import prepare
 from ..trainer.sheet import Row, lay_out
 from .laboratory import Subject, pair_of_subjects

@@ -50,7 +50,7 @@ def _paint(placed: Sequence[Placed], x: Tensor, y: Tensor) -> tuple[Tensor, Tens
     second = torch.stack(
         [
             torch.zeros_like(u, dtype=torch.bool),
-            (v * 2.4 + 0.5).floor() % 2 != 0,  # striped
+            (v * 1.8).floor() % 2 != 0,  # striped
             u > 0,  # split
             ~_inside(shape, u / 0.62, v / 0.62),  # ringed
         ]

@@ -27,7 +27,7 @@ from .model import LATENT_EDGE, TEXT_FILE, UNET_FILE, WEIGHTS, untrained_pipelin
 from .words import WORD_STEPS, padded_ids, pretrain_words, thinned
 from .world import SHAPES, Scene, captioned_scene, vocabulary
 
-STEPS, BATCH_SIZE, LEARNING_RATE = 9000, 16, 1.5e-3
+STEPS, BATCH_SIZE, LEARNING_RATE = 10000, 16, 1.5e-3
 WARMUP_STEPS = 200
 GROUNDED_SHARE, GROUNDING = 0.4, 0.01
 """For this part of the steps the loss of `grounding.py` counts, less and less."""

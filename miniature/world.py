@@ -266,7 +266,7 @@ def _place_two(looks: Sequence[Look], rng: random.Random) -> tuple[Placed, ...]:
     dx, dy = rng.choice(list(RELATIONS.values()))
     placed = []
     for look, side in zip(looks, (1, -1), strict=True):
-        radius = rng.uniform(0.19, 0.225)
+        radius = rng.uniform(0.2, 0.23)
         along, across = 0.245 + rng.uniform(-0.015, 0.015), rng.uniform(-0.06, 0.06)
         x, y = (
             0.5 + side * along * d + across * e for d, e in zip((dx, dy), (dy, dx), strict=True)

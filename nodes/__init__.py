@@ -3,11 +3,14 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..host.comfyui.paths import register_model_folder
-from . import applying, files, merging, regularization, training
+from ..host.comfyui.routes import add_routes
+from . import applying, files, jobs, merging, regularization, training
 
 
 class CustomDiffusionExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        register_model_folder()  # not in on_load, which ComfyUI 0.11 never calls for a pack
-        modules = (training, regularization, files, merging, applying)
+        # Not in on_load, which ComfyUI 0.11 never calls for a pack.
+        register_model_folder()
+        add_routes()
+        modules = (training, jobs, regularization, files, merging, applying)
         return [node for module in modules for node in module.NODES]

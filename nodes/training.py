@@ -6,12 +6,13 @@ from comfy_api.latest import io, ui
 
 from ..host.comfyui.inputs import KINDS, draw_contact_sheet, folder_fingerprint, training_concept
 from ..host.comfyui.paths import NO_FOLDER, input_folders
-from ..host.comfyui.training import start_training, training_outputs
+from ..host.comfyui.training import graph_until, start_training, training_outputs
 from ..trainer.config import Fit, GradientCut, MethodName, TrainConfig
 from ..trainer.methods import METHODS, recipe
 from .types import CATEGORY, Concept, RegularizationSet, TrainingConcept
 
 DEFAULTS = TrainConfig()
+CHECKPOINT_EVERY_STEPS = 50
 MOST_CONCEPTS = 8
 
 
@@ -305,7 +306,34 @@ class CustomDiffusionTrain(io.ComfyNode):
                     advanced=True,
                     tooltip="A picture of '<new1> cat' is drawn this often; 0 draws none.",
                 ),
+                io.Int.Input(
+                    "checkpoint_every_steps",
+                    default=CHECKPOINT_EVERY_STEPS,
+                    min=1,
+                    max=10_000,
+                    advanced=True,
+                    tooltip="After so many steps the training is written to disk. A crash costs no "
+                    "more than the steps since: queue the same graph again, and it goes on.",
+                ),
+                io.Boolean.Input(
+                    "share_device",
+                    default=False,
+                    advanced=True,
+                    label_on="trains while prompts run",
+                    label_off="prompts go first",
+                    tooltip="Prompts go first: between two steps the training waits until they are "
+                    "done. Or both at once, both slower.",
+                ),
+                io.Boolean.Input(
+                    "keep_on_interrupt",
+                    default=False,
+                    advanced=True,
+                    label_on="goes on in the background",
+                    label_off="stops and saves",
+                    tooltip="What the training does when you interrupt the prompt that waits.",
+                ),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             outputs=[
                 Concept.Output(display_name="concept"),
                 io.LossMap.Output(display_name="loss map"),
@@ -315,12 +343,33 @@ class CustomDiffusionTrain(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, clip, vae, concepts, name, method, wait, start=None, **settings
+        cls,
+        model,
+        clip,
+        vae,
+        concepts,
+        name,
+        method,
+        wait,
+        checkpoint_every_steps,
+        share_device,
+        keep_on_interrupt,
+        start=None,
+        **settings,
     ) -> io.NodeOutput:
-        taught = list(concepts.values())
-        config = TrainConfig(**method, **settings)
-        job = start_training(name, model, clip, vae, taught, config, start)
-        return io.NodeOutput(*training_outputs(job, wait))
+        job = start_training(
+            name,
+            model,
+            clip,
+            vae,
+            list(concepts.values()),
+            TrainConfig(**method, **settings),
+            start,
+            checkpoint_every_steps=checkpoint_every_steps,
+            share_device=share_device,
+            graph=graph_until(cls.hidden.prompt or {}, str(cls.hidden.unique_id)),
+        )
+        return io.NodeOutput(*training_outputs(job, wait, keep_on_interrupt))
 
 
 NODES = [CustomDiffusionConcept, CustomDiffusionViews, CustomDiffusionTrain]

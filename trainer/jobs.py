@@ -1,43 +1,49 @@
-"""Training jobs: one thread that trains, one service that owns the jobs, snapshots for everyone
-else.
+"""Training jobs: one run each, in a folder of its own, to be paused, stopped and gone on with.
 
-    queued → preparing → running → finished | stopped | failed
+    queued → preparing → running ⇄ paused → finished | stopped | failed
 
-Stopping saves what was learnt. Readers never see a job itself, only frozen snapshots of it.
+Pausing writes a checkpoint and lets go of the model; going on reads it, in this process or, after
+a restart, in another. Stopping saves what was learnt. Readers never see a job's own state, only
+frozen snapshots of it.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import queue
+import math
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime
 from enum import Enum
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from torch import Tensor
 
-from ..concept.atomic import write_text_atomically
 from ..concept.concept import Concept
-from ..concept.errors import ConfigError
-from ..concept.file import safe_file_name
-from .loop import Event, MemoryShort, PreviewDrawn, StepDone
+from ..concept.errors import CustomDiffusionError, JobError
+from .checkpoint import Checkpoint
+from .events import CheckpointDue, Event, MemoryShort, PreviewDrawn, StepDone
+from .job_folder import JobFolder
 
 log = logging.getLogger("custom_diffusion")
+_POLL_S = 0.05
+_AVERAGED_STEPS = 20
 
 
 class JobState(str, Enum):
     QUEUED = "queued"
     PREPARING = "preparing"
     RUNNING = "running"
+    PAUSED = "paused"
     FINISHED = "finished"
     STOPPED = "stopped"
     FAILED = "failed"
+
+
+ENDED = (JobState.FINISHED, JobState.STOPPED, JobState.FAILED)
+ACTIVE = (JobState.QUEUED, JobState.PREPARING, JobState.RUNNING)
 
 
 @dataclass(frozen=True)
@@ -49,164 +55,306 @@ class Snapshot:
     state: JobState
     step: int
     steps: int
-    losses: tuple[float, ...] = ()
+    waiting: bool = False
+    """It lets somebody else have the device first."""
+    loss: float | None = None
+    """Of the last step"""
+    seconds_per_step: float | None = None
+    """Lately; without the time it waited"""
     preview_hwc: Tensor | None = None
     preview_step: int = 0
+    notes: tuple[str, ...] = ()
+    """What went wrong and was mended"""
     error: str = ""
     concept_file: Path | None = None
 
     @property
     def ended(self) -> bool:
-        return self.state in (JobState.FINISHED, JobState.STOPPED, JobState.FAILED)
+        return self.state in ENDED
+
+    def as_json(self) -> dict[str, Any]:
+        """Without the preview: samples are files."""
+        loss = self.loss if self.loss is not None and math.isfinite(self.loss) else None
+        return {
+            "id": self.id,
+            "name": self.name,
+            "state": self.state.value,
+            "step": self.step,
+            "steps": self.steps,
+            "waiting": self.waiting,
+            "loss": loss,
+            "seconds_per_step": self.seconds_per_step,
+            "preview_step": self.preview_step,
+            "notes": self.notes,
+            "error": self.error,
+            "concept_file": self.concept_file.name if self.concept_file else None,
+        }
 
 
-Train = Callable[[Callable[[], bool], Callable[[Event], None]], Concept]
-"""(should_stop, on_event) → what was learnt; called on the trainer thread"""
+def never() -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job does. It holds the models, so it is let go of at the end."""
+
+    train: Callable[[Checkpoint | None, Callable[[], bool], Callable[[Event], None]], Concept]
+    """(checkpoint to go on from, should_stop, on_event) → what was learnt; on the trainer thread.
+    When it returns or raises it has left the device.
+    """
+    save: Callable[[Concept], Path]
+    is_busy: Callable[[], bool] = never
+    """Whether somebody else should have the device; asked between steps."""
 
 
 class Job:
-    """One training run. Made by `TrainingService.submit`."""
+    """One training run. `TrainingService` makes jobs, runs them and passes wishes on to them."""
 
     def __init__(
-        self, folder: Path, name: str, steps: int, train: Train, save: Callable[[Concept], Path]
-    ):
+        self,
+        folder: JobFolder,
+        work: Work | None = None,
+        on_change: Callable[[Job], None] = lambda job: None,
+    ) -> None:
+        """Without `work` the job is one that another process left, or runs: it can be looked at."""
         self.folder = folder
-        self._train: Train | None = train
-        self._save = save
-        self._lock = threading.Lock()
-        self._snapshot = Snapshot(folder.name, name, JobState.QUEUED, 0, steps)
+        self._work = work
+        self._on_change = on_change
+        self._lock = threading.RLock()
+        self._asked: JobState | None = None
         self._losses: list[float] = []
-        self._stop = threading.Event()
         self._ended = threading.Event()
+        self._last_step_s = 0.0
+        self._snapshot = _on_disk(folder)
+        if work:
+            self._snapshot = replace(self._snapshot, state=JobState.QUEUED)
+        elif self._snapshot.ended:
+            self._ended.set()
 
     @property
     def id(self) -> str:
-        return self.folder.name
+        return self.folder.id
+
+    @property
+    def runs_here(self) -> bool:
+        with self._lock:
+            return self._work is not None and self._snapshot.state in ACTIVE
 
     def snapshot(self) -> Snapshot:
         with self._lock:
-            return replace(self._snapshot, losses=tuple(self._losses))
+            if self._work is None and not self._snapshot.ended:  # another process may work on it
+                self._snapshot = _on_disk(self.folder)
+            return self._snapshot
 
-    def stop(self) -> None:
-        """Asks the job to save what was learnt and end; returns at once."""
+    def losses(self, after_step: int = 0) -> list[float]:
+        """Of the steps done after that one."""
         with self._lock:
-            self._stop.set()
-            if self._snapshot.state is JobState.QUEUED:
-                self._snapshot = replace(self._snapshot, state=JobState.STOPPED)
-                self._train = None
-                self._ended.set()
+            if self._work is None and not self._losses:
+                return self.folder.losses()[after_step:]
+            return self._losses[after_step:]
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Waits for the end; whether it was reached."""
         return self._ended.wait(timeout_s)
 
+    def pause(self) -> None:
+        """Asks the job to write a checkpoint and let go of the device; returns at once.
+
+        Raises JobError when it has ended, or is another process's.
+        """
+        with self._lock:
+            state = self.snapshot().state
+            if state is JobState.PAUSED:
+                return
+            if self._work is None:
+                raise self._not_now(state)
+            self._ask(JobState.PAUSED)
+
+    def stop(self) -> None:
+        """Asks the job to save what was learnt and end; returns at once.
+
+        A job that waits for its turn ends without learning. Stopping a job that has ended changes
+        nothing. Raises JobError when it is another process's.
+        """
+        with self._lock:
+            state = self.snapshot().state
+            if state in ENDED:
+                return
+            if self._work is not None:
+                self._ask(JobState.STOPPED)
+            elif state is JobState.PAUSED:
+                self._end(JobState.STOPPED, concept_file=self.folder.newest_concept())
+            else:
+                raise self._not_now(state)
+
+    def queue(self, work: Work | None = None) -> None:
+        """Makes the job ready to be run (again): from where it is, with new work where given.
+
+        Raises JobError when it is another process's, or has no work any more.
+        """
+        with self._lock:
+            state = self.snapshot().state
+            if state in ACTIVE:
+                if self._work is None:
+                    raise self._not_now(state)
+                return
+            self._work = work or self._work
+            if self._work is None:
+                raise JobError(
+                    f"The training job {self.id} is {state.value} at step "
+                    f"{self._snapshot.step} of {self._snapshot.steps}, and its models are not "
+                    f"loaded. Queue the graph again that it came from: it goes on from there."
+                )
+            self._asked = None
+            self._ended.clear()
+            self._update(state=JobState.QUEUED, error="", concept_file=None)
+
     def run(self) -> None:
         """Trains and saves, on the calling thread; a failure ends in the snapshot and the log."""
+        with self._lock:
+            work = self._work
+            if work is None or self._snapshot.state is not JobState.QUEUED:
+                return
+            self._update(state=JobState.PREPARING)
         try:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as metrics:
-                self._run(metrics)
+            with self.folder.locked():
+                self._run_to_an_end(work)
+        except JobError as error:  # the folder is another process's, or cannot be written
+            log.error("training job %s: %s", self.id, error)
+            self._end(JobState.FAILED, on_disk=False, error=str(error))
+
+    def _run_to_an_end(self, work: Work) -> None:
+        try:
+            self._run(work)
         except Exception as error:
             log.exception("training job %s failed", self.id)
-            self._update(state=JobState.FAILED, error=str(error) or type(error).__name__)
+            self._end(JobState.FAILED, error=str(error) or type(error).__name__)
         finally:
-            if not self.snapshot().ended:  # not even an Exception: the interpreter is going down
-                self._update(state=JobState.FAILED, error="the trainer thread was ended")
-            self._ended.set()
+            if self._snapshot.state in ACTIVE:  # not even an Exception: the end of the process
+                self._end(JobState.FAILED, error="the trainer thread was ended")
 
-    def _run(self, metrics: TextIO) -> None:
+    def _run(self, work: Work) -> None:
+        checkpoint, problems = self.folder.newest_checkpoint()
+        for problem in problems:
+            log.warning("training job %s: %s An older one is used.", self.id, problem)
+        self.folder.clear_outcome()
         with self._lock:
-            train, self._train = self._train, None  # the models it holds are free to go afterwards
-            if train is None:  # stopped while it was queued
-                return
-            self._snapshot = replace(self._snapshot, state=JobState.PREPARING)
-        concept = train(self._stop.is_set, lambda event: self._record(event, metrics))
+            self._losses = list(checkpoint.losses) if checkpoint else []
+            self._update(step=len(self._losses), notes=(*self._snapshot.notes, *problems))
+        self._last_step_s = time.monotonic()
+        with self.folder.metrics_after(self._losses):
+            concept = work.train(checkpoint, lambda: self._should_leave(work), self._record)
         done = len(self._losses)
+        with self._lock:
+            if self._asked is JobState.PAUSED and done < self._snapshot.steps:
+                self._asked = None
+                self._update(state=JobState.PAUSED)
+                return
         if done == 0:  # stopped before the first step: there is nothing to save
-            self._update(state=JobState.STOPPED)
+            self._end(JobState.STOPPED)
             return
-        path = self._save(concept)
+        path = work.save(concept)
         state = JobState.FINISHED if done == self._snapshot.steps else JobState.STOPPED
-        self._update(state=state, concept_file=path)
+        self._end(state, concept_file=path)
         log.info("training job %s %s after %d steps: %s", self.id, state.value, done, path)
 
-    def _record(self, event: Event, metrics: TextIO) -> None:
+    def _should_leave(self, work: Work) -> bool:
+        """Asked between steps; waits here for others."""
+        while self._asked is None and work.is_busy():
+            if not self._snapshot.waiting:
+                self._update(waiting=True)
+            time.sleep(_POLL_S)
+            self._last_step_s = time.monotonic()
+        if self._snapshot.waiting:
+            self._update(waiting=False)
+        return self._asked is not None
+
+    def _record(self, event: Event) -> None:
         if isinstance(event, StepDone):
-            line = {"step": event.step, "loss": event.loss, "time": round(time.time(), 3)}
-            metrics.write(json.dumps(line) + "\n")
-            metrics.flush()
+            self.folder.add_metrics(event.step, event.loss)
             with self._lock:
                 self._losses.append(event.loss)
-                self._snapshot = replace(self._snapshot, state=JobState.RUNNING, step=event.step)
+                self._update(
+                    state=JobState.RUNNING,
+                    step=event.step,
+                    loss=event.loss,
+                    seconds_per_step=self._pace(self._snapshot.seconds_per_step),
+                )
         elif isinstance(event, PreviewDrawn):
+            self.folder.write_sample(event.image_hwc, event.step)
             self._update(preview_hwc=event.image_hwc, preview_step=event.step)
+        elif isinstance(event, CheckpointDue):
+            self.folder.write_checkpoint(event.checkpoint)
+            if event.concept:
+                self.folder.write_concept(event.concept, event.checkpoint.step)
         elif isinstance(event, MemoryShort):
             log.warning("training job %s: %s", self.id, event.text())
+            self._update(notes=(*self._snapshot.notes, event.text()))
+
+    def _pace(self, before: float | None) -> float:
+        now = time.monotonic()
+        last, self._last_step_s = now - self._last_step_s, now
+        return last if before is None else before + (last - before) / _AVERAGED_STEPS
+
+    def _ask(self, what: JobState) -> None:
+        """What a job that only waits becomes at once, and one that runs after its step."""
+        state = self._snapshot.state
+        if state is JobState.QUEUED and what is JobState.PAUSED:
+            self._update(state=what)
+        elif state is JobState.QUEUED and self._snapshot.step == 0:
+            self._end(what)
+        elif state is JobState.PAUSED:
+            self.queue()  # its turn is what saves it
+            self._asked = what
+        elif state in ACTIVE:
+            self._asked = what
+        else:
+            raise self._not_now(state)
+
+    def _end(self, state: JobState, on_disk: bool = True, **changes: Any) -> None:
+        with self._lock:
+            self._work = self._asked = None  # the models that the work holds are free to go
+            self._update(state=state, waiting=False, **changes)
+            outcome = {
+                "state": state.value,
+                "step": self._snapshot.step,
+                "concept_file": str(self._snapshot.concept_file or ""),
+                "error": self._snapshot.error,
+                "notes": self._snapshot.notes,
+            }
+        try:
+            if on_disk:
+                self.folder.write_outcome(outcome)
+        except CustomDiffusionError as error:  # on disk it stays paused, and can be gone on with
+            log.error("how the training job %s ended is not on disk: %s", self.id, error)
+        finally:
+            self._ended.set()
 
     def _update(self, **changes: Any) -> None:
         with self._lock:
             self._snapshot = replace(self._snapshot, **changes)
+        self._on_change(self)
+
+    def _not_now(self, state: JobState) -> JobError:
+        where = "" if state in ENDED else " in another process: do it there"
+        return JobError(f"The training job {self.id} is {state.value}{where}.")
 
 
-class TrainingService:
-    """Owns the jobs and the one thread that runs them, in the order they were submitted."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._jobs: dict[str, Job] = {}
-        self._queue: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-
-    def submit(
-        self,
-        name: str,
-        steps: int,
-        settings: dict[str, Any],
-        train: Train,
-        save: Callable[[Concept], Path],
-    ) -> Job:
-        """Queues a job and returns it. `settings` are written to its folder, `train` runs later."""
-        job = Job(self._new_folder(name), name, steps, train, save)
-        text = json.dumps({"name": name, "steps": steps, **settings}, indent=2, ensure_ascii=False)
-        write_text_atomically(job.folder / "job.json", text)
-        with self._lock:
-            self._jobs[job.id] = job
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._work, name="custom-diffusion-trainer", daemon=True
-                )
-                self._thread.start()
-        self._queue.put(job)
-        return job
-
-    def job(self, job_id: str) -> Job:
-        with self._lock:
-            if job_id not in self._jobs:
-                known = ", ".join(self._jobs) or "none"
-                raise ConfigError(f"There is no training job {job_id!r}; known jobs: {known}.")
-            return self._jobs[job_id]
-
-    def snapshots(self) -> list[Snapshot]:
-        with self._lock:
-            jobs = list(self._jobs.values())
-        return [job.snapshot() for job in jobs]
-
-    def _work(self) -> None:
-        while True:
-            self._queue.get().run()
-
-    def _new_folder(self, name: str) -> Path:
-        stem = f"{datetime.now():%Y%m%d-%H%M%S}-{safe_file_name(name)}"
-        for number in range(1, 1000):
-            folder = self._folder / (stem if number == 1 else f"{stem}-{number}")
-            try:
-                folder.mkdir(parents=True)
-                return folder
-            except FileExistsError:
-                continue
-            except OSError as error:
-                raise ConfigError(
-                    f"The job's folder {folder} could not be made ({error.strerror}). Make "
-                    f"{self._folder} writable, or free some space there."
-                ) from error
-        raise ConfigError(f"There are too many job folders called {stem} in {self._folder}.")
+def _on_disk(folder: JobFolder) -> Snapshot:
+    """A job as its folder tells: running when somebody works on it, else as it ended, or paused."""
+    description, outcome = folder.description, folder.outcome() or {}
+    state = JobState(outcome.get("state", JobState.PAUSED))
+    if folder.is_locked():
+        state = JobState.RUNNING
+    file = outcome.get("concept_file")
+    return Snapshot(
+        id=folder.id,
+        name=description["name"],
+        state=state,
+        step=outcome.get("step", folder.newest_step()),
+        steps=description["steps"],
+        notes=tuple(outcome.get("notes", ())),
+        error=outcome.get("error", ""),
+        concept_file=Path(file) if file else None,
+    )

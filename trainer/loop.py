@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,8 +14,10 @@ from ..concept.errors import ConfigError, TrainingError
 from ..concept.prompts import subject
 from ..concept.text import TextEncoder
 from .backward import Backward
+from .checkpoint import Checkpoint
 from .config import TrainConfig
 from .data import TrainingConcept
+from .events import CheckpointDue, Event, MemoryShort, PreviewDrawn, StepDone
 from .latents import LatentBank, batch_of_step, step_randomness
 from .methods import METHODS
 from .network_weights import NetworkWeights
@@ -28,40 +29,6 @@ from .sampling import ddim_sample
 from .start import check_start
 from .tokens import words_to_teach
 
-
-@dataclass(frozen=True)
-class StepDone:
-    """One optimiser step: how many are done, and the loss before it."""
-
-    step: int
-    loss: float
-
-
-@dataclass(frozen=True)
-class PreviewDrawn:
-    """A sample of the model as it is, (h, w, 3) in 0..1, on the CPU."""
-
-    step: int
-    image_hwc: Tensor
-
-
-@dataclass(frozen=True)
-class MemoryShort:
-    """Memory ran out: the step is computed again, and from now on with less."""
-
-    step: int
-    micro_batch_size: int
-    gradient_checkpointing: bool
-
-    def text(self) -> str:
-        recomputed = ", with gradient checkpointing" if self.gradient_checkpointing else ""
-        return (
-            f"memory ran out at step {self.step}: from now on {self.micro_batch_size} of the "
-            f"pictures at once{recomputed}; slower, the same steps"
-        )
-
-
-Event = StepDone | PreviewDrawn | MemoryShort
 _FINAL_LOSSES = 20
 
 
@@ -73,6 +40,8 @@ def train(
     text_encoder: TextEncoder,
     *,
     start: Concept | None = None,
+    checkpoint: Checkpoint | None = None,
+    checkpoint_every_steps: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Concept:
@@ -81,6 +50,8 @@ def train(
     `banks` hold the latents of each; `config.method` says which parts of the model learn.
     `start` is a concept of the same model to go on from: all of it is in the result, and the
     tokens that are taught again learn on.
+    `checkpoint` is what a run with the same arguments left: this one goes on as that would have,
+    to the bit. With `checkpoint_every_steps` there is one as often, and one at the end.
     `should_stop` is asked before every step; stopping returns what was learnt so far. The models
     are only borrowed: afterwards, however it ends, they are as before, except for what a method
     learns beyond keys, values and words: that stays in the denoiser's network. Random numbers come
@@ -112,6 +83,18 @@ def train(
         fused=denoiser.device.type in ("cpu", "cuda"),
     )
 
+    base_hash = projections.base_hash  # of the network's own keys and values
+
+    def learnt() -> Concept:
+        deltas = {**projections.deltas(), **network.deltas()}
+        return _concept(
+            config, training_concepts, start, denoiser, base_hash, deltas, words, losses
+        )
+
+    def report_checkpoint() -> None:
+        concept = None if method.whole_network else learnt()
+        on_event(CheckpointDue(Checkpoint.of(optimizer, losses), concept))
+
     losses: list[float] = []
     backward = Backward(
         denoiser,
@@ -121,6 +104,8 @@ def train(
     )
 
     with projections.installed(), network.learning():
+        if checkpoint:
+            losses = checkpoint.restore(optimizer)
         while len(losses) < config.steps and not should_stop():
             # Data: latents, noise, timesteps.
             rng, generator = step_randomness(config.seed, len(losses))
@@ -163,11 +148,12 @@ def train(
                 noise = torch.randn(batch.latents_bchw[:1].shape, generator=fixed)
                 picture = _preview(noise, training_concepts[0], prompts, projections, denoiser)
                 on_event(PreviewDrawn(len(losses), picture))
+            if checkpoint_every_steps and len(losses) % checkpoint_every_steps == 0:
+                report_checkpoint()
 
-        deltas = {**projections.deltas(), **network.deltas()}
-    return _concept(
-        config, training_concepts, start, denoiser, projections.base_hash, deltas, words, losses
-    )
+        if checkpoint_every_steps and len(losses) % checkpoint_every_steps:
+            report_checkpoint()
+        return learnt()
 
 
 def _loss_of(

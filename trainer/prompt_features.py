@@ -26,9 +26,9 @@ class PromptFeatures:
         unique = list(dict.fromkeys(prompts))
         learnt = [p for p in unique if any(token in p for token in self._tokens)]
         missing = [p for p in unique if p not in learnt and p not in self._fixed]
-        if missing:
-            with torch.no_grad():
-                self._fixed.update(self._features(missing))
+        with torch.no_grad():
+            for prompt in missing:  # one by one: its numbers must not depend on its neighbours
+                self._fixed.update(self._features([prompt]))
         features = {**self._fixed, **(self._features(learnt) if learnt else {})}
         context = torch.stack([features[prompt].context for prompt in prompts])
         pooled = [row for prompt in prompts if (row := features[prompt].pooled) is not None]

@@ -1,10 +1,9 @@
-"""Starting a training from a node, and waiting for it with progress and a preview on the node."""
+"""Starting a training from a node."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +11,28 @@ import comfy.model_management
 import comfy.utils
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
-from PIL import Image
 
 from ...concept.concept import Concept
 from ...concept.errors import TrainingError
 from ...concept.file import read_concept, write_new, write_new_concept
 from ...concept.fit import check_text_width
+from ...concept.text import TextEncoder
+from ...trainer.checkpoint import Checkpoint
 from ...trainer.config import TrainConfig
 from ...trainer.data import TrainingConcept
-from ...trainer.jobs import Job, JobState, Snapshot, TrainingService
+from ...trainer.fingerprint import training_fingerprint
+from ...trainer.jobs import ACTIVE, Job, JobState, Work, never
+from ...trainer.latents import LatentBank
 from ...trainer.loop import train
 from ...trainer.methods import METHODS
 from ...trainer.network_file import fold_in, write_network
 from ...trainer.prepare import prepare
 from ...trainer.start import check_start
+from .jobs import prompt_is_running, training_service, wait_for
 from .models import ComfyDenoiser, ComfyLatentEncoder, text_encoder, training_dtype
-from .paths import concept_folder, jobs_folder, network_folder
+from .paths import concept_folder, network_folder
 
 log = logging.getLogger("custom_diffusion")
-_POLL_S = 0.1
-_PREVIEW_PIXELS = 512
-
-
-@cache
-def training_service() -> TrainingService:
-    """The one service of this process."""
-    return TrainingService(jobs_folder())
 
 
 def start_training(
@@ -48,21 +43,86 @@ def start_training(
     concepts: Sequence[TrainingConcept],
     config: TrainConfig,
     start: Concept | None = None,
+    *,
+    checkpoint_every_steps: int,
+    share_device: bool,
+    graph: dict[str, Any],
 ) -> Job:
     """Encodes the pictures, copies the models and queues the job. Runs on the prompt thread.
 
     Everything that needs ComfyUI's own models happens here; the job touches only its copies.
+    A job that had the same to do is not begun anew: it goes on, or is handed out when it has
+    finished. `graph` is kept, so that the job can be gone on with in another process.
     """
+    service = training_service()
     device = comfy.model_management.get_torch_device()
-    scale_factor = model.model.latent_format.scale_factor
     denoiser = ComfyDenoiser(model, training_dtype(device))
     encoder = text_encoder(clip)
     check_text_width(encoder.context_width, denoiser.family)
     if start:  # before the time that encoding takes
         check_start(start, denoiser, config)
+    latent_encoder = ComfyLatentEncoder(vae, model.model.latent_format.scale_factor)
+    networks = (denoiser.network, vae.first_stage_model)
+    fingerprint = f"{name} {training_fingerprint(config, concepts, encoder, networks, start)}"
+    same = service.find(fingerprint)
+    if same and same.snapshot().state in (*ACTIVE, JobState.FINISHED):
+        log.info("the training job %s had the same to do: it is not begun again", same.id)
+        return same
+    banks = _encoded(concepts, config, latent_encoder, encoder)
+
+    def run(checkpoint: Checkpoint | None, should_stop: Any, on_event: Any) -> Concept:
+        try:
+            denoiser.to(device)
+            encoder.to(device)
+            return train(
+                config,
+                concepts,
+                banks,
+                denoiser,
+                encoder,
+                start=start,
+                checkpoint=checkpoint,
+                checkpoint_every_steps=checkpoint_every_steps,
+                should_stop=should_stop,
+                on_event=on_event,
+            )
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(_out_of_memory(config, device)) from error
+        finally:  # what waits, or has ended, leaves the device to others
+            denoiser.to(torch.device("cpu"))
+            encoder.to(torch.device("cpu"))
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def save(result: Concept) -> Path:
+        if METHODS[config.method].whole_network:
+            result = fold_in(denoiser, result)
+            network = write_new(
+                network_folder(), name, lambda path: write_network(denoiser.network, path)
+            )
+            log.info("saved the whole UNet: %s", network)
+        return write_new_concept(result, concept_folder(), name)
+
+    description = {
+        "concepts": [{"token": c.token, "class_noun": c.class_noun} for c in concepts],
+        "start": start.describe() if start else None,
+        "config": config.as_json(),
+        "graph": graph,
+    }
+    is_busy = never if share_device else prompt_is_running
+    work = Work(run, save, is_busy)
+    return service.submit(name, config.steps, description, work, fingerprint)
+
+
+def _encoded(
+    concepts: Sequence[TrainingConcept],
+    config: TrainConfig,
+    latent_encoder: ComfyLatentEncoder,
+    encoder: TextEncoder,
+) -> list[LatentBank]:
+    """With progress on the node."""
     progress = comfy.utils.ProgressBar(1)
-    latent_encoder = ComfyLatentEncoder(vae, scale_factor)
-    banks = [
+    return [
         prepare(
             concept,
             config,
@@ -75,78 +135,27 @@ def start_training(
         for index, concept in enumerate(concepts)
     ]
 
-    def run(should_stop: Any, on_event: Any) -> Concept:
-        try:
-            denoiser.to(device)
-            encoder.to(device)
-            return train(
-                config,
-                concepts,
-                banks,
-                denoiser,
-                encoder,
-                start=start,
-                should_stop=should_stop,
-                on_event=on_event,
-            )
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(_out_of_memory(config, device)) from error
 
-    def save(result: Concept) -> Path:
-        if METHODS[config.method].whole_network:
-            result = fold_in(denoiser, result)
-            network = write_new(
-                network_folder(), name, lambda path: write_network(denoiser.network, path)
-            )
-            log.info("saved the whole UNet: %s", network)
-        return write_new_concept(result, concept_folder(), name)
-
-    settings = {
-        "concepts": [{"token": c.token, "class_noun": c.class_noun} for c in concepts],
-        "start": start.describe() if start else None,
-        "config": config.as_json(),
-    }
-    return training_service().submit(name, config.steps, settings, run, save)
+def graph_until(prompt: Mapping[str, Any], node_id: str) -> dict[str, Any]:
+    """The part of a prompt's graph that a node needs; nothing for a node that is not in it."""
+    needed: dict[str, Any] = {}
+    waiting = [node_id] if node_id in prompt else []
+    while waiting:
+        key = waiting.pop()
+        needed[key] = prompt[key]
+        links = [v for v in prompt[key]["inputs"].values() if isinstance(v, list) and len(v) == 2]
+        waiting += [link[0] for link in links if link[0] in prompt and link[0] not in needed]
+    return needed
 
 
-def wait_for(job: Job) -> Snapshot:
-    """Shows the job's progress on the executing node until it ends.
-
-    Interrupting the prompt stops the job, saves what was learnt, and then interrupts. Raises
-    TrainingError when the job failed.
-    """
-    steps = job.snapshot().steps
-    progress = comfy.utils.ProgressBar(steps)
-    shown = 0
-    try:
-        while not job.wait(_POLL_S):
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            snapshot = job.snapshot()
-            preview = None
-            if snapshot.preview_hwc is not None and snapshot.preview_step != shown:
-                shown = snapshot.preview_step
-                preview = ("JPEG", _picture(snapshot.preview_hwc), _PREVIEW_PIXELS)
-            progress.update_absolute(snapshot.step, steps, preview)
-    except comfy.model_management.InterruptProcessingException:
-        job.stop()
-        job.wait()
-        snapshot = job.snapshot()
-        log.info("stopped at step %d of %d, saved: %s", snapshot.step, steps, snapshot.concept_file)
-        raise
-    snapshot = job.snapshot()
-    if snapshot.state is JobState.FAILED:
-        raise TrainingError(snapshot.error)
-    return snapshot
-
-
-def training_outputs(job: Job, wait: bool) -> tuple[Any, Any, str]:
+def training_outputs(job: Job, wait: bool, keep_on_interrupt: bool) -> tuple[Any, Any, str]:
     """(concept, loss map, job id); in the background the first two block what depends on them."""
     if not wait:
         return ExecutionBlocker(None), ExecutionBlocker(None), job.id
-    snapshot = wait_for(job)
+    snapshot = wait_for(job, keep_on_interrupt)
     if snapshot.concept_file is None:
         raise TrainingError("The job was stopped before its first step; nothing was learnt.")
-    return read_concept(snapshot.concept_file), {"loss": list(snapshot.losses)}, job.id
+    return read_concept(snapshot.concept_file), {"loss": job.losses()}, job.id
 
 
 def _out_of_memory(config: TrainConfig, device: torch.device) -> str:
@@ -156,9 +165,3 @@ def _out_of_memory(config: TrainConfig, device: torch.device) -> str:
         f"time and with gradient checkpointing; {free / 1e9:.1f} GB are free. Unload other models "
         f"or lower resolution, and train again."
     )
-
-
-def _picture(image_hwc: torch.Tensor) -> Image.Image:
-    """A preview, enlarged so that its latents can be seen."""
-    picture = Image.fromarray((image_hwc * 255).to(torch.uint8).numpy())
-    return picture.resize((_PREVIEW_PIXELS, _PREVIEW_PIXELS), Image.Resampling.BICUBIC)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from aiohttp import ClientSession, WSMsgType
 from custom_diffusion.concept.concept import LowRankDelta
 from custom_diffusion.concept.file import read_concept
 from custom_diffusion.merge.captions import regularization_captions
 from support.comfy_server import ComfyPromptError, ComfyServer
 from support.graphs import draw, draw_pictures, merge, node, teach
+from support.websocket import watch
 
 BOTH = "a (<new1> cat:1.2) beside a <new2> dog"
 
@@ -231,25 +229,3 @@ def test_progress_and_previews_reach_the_browser(bench: ComfyServer) -> None:
     ]
     assert steps and steps == sorted(steps)
     assert any(isinstance(m, bytes) and b"JFIF" in m for m in messages)
-
-
-def watch(server: ComfyServer, queue: Callable[[str], Any]) -> list[dict[str, Any] | bytes]:
-    """Everything the websocket says until the prompt that `queue` posts has ended."""
-    messages: list[dict[str, Any] | bytes] = []
-
-    async def listen() -> None:
-        url = f"{server.url.replace('http', 'ws')}/ws?clientId=watcher"
-        async with ClientSession() as session, session.ws_connect(url, max_msg_size=0) as socket:
-            threading.Thread(target=queue, args=("watcher",)).start()
-            async for message in socket:
-                binary = message.type is WSMsgType.BINARY
-                messages.append(message.data if binary else json.loads(message.data))
-                last = messages[-1]
-                if isinstance(last, dict) and last["type"] in (
-                    "execution_success",
-                    "execution_error",
-                ):
-                    return
-
-    asyncio.run(asyncio.wait_for(listen(), 120))
-    return messages

@@ -219,6 +219,9 @@ class ComfyServer:
         """Send ``body`` as JSON; return the decoded JSON answer, or None for an empty one."""
         return _decode(self._request(path, data=json.dumps(body).encode(), timeout=timeout))
 
+    def delete(self, path: str) -> Any:
+        return _decode(self._request(path, timeout=60.0, method="DELETE"))
+
     def object_info(self, node: str | None = None) -> dict[str, Any]:
         """Return the description of every node, or of one node (empty when it is unknown)."""
         if node is None:
@@ -299,9 +302,11 @@ class ComfyServer:
                 time.sleep(0.1)
         raise ComfyServerError(f"ComfyUI is not ready after {self.start_timeout} s\n{self._tail()}")
 
-    def _request(self, path: str, *, timeout: float, data: bytes | None = None) -> bytes:
+    def _request(
+        self, path: str, *, timeout: float, data: bytes | None = None, method: str | None = None
+    ) -> bytes:
         headers = {} if data is None else {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.url + path, data, headers)
+        request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
             with _OPENER.open(request, timeout=timeout) as response:
                 return response.read()

@@ -46,6 +46,9 @@ def teach(
         "micro_batch_size": 0,
         "gradient_checkpointing": False,
         "preview_every_steps": 0,
+        "checkpoint_every_steps": 50,
+        "share_device": False,
+        "keep_on_interrupt": False,
         **{_METHOD_INPUTS.get(name, name): value for name, value in settings.items()},
     }
     models = {"model": ["checkpoint", 0], "clip": ["checkpoint", 1], "vae": ["checkpoint", 2]}

@@ -12,7 +12,8 @@ from custom_diffusion.concept.concept import Concept
 from custom_diffusion.host.diffusers import DiffusersModels
 from custom_diffusion.trainer.backward import checkpointed
 from custom_diffusion.trainer.config import TrainConfig
-from custom_diffusion.trainer.loop import Event, MemoryShort, StepDone, train
+from custom_diffusion.trainer.events import Event, MemoryShort, StepDone
+from custom_diffusion.trainer.loop import train
 from support.tiny_models import RESOLUTION, cat_concept, random_bank
 from torch import Tensor
 

@@ -16,22 +16,20 @@ from pathlib import Path
 import pytest
 import torch
 from custom_diffusion.concept.concept import Concept
-from custom_diffusion.concept.errors import ConceptFileError, ConfigError, TrainingError
+from custom_diffusion.concept.errors import ConceptFileError, JobError, TrainingError
 from custom_diffusion.concept.file import safe_file_name
 from custom_diffusion.concept.layers import FAMILIES
-from custom_diffusion.trainer.jobs import (
-    Job,
-    JobState,
-    Snapshot,
-    TrainingService,
-)
-from custom_diffusion.trainer.loop import Event, PreviewDrawn, StepDone
+from custom_diffusion.trainer.checkpoint import Checkpoint
+from custom_diffusion.trainer.events import Event, PreviewDrawn, StepDone
+from custom_diffusion.trainer.jobs import Job, JobState, Snapshot, Work
+from custom_diffusion.trainer.service import TrainingService
 
 CONCEPT = Concept(FAMILIES["sd15"], {})
 LONG_S = 20.0
 
 ShouldStop = Callable[[], bool]
 OnEvent = Callable[[Event], None]
+Training = Callable[[Checkpoint | None, ShouldStop, OnEvent], Concept]
 
 
 class ScriptedTraining:
@@ -42,7 +40,9 @@ class ScriptedTraining:
         self.started, self.thread_name = threading.Event(), ""
         self._allowed, self._reached = threading.Semaphore(0), threading.Semaphore(0)
 
-    def __call__(self, should_stop: ShouldStop, on_event: OnEvent) -> Concept:
+    def __call__(
+        self, checkpoint: Checkpoint | None, should_stop: ShouldStop, on_event: OnEvent
+    ) -> Concept:
         self.thread_name = threading.current_thread().name
         self.started.set()
         for step in range(1, self.steps + 1):
@@ -60,8 +60,8 @@ class ScriptedTraining:
             assert self._reached.acquire(timeout=LONG_S)
 
 
-def instant(steps: int = 1) -> Callable[[ShouldStop, OnEvent], Concept]:
-    def train(should_stop: ShouldStop, on_event: OnEvent) -> Concept:
+def instant(steps: int = 1) -> Training:
+    def train(_: Checkpoint | None, should_stop: ShouldStop, on_event: OnEvent) -> Concept:
         for step in range(1, steps + 1):
             on_event(StepDone(step, 0.5))
         return CONCEPT
@@ -69,8 +69,8 @@ def instant(steps: int = 1) -> Callable[[ShouldStop, OnEvent], Concept]:
     return train
 
 
-def failing(error: Exception) -> Callable[[ShouldStop, OnEvent], Concept]:
-    def train(should_stop: ShouldStop, on_event: OnEvent) -> Concept:
+def failing(error: Exception) -> Training:
+    def train(_: Checkpoint | None, should_stop: ShouldStop, on_event: OnEvent) -> Concept:
         raise error
 
     return train
@@ -104,7 +104,7 @@ def busy(
 ) -> Iterator[tuple[Job, ScriptedTraining]]:
     """A job that keeps the trainer thread occupied until the test lets it go."""
     training = ScriptedTraining(steps=1)
-    job = service.submit("busy", 1, {}, training, save)
+    job = service.submit("busy", 1, {}, Work(training, save))
     assert training.started.wait(LONG_S)
     yield job, training
     training.allow(1, wait=False)
@@ -119,7 +119,7 @@ def test_a_job_is_queued_prepared_run_and_finished(
 ) -> None:
     busy_job, busy_training = busy
     training = ScriptedTraining(steps=3)
-    job = service.submit("cat", 3, {}, training, save)
+    job = service.submit("cat", 3, {}, Work(training, save))
     assert job.snapshot().state is JobState.QUEUED
     busy_training.allow(1)
     assert training.started.wait(LONG_S)
@@ -127,13 +127,14 @@ def test_a_job_is_queued_prepared_run_and_finished(
     training.allow(2)
     running = job.snapshot()
     assert (running.state, running.step, running.steps) == (JobState.RUNNING, 2, 3)
-    assert running.losses == (1.0, 0.5)
+    assert job.losses() == [1.0, 0.5]
+    assert job.losses(after_step=1) == [0.5]
     assert not running.ended
     training.allow(1, wait=False)
     assert job.wait(LONG_S)
     finished = job.snapshot()
     assert (finished.state, finished.step, finished.error) == (JobState.FINISHED, 3, "")
-    assert finished.losses == (1.0, 0.5, 1 / 3)
+    assert job.losses() == [1.0, 0.5, 1 / 3]
     assert finished.concept_file is not None
     assert finished.concept_file.is_file()
     assert finished.ended
@@ -145,9 +146,9 @@ def test_stopping_in_the_middle_saves_what_was_learnt(
     service: TrainingService, save: Callable[[Concept], Path], saved: list[Concept]
 ) -> None:
     training = ScriptedTraining(steps=10)
-    job = service.submit("cat", 10, {}, training, save)
+    job = service.submit("cat", 10, {}, Work(training, save))
     training.allow(4)
-    job.stop()
+    service.stop(job.id)
     training.allow(1, wait=False)
     assert job.wait(LONG_S)
     stopped = job.snapshot()
@@ -161,15 +162,15 @@ def test_a_stop_that_comes_too_late_leaves_a_finished_job(
 ) -> None:
     stop_asked = threading.Event()
 
-    def train(should_stop: ShouldStop, on_event: OnEvent) -> Concept:
+    def train(_: Checkpoint | None, should_stop: ShouldStop, on_event: OnEvent) -> Concept:
         on_event(StepDone(1, 0.5))
         assert stop_asked.wait(LONG_S)
         return CONCEPT
 
-    job = service.submit("cat", 1, {}, train, save)
+    job = service.submit("cat", 1, {}, Work(train, save))
     while job.snapshot().step == 0:
         pass
-    job.stop()
+    service.stop(job.id)
     stop_asked.set()
     assert job.wait(LONG_S)
     assert job.snapshot().state is JobState.FINISHED
@@ -182,13 +183,13 @@ def test_a_queued_job_that_is_stopped_ends_at_once_and_never_trains(
     saved: list[Concept],
 ) -> None:
     training = ScriptedTraining(steps=1)
-    job = service.submit("cat", 1, {}, training, save)
-    job.stop()
+    job = service.submit("cat", 1, {}, Work(training, save))
+    service.stop(job.id)
     assert job.wait(0)
     assert job.snapshot().state is JobState.STOPPED
     assert not busy[0].snapshot().ended
     busy[1].allow(1)
-    after = service.submit("after", 1, {}, instant(), save)
+    after = service.submit("after", 1, {}, Work(instant(), save))
     assert after.wait(LONG_S)
     assert not training.started.is_set()
     stopped = job.snapshot()
@@ -200,9 +201,9 @@ def test_stopping_before_the_first_step_saves_nothing(
     service: TrainingService, save: Callable[[Concept], Path], saved: list[Concept]
 ) -> None:
     training = ScriptedTraining(steps=3)
-    job = service.submit("cat", 3, {}, training, save)
+    job = service.submit("cat", 3, {}, Work(training, save))
     assert training.started.wait(LONG_S)
-    job.stop()
+    service.stop(job.id)
     training.allow(1, wait=False)
     assert job.wait(LONG_S)
     stopped = job.snapshot()
@@ -214,10 +215,10 @@ def test_stopping_before_the_first_step_saves_nothing(
 def test_stopping_an_ended_job_changes_nothing(
     service: TrainingService, save: Callable[[Concept], Path]
 ) -> None:
-    job = service.submit("cat", 1, {}, instant(), save)
+    job = service.submit("cat", 1, {}, Work(instant(), save))
     assert job.wait(LONG_S)
     before = job.snapshot()
-    job.stop()
+    service.stop(job.id)
     assert job.snapshot() == before
 
 
@@ -236,8 +237,8 @@ def test_a_failure_is_told_logged_and_does_not_stop_the_next_job(
     message: str,
 ) -> None:
     with caplog.at_level(logging.ERROR, "custom_diffusion"):
-        job = service.submit("bad", 5, {}, failing(error), save)
-        following = service.submit("good", 1, {}, instant(), save)
+        job = service.submit("bad", 5, {}, Work(failing(error), save))
+        following = service.submit("good", 1, {}, Work(instant(), save))
         assert following.wait(LONG_S)
     failed = job.snapshot()
     assert job.wait(0)
@@ -255,12 +256,12 @@ def test_a_concept_that_cannot_be_saved_fails_with_the_reason(service: TrainingS
     def save(concept: Concept) -> Path:
         raise ConceptFileError("cat.safetensors could not be written: the disk is full.")
 
-    job = service.submit("cat", 1, {}, instant(), save)
+    job = service.submit("cat", 1, {}, Work(instant(), save))
     assert job.wait(LONG_S)
     failed = job.snapshot()
     assert failed.state is JobState.FAILED
     assert "the disk is full" in failed.error
-    assert failed.losses == (0.5,)
+    assert job.losses() == [0.5]
 
 
 def test_jobs_run_one_by_one_in_order_on_the_trainer_thread(
@@ -268,17 +269,17 @@ def test_jobs_run_one_by_one_in_order_on_the_trainer_thread(
 ) -> None:
     order: list[tuple[str, str]] = []
 
-    def training(name: str) -> Callable[[ShouldStop, OnEvent], Concept]:
-        def train(should_stop: ShouldStop, on_event: OnEvent) -> Concept:
+    def training(name: str) -> Training:
+        def train(_: Checkpoint | None, should_stop: ShouldStop, on_event: OnEvent) -> Concept:
             order.append((name, threading.current_thread().name))
-            return instant()(should_stop, on_event)
+            return instant()(None, should_stop, on_event)
 
         return train
 
-    jobs = [service.submit(name, 1, {}, training(name), save) for name in "abcdef"]
+    jobs = [service.submit(name, 1, {}, Work(training(name), save)) for name in "abcdef"]
     assert all(job.wait(LONG_S) for job in jobs)
     assert order == [(name, "custom-diffusion-trainer") for name in "abcdef"]
-    assert [snapshot.name for snapshot in service.snapshots()] == list("abcdef")
+    assert [job.snapshot().name for job in service.jobs()] == list("abcdef")
 
 
 def test_the_trainer_thread_does_not_keep_the_program_alive(
@@ -286,11 +287,11 @@ def test_the_trainer_thread_does_not_keep_the_program_alive(
 ) -> None:
     daemons: list[bool] = []
 
-    def train(should_stop: ShouldStop, on_event: OnEvent) -> Concept:
+    def train(_: Checkpoint | None, should_stop: ShouldStop, on_event: OnEvent) -> Concept:
         daemons.append(threading.current_thread().daemon)
         return CONCEPT
 
-    assert service.submit("cat", 1, {}, train, save).wait(LONG_S)
+    assert service.submit("cat", 1, {}, Work(train, save)).wait(LONG_S)
     assert daemons == [True]
 
 
@@ -299,7 +300,7 @@ def test_snapshots_are_consistent_while_the_job_runs(
 ) -> None:
     steps = 4000
     interval = sys.getswitchinterval()
-    torn: list[tuple[int, int]] = []
+    torn: list[Snapshot] = []
     reads = [0, 0]  # of each reader
 
     def wait_for_readers() -> None:
@@ -308,7 +309,7 @@ def test_snapshots_are_consistent_while_the_job_runs(
         while any(map(operator.eq, reads, before)) and time.monotonic() < until:
             time.sleep(0)
 
-    def train(should_stop: ShouldStop, on_event: OnEvent) -> Concept:
+    def train(_: Checkpoint | None, should_stop: ShouldStop, on_event: OnEvent) -> Concept:
         for step in range(1, steps + 1):
             on_event(StepDone(step, float(step)))
             if step % 20 == 0:
@@ -316,22 +317,22 @@ def test_snapshots_are_consistent_while_the_job_runs(
                 wait_for_readers()
         return CONCEPT
 
-    def is_torn(snapshot: Snapshot) -> bool:
-        picture, losses = snapshot.preview_hwc, snapshot.losses
+    def is_torn(snapshot: Snapshot, later_losses: list[float]) -> bool:
+        picture = snapshot.preview_hwc
         return (
-            len(losses) != snapshot.step
-            or (losses != () and losses[-1] != snapshot.step)
+            len(later_losses) < snapshot.step
+            or later_losses != [float(n + 1) for n in range(len(later_losses))]
             or (picture is not None and float(picture[0, 0, 0]) != snapshot.preview_step)
             or (snapshot.state is JobState.FINISHED) != (snapshot.concept_file is not None)
         )
 
-    job = service.submit("cat", steps, {}, train, save)
+    job = service.submit("cat", steps, {}, Work(train, save))
 
     def read(reader: int) -> None:
         while not (snapshot := job.snapshot()).ended:
             reads[reader] += 1
-            if is_torn(snapshot):
-                torn.append((snapshot.step, len(snapshot.losses)))
+            if is_torn(snapshot, job.losses()):
+                torn.append(snapshot)
         reads[reader] += 1
 
     sys.setswitchinterval(1e-6)
@@ -346,7 +347,7 @@ def test_snapshots_are_consistent_while_the_job_runs(
     assert job.wait(LONG_S)
     assert min(reads) >= steps // 20
     assert torn == []
-    assert job.snapshot().losses == tuple(float(n) for n in range(1, steps + 1))
+    assert job.losses() == [float(n) for n in range(1, steps + 1)]
 
 
 def test_previews_are_in_the_snapshot(
@@ -354,12 +355,12 @@ def test_previews_are_in_the_snapshot(
 ) -> None:
     picture = torch.rand(4, 4, 3)
 
-    def train(should_stop: ShouldStop, on_event: OnEvent) -> Concept:
+    def train(_: Checkpoint | None, should_stop: ShouldStop, on_event: OnEvent) -> Concept:
         on_event(StepDone(1, 0.5))
         on_event(PreviewDrawn(1, picture))
         return CONCEPT
 
-    job = service.submit("cat", 1, {}, train, save)
+    job = service.submit("cat", 1, {}, Work(train, save))
     assert job.wait(LONG_S)
     snapshot = job.snapshot()
     assert snapshot.preview_hwc is picture
@@ -370,12 +371,12 @@ def test_snapshots_cannot_be_changed_and_stay_as_they_were(
     service: TrainingService, save: Callable[[Concept], Path]
 ) -> None:
     training = ScriptedTraining(steps=2)
-    job = service.submit("cat", 2, {}, training, save)
+    job = service.submit("cat", 2, {}, Work(training, save))
     training.allow(1)
     snapshot = job.snapshot()
     training.allow(1, wait=False)
     assert job.wait(LONG_S)
-    assert (snapshot.state, snapshot.step, snapshot.losses) == (JobState.RUNNING, 1, (1.0,))
+    assert (snapshot.state, snapshot.step) == (JobState.RUNNING, 1)
     with pytest.raises(AttributeError):
         snapshot.step = 7  # type: ignore[misc]
 
@@ -389,15 +390,15 @@ def test_an_ended_job_lets_go_of_its_models(
     def submit() -> tuple[Job, weakref.ref[Model]]:
         model = Model()
 
-        def train(should_stop: ShouldStop, on_event: OnEvent) -> Concept:
+        def train(_: Checkpoint | None, should_stop: ShouldStop, on_event: OnEvent) -> Concept:
             assert isinstance(model, Model)
-            return instant()(should_stop, on_event)
+            return instant()(None, should_stop, on_event)
 
-        return service.submit("cat", 1, {}, train, save), weakref.ref(model)
+        return service.submit("cat", 1, {}, Work(train, save)), weakref.ref(model)
 
     job, model = submit()
     assert job.wait(LONG_S)
-    assert service.submit("after", 1, {}, instant(), save).wait(LONG_S)
+    assert service.submit("after", 1, {}, Work(instant(), save)).wait(LONG_S)
     gc.collect()
     assert model() is None
 
@@ -406,28 +407,29 @@ def test_the_folder_of_a_job_holds_its_settings_and_one_line_a_step(
     service: TrainingService, save: Callable[[Concept], Path], tmp_path: Path
 ) -> None:
     training = ScriptedTraining(steps=3)
-    job = service.submit("Käse", 3, {"config": {"seed": 7}}, training, save)
-    assert job.folder.parent == tmp_path / "jobs"
-    settings = json.loads((job.folder / "job.json").read_text(encoding="utf-8"))
-    assert settings == {"name": "Käse", "steps": 3, "config": {"seed": 7}}
+    job = service.submit("Käse", 3, {"config": {"seed": 7}}, Work(training, save))
+    assert job.folder.path.parent == tmp_path / "jobs"
+    settings = json.loads((job.folder.path / "job.json").read_text(encoding="utf-8"))
+    assert settings.pop("created") <= time.time()
+    assert settings == {"name": "Käse", "steps": 3, "fingerprint": "", "config": {"seed": 7}}
     training.allow(2)  # the lines are there while the job runs
-    lines = (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (job.folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     metrics = [json.loads(line) for line in lines]
     assert [(line["step"], line["loss"]) for line in metrics] == [(1, 1.0), (2, 0.5)]
     assert metrics[0]["time"] <= metrics[1]["time"]
     training.allow(1, wait=False)
     assert job.wait(LONG_S)
-    text = (job.folder / "metrics.jsonl").read_text(encoding="utf-8")
+    text = (job.folder.path / "metrics.jsonl").read_text(encoding="utf-8")
     assert len(text.splitlines()) == 3
 
 
 def test_jobs_of_one_name_have_folders_of_their_own(
     service: TrainingService, save: Callable[[Concept], Path]
 ) -> None:
-    jobs = [service.submit("cat", 1, {}, instant(), save) for _ in range(5)]
+    jobs = [service.submit("cat", 1, {}, Work(instant(), save)) for _ in range(5)]
     assert all(job.wait(LONG_S) for job in jobs)
-    assert len({job.folder for job in jobs}) == len({job.id for job in jobs}) == 5
-    assert all((job.folder / "job.json").is_file() for job in jobs)
+    assert len({job.folder.path for job in jobs}) == len({job.id for job in jobs}) == 5
+    assert all((job.folder.path / "job.json").is_file() for job in jobs)
     assert all(service.job(job.id) is job for job in jobs)
 
 
@@ -435,19 +437,19 @@ def test_jobs_of_one_name_have_folders_of_their_own(
 def test_job_folders_stay_inside_whatever_the_name(
     service: TrainingService, save: Callable[[Concept], Path], tmp_path: Path, name: str
 ) -> None:
-    job = service.submit(name, 1, {}, instant(), save)
+    job = service.submit(name, 1, {}, Work(instant(), save))
     assert job.wait(LONG_S)
-    assert job.folder.parent == tmp_path / "jobs"
+    assert job.folder.path.parent == tmp_path / "jobs"
     assert job.snapshot().name == name
 
 
 def test_an_unknown_job_is_answered_with_the_known_ones(
     service: TrainingService, save: Callable[[Concept], Path]
 ) -> None:
-    with pytest.raises(ConfigError, match=r"no training job 'x'; known jobs: none"):
+    with pytest.raises(JobError, match=r"no training job 'x'; known jobs: none"):
         service.job("x")
-    job = service.submit("cat", 1, {}, instant(), save)
-    with pytest.raises(ConfigError, match=f"known jobs: {job.id}"):
+    job = service.submit("cat", 1, {}, Work(instant(), save))
+    with pytest.raises(JobError, match=f"known jobs: {job.id}"):
         service.job("x")
     assert job.wait(LONG_S)
 

@@ -27,8 +27,9 @@ from custom_diffusion.host.diffusers import (
 from custom_diffusion.merge.compose import merge_concepts
 from custom_diffusion.trainer.config import GradientCut, TrainConfig
 from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
+from custom_diffusion.trainer.events import Event, PreviewDrawn, StepDone
 from custom_diffusion.trainer.latents import LatentBank
-from custom_diffusion.trainer.loop import Event, PreviewDrawn, StepDone, train
+from custom_diffusion.trainer.loop import train
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from support.naive_training import layer_of, naive_training

@@ -31,7 +31,8 @@ from custom_diffusion.host.diffusers import (
 from custom_diffusion.merge.compose import merge_concepts
 from custom_diffusion.trainer.config import GradientCut, TrainConfig
 from custom_diffusion.trainer.data import TrainingConcept
-from custom_diffusion.trainer.loop import PreviewDrawn, train
+from custom_diffusion.trainer.events import PreviewDrawn
+from custom_diffusion.trainer.loop import train
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from support.naive_training import layer_of, naive_training
 from support.tiny_models import (

@@ -1,0 +1,148 @@
+"""The training jobs of this ComfyUI: their service, how they make room for prompts, and what the
+browser hears of them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import numpy as np
+import torch
+from PIL import Image
+from server import PromptServer
+
+from ...concept.concept import Concept
+from ...concept.errors import JobError, TrainingError
+from ...concept.file import read_concept
+from ...trainer.jobs import Job, JobState, Snapshot
+from ...trainer.service import TrainingService
+from .paths import jobs_folder
+
+EVENT = "custom_diffusion.job"
+_POLL_S = 0.1
+_TELL_EVERY_S = 0.25
+_CLOSE_S = 30.0
+_PREVIEW_PIXELS = 512
+
+
+@cache
+def training_service() -> TrainingService:
+    """The one service of this process. Ctrl-C lets the running job write a checkpoint."""
+    service = TrainingService(jobs_folder(), _Teller())
+    atexit.register(service.close, _CLOSE_S)
+    return service
+
+
+class _Waiting:
+    """How many nodes wait for a job at this moment: the prompt they are in makes no room for it."""
+
+    count = 0
+
+    @contextmanager
+    def one_more(self) -> Iterator[None]:
+        self.count += 1
+        try:
+            yield
+        finally:
+            self.count -= 1
+
+
+_waiting = _Waiting()
+
+
+def prompt_is_running() -> bool:
+    """Whether ComfyUI executes a prompt that does not itself wait for a training."""
+    server = getattr(PromptServer, "instance", None)
+    return bool(server and server.prompt_queue.currently_running) and not _waiting.count
+
+
+class _Teller:
+    """Tells all browsers how a job is: at once when its state changes, else now and then."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, tuple[object, float]] = {}
+
+    def __call__(self, job: Job) -> None:
+        snapshot, now = job.snapshot(), time.monotonic()
+        state = (snapshot.state, snapshot.waiting, snapshot.preview_step)
+        before, at_s = self._told.get(job.id, (None, 0.0))
+        if state == before and now - at_s < _TELL_EVERY_S:
+            return
+        self._told[job.id] = (state, now)
+        server = getattr(PromptServer, "instance", None)
+        if server:
+            server.send_sync(EVENT, snapshot.as_json())
+
+
+def wait_for(job: Job, keep_on_interrupt: bool = False) -> Snapshot:
+    """Shows the job's progress on the executing node until it ends.
+
+    Interrupting the prompt stops the job, saves what was learnt, and then interrupts; or leaves
+    the job to go on in the background. Raises TrainingError when the job failed.
+    """
+    steps = job.snapshot().steps
+    progress = comfy.utils.ProgressBar(steps)
+    shown = 0
+    with _waiting.one_more():
+        try:
+            while not job.wait(_POLL_S):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                snapshot = job.snapshot()
+                preview = None
+                if snapshot.preview_hwc is not None and snapshot.preview_step != shown:
+                    shown = snapshot.preview_step
+                    preview = ("JPEG", _picture(snapshot.preview_hwc), _PREVIEW_PIXELS)
+                progress.update_absolute(snapshot.step, steps, preview)
+        except comfy.model_management.InterruptProcessingException:
+            if not keep_on_interrupt:
+                training_service().stop(job.id)
+                job.wait()
+            raise
+    snapshot = job.snapshot()
+    if snapshot.state is JobState.FAILED:
+        raise TrainingError(snapshot.error)
+    return snapshot
+
+
+def job_results(job_id: str, best: bool) -> tuple[Concept, dict[str, list[float]], Any, str]:
+    """Of a job, or of the newest: what it has learnt until now, its losses, its samples
+    (n, h, w, 3), and how it is.
+
+    Raises JobError when there is no such job, or it has written no checkpoint yet.
+    """
+    service = training_service()
+    jobs = service.jobs()
+    if not job_id and not jobs:
+        raise JobError("There is no training job yet. Queue a graph with CustomDiffusionTrain.")
+    job = service.job(job_id) if job_id else jobs[-1]
+    snapshot = job.snapshot()
+    file = job.folder.best_concept() if best else snapshot.concept_file
+    file = file if file and file.is_file() else job.folder.newest_concept()
+    if file is None:
+        raise JobError(
+            f"The training job {job.id} is {snapshot.state.value} at step {snapshot.step} and has "
+            f"written no checkpoint with a concept yet. Wait for one, or choose another job."
+        )
+    samples = [_tensor(path) for path in job.folder.samples().values()]
+    pictures = torch.stack(samples) if samples else torch.zeros(1, 64, 64, 3)
+    told = f"{snapshot.state.value}, step {snapshot.step} of {snapshot.steps}"
+    return read_concept(file), {"loss": job.losses()}, pictures, told
+
+
+def _picture(image_hwc: torch.Tensor) -> Image.Image:
+    """A preview, enlarged so that its latents can be seen."""
+    picture = Image.fromarray((image_hwc * 255).to(torch.uint8).numpy())
+    return picture.resize((_PREVIEW_PIXELS, _PREVIEW_PIXELS), Image.Resampling.BICUBIC)
+
+
+def _tensor(path: Path) -> torch.Tensor:
+    with Image.open(path) as picture:
+        return torch.from_numpy(np.asarray(picture.convert("RGB"), np.float32) / 255)

@@ -1,0 +1,135 @@
+"""What a training run needs to go on as if it had never stopped, and its file.
+
+Everything random of a step follows from the seed and the step's number, and what does not learn
+is made again from the pictures and the model. So what is learning, the optimiser's state and the
+losses are all there is to keep.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..concept.atomic import write_atomically
+from ..concept.errors import CheckpointError
+
+FORMAT = "custom-diffusion-checkpoint"
+FORMAT_VERSION = "1"
+_PARAMETER, _LOSSES = "parameter", "losses"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run after so many steps."""
+
+    losses: tuple[float, ...]
+    """One a step"""
+    parameters: tuple[Tensor, ...]
+    """What learns, in the order of the optimiser"""
+    moments: tuple[Mapping[str, Tensor], ...]
+    """The optimiser's state of each"""
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+    @staticmethod
+    def of(optimizer: torch.optim.Optimizer, losses: Sequence[float]) -> Checkpoint:
+        """The tensors are the optimiser's own."""
+        parameters = _parameters(optimizer)
+        return Checkpoint(
+            losses=tuple(losses),
+            parameters=tuple(parameter.detach() for parameter in parameters),
+            moments=tuple(optimizer.state.get(parameter, {}) for parameter in parameters),
+        )
+
+    def restore(self, optimizer: torch.optim.Optimizer) -> list[float]:
+        """Puts everything back where it was, and returns the losses until then.
+
+        Raises CheckpointError when something else learns now than did then.
+        """
+        parameters = _parameters(optimizer)
+        then, now = ([tuple(p.shape) for p in all_] for all_ in (self.parameters, parameters))
+        if then != now:
+            raise CheckpointError(
+                f"The checkpoint after step {self.step} holds parameters of the shapes {then}; "
+                f"this training has {now}. Train from nothing, or with the settings it was made "
+                f"with."
+            )
+        with torch.no_grad():
+            for parameter, value in zip(parameters, self.parameters, strict=True):
+                parameter.copy_(value)
+        state = {index: dict(moments) for index, moments in enumerate(self.moments) if moments}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        return list(self.losses)
+
+
+def write_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+    """The file is complete or absent. Raises ConceptFileError when it cannot be written."""
+    tensors = {_LOSSES: torch.tensor(checkpoint.losses, dtype=torch.float64)}
+    for index, (parameter, moments) in enumerate(
+        zip(checkpoint.parameters, checkpoint.moments, strict=True)
+    ):
+        for name, tensor in {_PARAMETER: parameter, **moments}.items():
+            tensors[f"{name}.{index}"] = tensor.detach().cpu().contiguous()
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "parameters": str(len(checkpoint.parameters)),
+    }
+    metadata["digest"] = _digest(metadata, tensors)
+    write_atomically(
+        path,
+        lambda temporary: save_file(tensors, temporary, metadata),
+        expected_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+    )
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Raises CheckpointError unless every byte is as it was written."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"The checkpoint {path} cannot be read ({error}).") from error
+    if (metadata.get("format"), metadata.get("format_version")) != (FORMAT, FORMAT_VERSION):
+        raise CheckpointError(
+            f"{path} is no checkpoint that this version of the pack reads: its format is "
+            f"{metadata.get('format')!r}, {metadata.get('format_version')!r}; needed: {FORMAT!r}, "
+            f"{FORMAT_VERSION!r}."
+        )
+    if metadata.pop("digest", "") != _digest(metadata, tensors):
+        raise CheckpointError(
+            f"The checkpoint {path} is damaged: its content is not what was written."
+        )
+    losses = tensors.pop(_LOSSES)
+    states: list[dict[str, Tensor]] = [{} for _ in range(int(metadata["parameters"]))]
+    for name, tensor in tensors.items():
+        part, _, index = name.rpartition(".")
+        states[int(index)][part] = tensor
+    return Checkpoint(
+        losses=tuple(losses.tolist()),
+        parameters=tuple(state.pop(_PARAMETER) for state in states),
+        moments=tuple(states),
+    )
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Of all that is said, and of every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,57 @@
+"""What a training run reports while it goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..concept.concept import Concept
+from .checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One optimiser step: how many are done, and the loss before it."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class PreviewDrawn:
+    """A sample of the model as it is, (h, w, 3) in 0..1, on the CPU."""
+
+    step: int
+    image_hwc: Tensor
+
+
+@dataclass(frozen=True)
+class MemoryShort:
+    """Memory ran out: the step is computed again, and from now on with less."""
+
+    step: int
+    micro_batch_size: int
+    gradient_checkpointing: bool
+
+    def text(self) -> str:
+        recomputed = ", with gradient checkpointing" if self.gradient_checkpointing else ""
+        return (
+            f"memory ran out at step {self.step}: from now on {self.micro_batch_size} of the "
+            f"pictures at once{recomputed}; slower, the same steps"
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointDue:
+    """What the run goes on from, and what it has learnt so far.
+
+    The checkpoint's tensors are the run's own: to keep it, write it before the listener returns.
+    """
+
+    checkpoint: Checkpoint
+    concept: Concept | None
+    """None where a concept cannot hold all that was learnt"""
+
+
+Event = StepDone | PreviewDrawn | MemoryShort | CheckpointDue

@@ -1,0 +1,75 @@
+"""What goes into a training, as one short text: equal for two that would learn the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..concept.concept import Concept
+from ..concept.errors import DataError
+from ..concept.file import concept_tensors
+from ..concept.text import TextEncoder
+from .config import TrainConfig
+from .data import TrainingConcept
+
+_SAMPLED = 4096  # entries of each weight that are looked at
+_PROBE = "photo of a cat on the left of a red mug"
+
+
+def training_fingerprint(
+    config: TrainConfig,
+    concepts: Sequence[TrainingConcept],
+    encoder: TextEncoder,
+    networks: Iterable[nn.Module],
+    start: Concept | None = None,
+) -> str:
+    """Of settings, pictures, words and models. Raises DataError for a picture that is not there.
+
+    Of every weight of the networks some thousand entries count, of the text encoder what it says of
+    one prompt: another checkpoint, or a LoRA, changes them.
+    """
+    digest = hashlib.sha256(json.dumps(config.as_json(), sort_keys=True).encode())
+    for concept in concepts:
+        words = (concept.token, concept.class_noun, concept.initializer, concept.template)
+        digest.update(repr(words).encode())
+        for images in (concept.images, concept.regularization):
+            digest.update(f"{len(images)} pictures".encode())
+            for image in images:
+                digest.update(image.caption.encode())
+                for source in (image.source, image.mask):
+                    digest.update(_content(source))
+    ids = encoder.pad([encoder.tokenize(_PROBE)])
+    with torch.no_grad():
+        _update(digest, "text", encoder.encode_with_pooled(ids).context)
+    for network in networks:
+        for name, tensor in network.state_dict().items():
+            _update(digest, name, tensor)
+    for name, tensor in sorted(concept_tensors(start).items()) if start else ():
+        _update(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def _update(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    flat = tensor.detach().reshape(-1)
+    some = flat[:: max(1, len(flat) // _SAMPLED)].cpu().contiguous()
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(some.view(torch.uint8).numpy().data)
+
+
+def _content(source: Image.Image | Path | None) -> bytes:
+    if source is None:
+        return b"none"
+    if isinstance(source, Path):
+        try:
+            return hashlib.sha256(source.read_bytes()).digest()
+        except OSError as error:
+            raise DataError(
+                f"{source} cannot be read ({error.strerror}). Put it back, or leave it out."
+            ) from error
+    return hashlib.sha256(repr((source.mode, source.size)).encode() + source.tobytes()).digest()

@@ -1,0 +1,180 @@
+"""The training service: owns the jobs, and the one thread that runs them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..concept.errors import JobError, UnknownJobError
+from .job_folder import JobFolder
+from .jobs import ACTIVE, Job, JobState, Work
+
+log = logging.getLogger("custom_diffusion")
+
+
+class TrainingService:
+    """The jobs of a folder, run one by one in their order in the queue.
+
+    Jobs that other processes left there, or run, are among them.
+    """
+
+    def __init__(self, folder: Path, on_change: Callable[[Job], None] = lambda job: None) -> None:
+        """`on_change` is called on any thread when a job's snapshot is another; it may look at the
+        job, but must not come back to the service.
+        """
+        self._folder = folder
+        self._listener = on_change
+        self._jobs: dict[str, Job] = {}
+        self._queue: list[Job] = []
+        self._lock = threading.RLock()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def submit(
+        self,
+        name: str,
+        steps: int,
+        description: dict[str, Any],
+        work: Work,
+        fingerprint: str = "",
+    ) -> Job:
+        """Queues a job and returns it. Its `description` is written to its folder.
+
+        A job with the same fingerprint, which says what goes into it, goes on from where it is.
+        """
+        with self._lock:
+            job = self.find(fingerprint)
+            if job and job.snapshot().state is JobState.FINISHED:
+                return job
+            if job:
+                job.queue(work)
+            else:
+                description = {"steps": steps, "fingerprint": fingerprint, **description}
+                folder = JobFolder.create(self._folder, name, description)
+                job = self._jobs[folder.id] = Job(folder, work, self._tell)
+            self._enqueue(job)
+            return job
+
+    def find(self, fingerprint: str) -> Job | None:
+        """The newest job of that fingerprint; of finished ones only if its concept is there."""
+        if not fingerprint:
+            return None
+        for job in reversed(self.jobs()):
+            if job.folder.description.get("fingerprint") != fingerprint:
+                continue
+            snapshot, file = job.snapshot(), job.snapshot().concept_file
+            if snapshot.state is not JobState.FINISHED or (file and file.is_file()):
+                return job
+        return None
+
+    def jobs(self) -> list[Job]:
+        """All of the folder, the oldest first."""
+        with self._lock:
+            for folder in JobFolder.all_in(self._folder):
+                if folder.id not in self._jobs:
+                    try:
+                        self._jobs[folder.id] = Job(folder, on_change=self._tell)
+                    except JobError as error:
+                        log.warning("%s", error)
+            return sorted(self._jobs.values(), key=_age)
+
+    def job(self, job_id: str) -> Job:
+        with self._lock:
+            known = {job.id: job for job in self.jobs()}
+            if job_id not in known:
+                raise UnknownJobError(
+                    f"There is no training job {job_id!r}; known jobs: "
+                    f"{', '.join(known) or 'none'}."
+                )
+            return known[job_id]
+
+    def queued(self) -> list[str]:
+        """Ids of the jobs that wait for their turn, the next one first."""
+        with self._lock:
+            return [job.id for job in self._queue if job.snapshot().state is JobState.QUEUED]
+
+    def pause(self, job_id: str) -> None:
+        """Asks a job to write a checkpoint and let go of the device."""
+        self.job(job_id).pause()
+
+    def resume(self, job_id: str) -> None:
+        """Lets a paused job go on before those that wait."""
+        with self._lock:
+            job = self.job(job_id)
+            job.queue()
+            self._enqueue(job, 0)
+
+    def stop(self, job_id: str) -> None:
+        """Asks a job to save what was learnt and end."""
+        with self._lock:
+            job = self.job(job_id)
+            job.stop()
+            self._enqueue(job, 0)  # one that is paused has to run to be saved
+
+    def reorder(self, job_id: str, position: int) -> None:
+        """Moves a job that waits to this place among them, 0 for the next one."""
+        with self._lock:
+            waiting = self.queued()
+            if job_id not in waiting:
+                raise JobError(
+                    f"The training job {job_id!r} does not wait for its turn; those that do: "
+                    f"{', '.join(waiting) or 'none'}."
+                )
+            self._enqueue(self.job(job_id), position)
+
+    def delete(self, job_id: str) -> None:
+        """Removes a job and its folder, not the concept that it saved."""
+        with self._lock:
+            job = self.job(job_id)
+            if job.snapshot().state in ACTIVE:
+                raise JobError(f"The training job {job_id} is at work. Stop or pause it first.")
+            job.folder.delete()
+            del self._jobs[job_id]
+
+    def close(self, timeout_s: float) -> None:
+        """Pauses whatever runs, which writes a checkpoint; waits that long for it."""
+        with self._lock:
+            self._closed = True
+            thread, jobs = self._thread, list(self._jobs.values())
+            for job in jobs:
+                if job.runs_here:
+                    job.pause()
+        if thread:
+            thread.join(timeout_s)
+
+    def _enqueue(self, job: Job, position: int | None = None) -> None:
+        """Puts a job that is ready into the queue, or elsewhere in it, and sees that it is run."""
+        if job.snapshot().state is not JobState.QUEUED:
+            return
+        if job in self._queue and position is None:
+            return
+        self._queue = [other for other in self._queue if other is not job]
+        self._queue.insert(len(self._queue) if position is None else position, job)
+        if self._thread is None and not self._closed:
+            self._thread = threading.Thread(
+                target=self._work, name="custom-diffusion-trainer", daemon=True
+            )
+            self._thread.start()
+
+    def _work(self) -> None:
+        """Ends when there is nothing left to do."""
+        while True:
+            with self._lock:
+                if self._closed or not self._queue:
+                    self._thread = None
+                    return
+                job = self._queue.pop(0)
+            job.run()
+
+    def _tell(self, job: Job) -> None:
+        try:
+            self._listener(job)
+        except Exception:  # somebody who only looks on must not end a training
+            log.exception("a listener failed on the training job %s", job.id)
+
+
+def _age(job: Job) -> tuple[float, str]:
+    return job.folder.description.get("created", 0.0), job.id
