@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, get_args
 
 from tqdm import tqdm
 
+from ..concept.concept import Concept
 from ..concept.errors import ConfigError
 from ..concept.file import read_concept
 from ..concept.prompts import DEFAULT_TEMPLATE, STYLE_TEMPLATE
 from ..trainer.config import Fit, GradientCut
 from ..trainer.data import TrainingConcept, instance_caption, load_folder
 from ..trainer.events import Event, MemoryShort, StepDone
+from ..trainer.fingerprint import training_fingerprint
 from ..trainer.loop import train
 from ..trainer.methods import METHODS
 from ..trainer.network_file import fold_in, write_network
 from ..trainer.prepare import prepare
 from ..trainer.start import check_start
+from .jobs import run_as_job
 from .models import DEFAULTS, DTYPES, add_model_options, load, recipe_for
-from .output import check_new, progress, save
+from .output import check_new, progress, save, stop_on_interrupt
 
 _RECIPE = (
     "rank",
@@ -95,6 +94,13 @@ def add_to(commands: Any) -> None:
     teach.add_argument("--no-flip", action="store_true", help="no mirrored views")
     teach.add_argument("--fit", choices=get_args(Fit), help="of pictures that are not square")
     teach.add_argument("--seed", type=int, default=DEFAULTS.seed)
+    teach.add_argument(
+        "--jobs",
+        type=Path,
+        metavar="FOLDER",
+        help="train as a job in this folder: checkpoints are written, Ctrl-C pauses, and the same "
+        "command goes on where it was interrupted or killed",
+    )
     teach.add_argument("--output", type=Path, default=Path("concept.safetensors"))
     teach.set_defaults(command=train_command)
 
@@ -129,28 +135,32 @@ def train_command(options: argparse.Namespace) -> None:
                 prepare(one, config, models.latent_encoder, models.text_encoder, progress(bar))
                 for one in concepts
             ]
+        run = partial(
+            train, config, concepts, banks, models.denoiser, models.text_encoder, start=start
+        )
+
+        def keep(result: Concept) -> Path:
+            if whole_network:
+                result = fold_in(models.denoiser, result)
+                write_network(models.denoiser.network, network)
+                print(f"saved {network} ({network.stat().st_size / 1e6:.1f} MB): the whole UNet")
+            save(result, options.output)
+            return options.output  # type: ignore[no-any-return]
+
+        if options.jobs:
+            networks = (pipeline.unet, pipeline.vae)
+            same = training_fingerprint(config, concepts, models.text_encoder, networks, start)
+            run_as_job(options.jobs, options.output.stem, config, same, run, keep)
+            return
         with (
             tqdm(total=config.steps, desc="training", unit="step") as bar,
-            _stop_on_interrupt() as stopped,
+            stop_on_interrupt() as stopped,
         ):
-            result = train(
-                config,
-                concepts,
-                banks,
-                models.denoiser,
-                models.text_encoder,
-                start=start,
-                should_stop=stopped,
-                on_event=lambda event: _show(event, bar),
-            )
+            result = run(should_stop=stopped, on_event=lambda event: _show(event, bar))
         if result.provenance["steps"] == 0:
             print("stopped before the first step: nothing was learnt, nothing was saved")
             return
-        if whole_network:
-            result = fold_in(models.denoiser, result)
-            write_network(models.denoiser.network, network)
-            print(f"saved {network} ({network.stat().st_size / 1e6:.1f} MB): the whole UNet")
-    save(result, options.output)
+        keep(result)
 
 
 def _training_concepts(options: argparse.Namespace) -> list[TrainingConcept]:
@@ -186,22 +196,6 @@ def _training_concepts(options: argparse.Namespace) -> list[TrainingConcept]:
             options.images, options.class_noun, tokens, initializers, regularizations, strict=True
         )
     ]
-
-
-@contextmanager
-def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C asks once for an orderly stop, which saves; a second one interrupts as usual."""
-    asked = threading.Event()
-
-    def ask(_signal: int, _frame: FrameType | None) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _show(event: Event, bar: tqdm[None]) -> None:

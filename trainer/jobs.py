@@ -200,6 +200,8 @@ class Job:
                     raise self._not_now(state)
                 return
             self._work = work or self._work
+            if self._work is None and state is JobState.FINISHED:
+                raise self._not_now(state)
             if self._work is None:
                 raise JobError(
                     f"The training job {self.id} is {state.value} at step "

@@ -245,6 +245,38 @@ def test_ctrl_c_saves_what_was_learnt(model: Path, photos: Path, tmp_path: Path)
     assert 1 <= read_concept(path).provenance["steps"] < 100_000
 
 
+def test_a_training_that_is_a_job_goes_on_where_it_was_interrupted(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs, paused, whole = tmp_path / "jobs", tmp_path / "cat.safetensors", tmp_path / "whole"
+    command = ["train", "--model", str(model), "--images", str(photos), "--class-noun", "cat"]
+    command += ["--steps", "120", "--batch-size", "2", "--resolution", "64", "--device", "cpu"]
+    as_job = [*command, "--jobs", str(jobs), "--output", str(paused)]
+    assert interrupted(as_job, b"training:", tmp_path) == 0
+    assert not paused.exists()
+    (folder,) = jobs.iterdir()
+    assert main(["jobs", "list", str(jobs)]) == 0
+    line = capsys.readouterr().out
+    assert line.startswith(f"{folder.name}  paused") and "of    120 steps" in line
+    assert main(as_job) == 0
+    assert "finished" in capsys.readouterr().out
+    assert list(jobs.iterdir()) == [folder]
+    assert main([*command, "--output", str(whole)]) == 0
+    ours, theirs = load_file(paused), load_file(whole)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    capsys.readouterr()
+    assert main(["jobs", "losses", str(jobs), folder.name]) == 0
+    assert len(capsys.readouterr().out.split()) == 120
+    assert main(["jobs", "show", str(jobs), folder.name]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["state"], shown["config"]["steps"]) == ("finished", 120)
+    assert main(["jobs", "delete", str(jobs), folder.name]) == 0
+    assert list(jobs.iterdir()) == []
+    assert main(["jobs", "show", str(jobs), folder.name]) == 1
+    assert "There is no training job" in capsys.readouterr().err
+
+
 def interrupted(command: list[str], when_seen: bytes, folder: Path) -> int:
     """Exit status of a command that is sent Ctrl-C shortly after it has written these words."""
     package = folder / "package"
@@ -262,7 +294,7 @@ def interrupted(command: list[str], when_seen: bytes, folder: Path) -> int:
         while when_seen not in seen:
             seen += process.stderr.read1(4096)
             assert process.poll() is None, seen.decode()
-        time.sleep(0.5)
+        time.sleep(1)
         process.send_signal(signal.SIGINT)
         process.stderr.read()
         return process.wait(60)
