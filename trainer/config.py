@@ -51,8 +51,10 @@ class TrainConfig:
     """Gradients are scaled down to this norm; None leaves them."""
     prior_weight: float = 1.0
     """Weight of the regularization images' loss."""
-    gradient_cut: GradientCut = "start"
-    """Positions of the prompt whose keys and values pass no gradient."""
+    gradient_cut: GradientCut = "start and padding"
+    """Positions of the prompt whose keys and values pass no gradient. The reference cuts at the
+    start token alone; what is learnt through padding is lost in a merge (docs/fidelity.md).
+    """
     resolution: int = 512
     """Edge of the training pictures, in pixels."""
     fit: Fit = "crop"

@@ -184,7 +184,8 @@ class Job:
             if self._work is not None:
                 self._ask(JobState.STOPPED)
             elif state is JobState.PAUSED:
-                self._end(JobState.STOPPED, concept_file=self.folder.newest_concept())
+                file = self.folder.newest_concept()
+                self._end_at_once(state=JobState.STOPPED, concept_file=file)
             else:
                 raise self._not_now(state)
 
@@ -219,24 +220,26 @@ class Job:
             if work is None or self._snapshot.state is not JobState.QUEUED:
                 return
             self._update(state=JobState.PREPARING)
+        end: dict[str, Any] = _failed("the trainer thread was ended")
         try:
             with self.folder.locked():
-                self._run_to_an_end(work)
+                end = self._run(work)
+                self._write_outcome(end)
         except JobError as error:  # the folder is another process's, or cannot be written
             log.error("training job %s: %s", self.id, error)
-            self._end(JobState.FAILED, on_disk=False, error=str(error))
+            end = _failed(error)
+        finally:
+            self._become(end)  # now that the folder is free for others
 
-    def _run_to_an_end(self, work: Work) -> None:
+    def _run(self, work: Work) -> dict[str, Any]:
+        """What becomes of the snapshot."""
         try:
-            self._run(work)
+            return self._train_and_save(work)
         except Exception as error:
             log.exception("training job %s failed", self.id)
-            self._end(JobState.FAILED, error=str(error) or type(error).__name__)
-        finally:
-            if self._snapshot.state in ACTIVE:  # not even an Exception: the end of the process
-                self._end(JobState.FAILED, error="the trainer thread was ended")
+            return _failed(error)
 
-    def _run(self, work: Work) -> None:
+    def _train_and_save(self, work: Work) -> dict[str, Any]:
         checkpoint, problems = self.folder.newest_checkpoint()
         for problem in problems:
             log.warning("training job %s: %s An older one is used.", self.id, problem)
@@ -247,19 +250,15 @@ class Job:
         self._last_step_s = time.monotonic()
         with self.folder.metrics_after(self._losses):
             concept = work.train(checkpoint, lambda: self._should_leave(work), self._record)
-        done = len(self._losses)
-        with self._lock:
-            if self._asked is JobState.PAUSED and done < self._snapshot.steps:
-                self._asked = None
-                self._update(state=JobState.PAUSED)
-                return
+        done, steps = len(self._losses), self._snapshot.steps
+        if self._asked is JobState.PAUSED and done < steps:
+            return {"state": JobState.PAUSED}
         if done == 0:  # stopped before the first step: there is nothing to save
-            self._end(JobState.STOPPED)
-            return
+            return {"state": JobState.STOPPED}
         path = work.save(concept)
-        state = JobState.FINISHED if done == self._snapshot.steps else JobState.STOPPED
-        self._end(state, concept_file=path)
+        state = JobState.FINISHED if done == steps else JobState.STOPPED
         log.info("training job %s %s after %d steps: %s", self.id, state.value, done, path)
+        return {"state": state, "concept_file": path}
 
     def _should_leave(self, work: Work) -> bool:
         """Asked between steps; waits here for others."""
@@ -305,7 +304,7 @@ class Job:
         if state is JobState.QUEUED and what is JobState.PAUSED:
             self._update(state=what)
         elif state is JobState.QUEUED and self._snapshot.step == 0:
-            self._end(what)
+            self._end_at_once(state=what)
         elif state is JobState.PAUSED:
             self.queue()  # its turn is what saves it
             self._asked = what
@@ -314,24 +313,35 @@ class Job:
         else:
             raise self._not_now(state)
 
-    def _end(self, state: JobState, on_disk: bool = True, **changes: Any) -> None:
+    def _end_at_once(self, **changes: Any) -> None:
+        """Of a job that nobody works on."""
+        self._write_outcome(changes)
+        self._become(changes)
+
+    def _become(self, changes: dict[str, Any]) -> None:
         with self._lock:
-            self._work = self._asked = None  # the models that the work holds are free to go
-            self._update(state=state, waiting=False, **changes)
-            outcome = {
-                "state": state.value,
-                "step": self._snapshot.step,
-                "concept_file": str(self._snapshot.concept_file or ""),
-                "error": self._snapshot.error,
-                "notes": self._snapshot.notes,
-            }
+            self._asked = None
+            if changes["state"] in ENDED:
+                self._work = None  # the models that it holds are free to go
+            self._update(waiting=False, **changes)
+            if changes["state"] in ENDED:
+                self._ended.set()
+
+    def _write_outcome(self, changes: dict[str, Any]) -> None:
+        if changes["state"] is JobState.PAUSED:
+            return
+        told = replace(self._snapshot, **changes)
+        outcome = {
+            "state": told.state.value,
+            "step": told.step,
+            "concept_file": str(told.concept_file or ""),
+            "error": told.error,
+            "notes": told.notes,
+        }
         try:
-            if on_disk:
-                self.folder.write_outcome(outcome)
+            self.folder.write_outcome(outcome)
         except CustomDiffusionError as error:  # on disk it stays paused, and can be gone on with
             log.error("how the training job %s ended is not on disk: %s", self.id, error)
-        finally:
-            self._ended.set()
 
     def _update(self, **changes: Any) -> None:
         with self._lock:
@@ -341,6 +351,10 @@ class Job:
     def _not_now(self, state: JobState) -> JobError:
         where = "" if state in ENDED else " in another process: do it there"
         return JobError(f"The training job {self.id} is {state.value}{where}.")
+
+
+def _failed(error: object) -> dict[str, Any]:
+    return {"state": JobState.FAILED, "error": str(error) or type(error).__name__}
 
 
 def _on_disk(folder: JobFolder) -> Snapshot:

@@ -103,8 +103,10 @@ def wait_for(job: Job, keep_on_interrupt: bool = False) -> Snapshot:
                 progress.update_absolute(snapshot.step, steps, preview)
         except comfy.model_management.InterruptProcessingException:
             if not keep_on_interrupt:
+                at_work = job.snapshot().state in (JobState.PREPARING, JobState.RUNNING)
                 training_service().stop(job.id)
-                job.wait()
+                if at_work:  # one that waits for its turn may have to wait for long
+                    job.wait()
             raise
     snapshot = job.snapshot()
     if snapshot.state is JobState.FAILED:

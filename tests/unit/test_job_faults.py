@@ -41,10 +41,11 @@ def test_a_job_killed_fifty_times_learns_what_one_learns_that_was_not(tmp_path: 
     lost: list[int] = []
     lives = 0
     with Processes() as processes:
-        started = time.monotonic()
-        processes.start(tmp_path / "whole")
-        assert processes.exit_code() == 0
-        whole_s = time.monotonic() - started
+        for name in ("first", "whole"):  # the first has to wait for imports
+            started = time.monotonic()
+            processes.start(tmp_path / name)
+            assert processes.exit_code() == 0
+            whole_s = time.monotonic() - started
         whole = tmp_path / "whole" / "concepts" / "cat.safetensors"
         while len(lost) < KILLS:
             lives += 1
@@ -292,12 +293,12 @@ def test_a_job_that_somebody_else_began_is_left_to_them(count: Counting) -> None
 def test_a_thousand_readers_a_second_do_not_disturb(count: Counting) -> None:
     service = TrainingService(count.folder / "jobs")
     work = Work(
-        counting(500), lambda concept: write_new_concept(concept, count.folder / "concepts", "cat")
+        counting(100), lambda concept: write_new_concept(concept, count.folder / "concepts", "cat")
     )
-    job = service.submit("cat", 500, {}, work)
+    job = service.submit("cat", 100, {}, work)
     started, reads = time.monotonic(), 0
     while not job.snapshot().ended:
-        assert job.snapshot().step <= 500
+        assert job.snapshot().step <= 100
         reads += 2
     assert reads / (time.monotonic() - started) > 1000
-    assert job.losses() == [float(n) for n in range(1, 501)]
+    assert job.losses() == [float(n) for n in range(1, 101)]

@@ -40,10 +40,12 @@ class Bench:
         """Names of the jobs, as they began or went on"""
         self.busy = False
         self._gates: dict[str, threading.Semaphore] = {}
+        self._others: list[Bench] = []
 
     def restarted(self) -> Bench:
         """The same folder in another process, as far as the service can tell."""
-        return Bench(self.folder, self.pipeline)
+        self._others.append(Bench(self.folder, self.pipeline))
+        return self._others[-1]
 
     def submit(self, name: str = "cat", gated: bool = False, fingerprint: str = "") -> Job:
         gate = self._gates[name] = threading.Semaphore(0 if gated else 10_000)
@@ -81,9 +83,14 @@ class Bench:
 
     def let_go(self) -> None:
         """Ends what still runs: the pipeline is the next test's."""
+        for job in self.service.jobs():
+            if job.runs_here:
+                self.service.stop(job.id)
         for gate in self._gates.values():
             gate.release(10_000)
         self.service.close(LONG_S)
+        for other in self._others:
+            other.let_go()
 
     def allow(self, steps: int, name: str = "cat") -> None:
         self._gates[name].release(steps)
@@ -93,9 +100,6 @@ class Bench:
 def bench(tmp_path: Path, pipeline: StableDiffusionPipeline) -> Iterator[Bench]:
     bench = Bench(tmp_path, pipeline)
     yield bench
-    for job in bench.service.jobs():
-        if job.runs_here:
-            bench.service.stop(job.id)
     bench.let_go()
 
 
@@ -260,7 +264,9 @@ def test_after_a_restart_a_job_goes_on_when_the_same_is_asked_for(
 
 def _plain(job: Job) -> object:
     """What is left of a snapshot on disk."""
-    return replace(job.snapshot(), preview_hwc=None, preview_step=0, seconds_per_step=None)
+    return replace(
+        job.snapshot(), loss=None, preview_hwc=None, preview_step=0, seconds_per_step=None
+    )
 
 
 def test_the_same_is_not_learnt_twice(bench: Bench) -> None:
