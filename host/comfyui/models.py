@@ -17,7 +17,6 @@ import comfy.ldm.modules.attention
 import comfy.lora
 import comfy.model_management
 import comfy.model_sampling
-import comfy.ops
 import comfy.sd1_clip
 import comfy.sdxl_clip
 import torch
@@ -227,10 +226,23 @@ def _prediction(sampling: Any) -> Prediction:
     return "v" if isinstance(sampling, kinds.V_PREDICTION) else "epsilon"
 
 
+class _Layers:
+    """torch's own layers. ComfyUI's ask at every call whether the prompt is to be interrupted: on
+    the trainer thread they would end a job for it, and keep it from the prompt that is meant.
+    """
+
+    Linear, Conv2d, Conv3d = nn.Linear, nn.Conv2d, nn.Conv3d
+    GroupNorm, LayerNorm = nn.GroupNorm, nn.LayerNorm
+
+    @classmethod
+    def conv_nd(cls, dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+        return {2: cls.Conv2d, 3: cls.Conv3d}[dims](*args, **kwargs)
+
+
 def _empty_unet(model: Any, dtype: torch.dtype) -> nn.Module:
     config = {**model.model.model_config.unet_config, "dtype": dtype}
     config.pop("disable_unet_model_creation", None)
-    return UNetModel(**config, device="meta", operations=comfy.ops.disable_weight_init)
+    return UNetModel(**config, device="meta", operations=_Layers)
 
 
 def _pytorch_attention(_chosen: Any, *args: Any, **kwargs: Any) -> Tensor:

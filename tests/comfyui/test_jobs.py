@@ -19,16 +19,35 @@ from support.websocket import watch
 
 JOBS = "/custom_diffusion/jobs"
 LONG_S = 120.0
+ENDED = ("finished", "stopped", "failed")
+
+
+@pytest.fixture(scope="module")
+def server_of_this_file(
+    comfyui_path: Path, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ComfyServer]:
+    base = tmp_path_factory.mktemp("jobs")
+    draw_pictures(base / "input" / "cat")
+    checkpoint = checkpoints / "sd15.safetensors"
+    with ComfyServer(
+        comfyui_path, base, checkpoints=[checkpoint], arguments=["--cache-none"]
+    ) as running:
+        yield running
 
 
 @pytest.fixture
-def bench(comfyui_path: Path, checkpoints: Path, tmp_path: Path) -> Iterator[ComfyServer]:
-    draw_pictures(tmp_path / "input" / "cat")
-    checkpoint = checkpoints / "sd15.safetensors"
-    with ComfyServer(
-        comfyui_path, tmp_path, checkpoints=[checkpoint], arguments=["--cache-none"]
-    ) as running:
-        yield running
+def bench(server_of_this_file: ComfyServer) -> ComfyServer:
+    """The server without jobs and concepts of the test before."""
+    server = server_of_this_file
+    server.post("/interrupt", {})
+    until(lambda: server.get("/queue")["queue_running"] == [], "a quiet queue")
+    for left in jobs(server):
+        server.post(f"{JOBS}/{left['id']}/stop")
+        until(lambda left=left: shown(server, left)["state"] in ENDED, "the end")  # type: ignore[misc]
+        server.delete(f"{JOBS}/{left['id']}")
+    for file in (server.models / "custom_diffusion").glob("*"):
+        file.unlink()
+    return server
 
 
 def train(name: str = "cat", steps: int = 10_000, **settings: Any) -> dict[str, Any]:
@@ -38,6 +57,10 @@ def train(name: str = "cat", steps: int = 10_000, **settings: Any) -> dict[str, 
 
 def jobs(server: ComfyServer) -> list[dict[str, Any]]:
     return server.get(JOBS)["jobs"]  # type: ignore[no-any-return]
+
+
+def shown(server: ComfyServer, one: dict[str, Any]) -> dict[str, Any]:
+    return server.get(f"{JOBS}/{one['id']}")  # type: ignore[no-any-return]
 
 
 def job(server: ComfyServer) -> dict[str, Any]:
@@ -81,9 +104,9 @@ def test_a_job_is_watched_paused_resumed_and_stopped_over_http(bench: ComfyServe
     bench.run(train(preview_every_steps=2))
     first = until_step(bench, 5)
     path = f"{JOBS}/{first['id']}"
-    shown = bench.get(path)
-    assert shown["config"]["steps"] == shown["steps"] == 10_000
-    assert shown["samples"][:2] == [2, 4]
+    told = shown(bench, first)
+    assert told["config"]["steps"] == told["steps"] == 10_000
+    assert told["samples"][:2] == [2, 4]
     assert bench.get_bytes(f"{path}/samples/2").startswith(b"\x89PNG")
     losses = bench.get(f"{path}/metrics")["losses"]
     assert bench.get(f"{path}/metrics?after=3")["losses"][: len(losses) - 3] == losses[3:]
@@ -185,6 +208,7 @@ def test_interrupting_another_prompt_or_freeing_memory_does_not_touch_a_job(
     slow["sampler"]["inputs"]["steps"] = 500
     prompt = bench.queue(slow)
     until(lambda: bench.get("/queue")["queue_running"] != [], "the prompt")
+    time.sleep(3)  # until it is sampling
     bench.interrupt(prompt)
     with pytest.raises(ComfyPromptError):
         bench.wait(prompt)
