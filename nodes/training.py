@@ -280,7 +280,8 @@ class CustomDiffusionTrain(io.ComfyNode):
                     default=DEFAULTS.gradient_cut,
                     advanced=True,
                     tooltip="Positions of the prompt whose keys and values pass no gradient: the "
-                    "start token as in the paper, and by choice the padding after the last word.",
+                    "start token as in the paper's code, and the padding after the last word, "
+                    "through which a merge would lose what was learnt.",
                 ),
                 io.Int.Input(
                     "micro_batch_size",
