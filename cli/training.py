@@ -150,7 +150,8 @@ def train_command(options: argparse.Namespace) -> None:
         if options.jobs:
             networks = (pipeline.unet, pipeline.vae)
             same = training_fingerprint(config, concepts, models.text_encoder, networks, start)
-            run_as_job(options.jobs, options.output.stem, config, same, run, keep)
+            fingerprint = f"{options.output} {same}"
+            run_as_job(options.jobs, options.output.stem, config, fingerprint, run, keep)
             return
         with (
             tqdm(total=config.steps, desc="training", unit="step") as bar,

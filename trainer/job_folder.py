@@ -40,7 +40,6 @@ DESCRIPTION, METRICS, OUTCOME, LOCK = "job.json", "metrics.jsonl", "outcome.json
 KEPT_CHECKPOINTS = 2
 """The newest, and one more in case that it is damaged"""
 SAMPLE_EDGE = 512
-"""Samples are enlarged to this, so that their latents can be seen."""
 
 
 class JobFolder:
@@ -220,8 +219,7 @@ class JobFolder:
 
     def write_sample(self, image_hwc: Tensor, step: int) -> None:
         """`image_hwc` (h, w, 3) in 0..1."""
-        picture = Image.fromarray((image_hwc * 255).round().to(torch.uint8).numpy())
-        picture = picture.resize((SAMPLE_EDGE, SAMPLE_EDGE), Image.Resampling.BICUBIC)
+        picture = sample_picture(image_hwc)
         path = self.path / "samples" / f"{step:09}.png"
         write_atomically(path, lambda temporary: picture.save(temporary, "PNG"))
 
@@ -262,6 +260,12 @@ class JobFolder:
 
     def _step_files(self, kind: str) -> list[Path]:
         return _numbered(self.path / kind, ".safetensors")
+
+
+def sample_picture(image_hwc: Tensor) -> Image.Image:
+    """A sample (h, w, 3) in 0..1, enlarged so that its latents can be seen."""
+    picture = Image.fromarray((image_hwc * 255).round().to(torch.uint8).numpy())
+    return picture.resize((SAMPLE_EDGE, SAMPLE_EDGE), Image.Resampling.BICUBIC)
 
 
 def _numbered(folder: Path, suffix: str) -> list[Path]:

@@ -123,6 +123,8 @@ class Job:
         self._on_change = on_change
         self._lock = threading.RLock()
         self._asked: JobState | None = None
+        self._leaves_to: JobState | None = None
+        """What the loop was left for"""
         self._losses: list[float] = []
         self._ended = threading.Event()
         self._last_step_s = 0.0
@@ -199,6 +201,8 @@ class Job:
             if state in ACTIVE:
                 if self._work is None:
                     raise self._not_now(state)
+                if self._asked is JobState.PAUSED:  # it has not come to that
+                    self._asked = None
                 return
             self._work = work or self._work
             if self._work is None and state is JobState.FINISHED:
@@ -212,6 +216,18 @@ class Job:
             self._asked = None
             self._ended.clear()
             self._update(state=JobState.QUEUED, error="", concept_file=None)
+
+    def delete(self) -> None:
+        """Removes the job's folder, and ends it for those who wait. Raises JobError while it is at
+        work.
+        """
+        with self._lock:
+            state = self.snapshot().state
+            if state in ACTIVE:
+                raise JobError(f"The training job {self.id} is at work. Stop or pause it first.")
+            self.folder.delete()
+            if state not in ENDED:
+                self._become({"state": JobState.STOPPED})
 
     def run(self) -> None:
         """Trains and saves, on the calling thread; a failure ends in the snapshot and the log."""
@@ -241,17 +257,17 @@ class Job:
 
     def _train_and_save(self, work: Work) -> dict[str, Any]:
         checkpoint, problems = self.folder.newest_checkpoint()
-        for problem in problems:
-            log.warning("training job %s: %s An older one is used.", self.id, problem)
         self.folder.clear_outcome()
         with self._lock:
             self._losses = list(checkpoint.losses) if checkpoint else []
-            self._update(step=len(self._losses), notes=(*self._snapshot.notes, *problems))
+            self._update(step=len(self._losses))
+        for problem in problems:
+            self._note(f"{problem} So the training goes on from step {len(self._losses)}.")
         self._last_step_s = time.monotonic()
         with self.folder.metrics_after(self._losses):
             concept = work.train(checkpoint, lambda: self._should_leave(work), self._record)
         done, steps = len(self._losses), self._snapshot.steps
-        if self._asked is JobState.PAUSED and done < steps:
+        if self._leaves_to is JobState.PAUSED and done < steps:
             return {"state": JobState.PAUSED}
         if done == 0:  # stopped before the first step: there is nothing to save
             return {"state": JobState.STOPPED}
@@ -269,7 +285,8 @@ class Job:
             self._last_step_s = time.monotonic()
         if self._snapshot.waiting:
             self._update(waiting=False)
-        return self._asked is not None
+        self._leaves_to = self._asked
+        return self._leaves_to is not None
 
     def _record(self, event: Event) -> None:
         if isinstance(event, StepDone):
@@ -290,8 +307,11 @@ class Job:
             if event.concept:
                 self.folder.write_concept(event.concept, event.checkpoint.step)
         elif isinstance(event, MemoryShort):
-            log.warning("training job %s: %s", self.id, event.text())
-            self._update(notes=(*self._snapshot.notes, event.text()))
+            self._note(event.text())
+
+    def _note(self, trouble: str) -> None:
+        log.warning("training job %s: %s", self.id, trouble)
+        self._update(notes=(*self._snapshot.notes, trouble))
 
     def _pace(self, before: float | None) -> float:
         now = time.monotonic()
@@ -305,13 +325,10 @@ class Job:
             self._update(state=what)
         elif state is JobState.QUEUED and self._snapshot.step == 0:
             self._end_at_once(state=what)
-        elif state is JobState.PAUSED:
-            self.queue()  # its turn is what saves it
-            self._asked = what
-        elif state in ACTIVE:
-            self._asked = what
         else:
-            raise self._not_now(state)
+            if state is JobState.PAUSED:
+                self.queue()  # its turn is what saves it
+            self._asked = what
 
     def _end_at_once(self, **changes: Any) -> None:
         """Of a job that nobody works on."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..concept.errors import JobError, UnknownJobError
 from .job_folder import JobFolder
-from .jobs import ACTIVE, Job, JobState, Work
+from .jobs import Job, JobState, Work
 
 log = logging.getLogger("custom_diffusion")
 
@@ -28,6 +28,8 @@ class TrainingService:
         self._folder = folder
         self._listener = on_change
         self._jobs: dict[str, Job] = {}
+        self._no_jobs: set[str] = set()
+        """Folders whose job.json cannot be read: that is said once."""
         self._queue: list[Job] = []
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
@@ -73,12 +75,16 @@ class TrainingService:
     def jobs(self) -> list[Job]:
         """All of the folder, the oldest first."""
         with self._lock:
-            for folder in JobFolder.all_in(self._folder):
-                if folder.id not in self._jobs:
-                    try:
-                        self._jobs[folder.id] = Job(folder, on_change=self._tell)
-                    except JobError as error:
-                        log.warning("%s", error)
+            folders = {folder.id: folder for folder in JobFolder.all_in(self._folder)}
+            for job_id in self._jobs.keys() - folders.keys():
+                if not self._jobs[job_id].runs_here:  # somebody has removed its folder
+                    del self._jobs[job_id]
+            for job_id in folders.keys() - self._jobs.keys() - self._no_jobs:
+                try:
+                    self._jobs[job_id] = Job(folders[job_id], on_change=self._tell)
+                except JobError as error:
+                    log.warning("%s", error)
+                    self._no_jobs.add(job_id)
             return sorted(self._jobs.values(), key=_age)
 
     def job(self, job_id: str) -> Job:
@@ -128,10 +134,7 @@ class TrainingService:
     def delete(self, job_id: str) -> None:
         """Removes a job and its folder, not the concept that it saved."""
         with self._lock:
-            job = self.job(job_id)
-            if job.snapshot().state in ACTIVE:
-                raise JobError(f"The training job {job_id} is at work. Stop or pause it first.")
-            job.folder.delete()
+            self.job(job_id).delete()
             del self._jobs[job_id]
 
     def close(self, timeout_s: float) -> None:

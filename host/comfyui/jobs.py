@@ -22,6 +22,7 @@ from server import PromptServer
 from ...concept.concept import Concept
 from ...concept.errors import JobError, TrainingError
 from ...concept.file import read_concept
+from ...trainer.job_folder import SAMPLE_EDGE, sample_picture
 from ...trainer.jobs import Job, JobState, Snapshot
 from ...trainer.service import TrainingService
 from .paths import jobs_folder
@@ -30,7 +31,6 @@ EVENT = "custom_diffusion.job"
 _POLL_S = 0.1
 _TELL_EVERY_S = 0.25
 _CLOSE_S = 30.0
-_PREVIEW_PIXELS = 512
 
 
 @cache
@@ -99,7 +99,7 @@ def wait_for(job: Job, keep_on_interrupt: bool = False) -> Snapshot:
                 preview = None
                 if snapshot.preview_hwc is not None and snapshot.preview_step != shown:
                     shown = snapshot.preview_step
-                    preview = ("JPEG", _picture(snapshot.preview_hwc), _PREVIEW_PIXELS)
+                    preview = ("JPEG", sample_picture(snapshot.preview_hwc), SAMPLE_EDGE)
                 progress.update_absolute(snapshot.step, steps, preview)
         except comfy.model_management.InterruptProcessingException:
             if not keep_on_interrupt:
@@ -137,12 +137,6 @@ def job_results(job_id: str, best: bool) -> tuple[Concept, dict[str, list[float]
     pictures = torch.stack(samples) if samples else torch.zeros(1, 64, 64, 3)
     told = f"{snapshot.state.value}, step {snapshot.step} of {snapshot.steps}"
     return read_concept(file), {"loss": job.losses()}, pictures, told
-
-
-def _picture(image_hwc: torch.Tensor) -> Image.Image:
-    """A preview, enlarged so that its latents can be seen."""
-    picture = Image.fromarray((image_hwc * 255).to(torch.uint8).numpy())
-    return picture.resize((_PREVIEW_PIXELS, _PREVIEW_PIXELS), Image.Resampling.BICUBIC)
 
 
 def _tensor(path: Path) -> torch.Tensor:

@@ -154,7 +154,10 @@ def training_outputs(job: Job, wait: bool, keep_on_interrupt: bool) -> tuple[Any
         return ExecutionBlocker(None), ExecutionBlocker(None), job.id
     snapshot = wait_for(job, keep_on_interrupt)
     if snapshot.concept_file is None:
-        raise TrainingError("The job was stopped before its first step; nothing was learnt.")
+        raise TrainingError(
+            f"The training job {job.id} was stopped before its first step, or deleted, so there is "
+            f"no concept to hand on. Queue the graph again to train it."
+        )
     return read_concept(snapshot.concept_file), {"loss": job.losses()}, job.id
 
 

@@ -285,7 +285,13 @@ def interrupted(command: list[str], when_seen: bytes, folder: Path) -> int:
     with subprocess.Popen(
         [sys.executable, "-m", "custom_diffusion", *command],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"},
+        # On one thread as the tests: with another number of them sums round differently.
+        env={
+            **os.environ,
+            "PYTHONPATH": str(package),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+        },
         stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:

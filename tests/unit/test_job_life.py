@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -182,6 +183,17 @@ def test_pausing_and_resuming_what_is_so_already_changes_nothing(bench: Bench) -
         bench.service.pause(job.id)
 
 
+def test_resuming_before_it_has_paused_takes_the_wish_back(bench: Bench) -> None:
+    job = bench.submit(gated=True)
+    bench.allow(2)
+    until(lambda: job.snapshot().step == 2)
+    bench.service.pause(job.id)
+    bench.service.resume(job.id)
+    bench.allow(STEPS)
+    assert job.wait(LONG_S)
+    assert (job.snapshot().state, bench.order) == (JobState.FINISHED, ["cat"])
+
+
 def test_a_job_in_the_queue_can_be_paused(bench: Bench) -> None:
     first, second = bench.submit("first", gated=True), bench.submit("second")
     bench.service.pause(second.id)
@@ -240,6 +252,17 @@ def test_a_job_at_work_is_not_deleted(bench: Bench) -> None:
     pause_after(bench, 1, job)
     bench.service.delete(job.id)
     assert bench.service.jobs() == []
+    assert job.wait(0)  # whoever waits for it need not wait any longer
+
+
+def test_a_folder_that_somebody_removed_is_no_job_any_more(bench: Bench) -> None:
+    job = bench.submit()
+    assert job.wait(LONG_S)
+    other = bench.restarted()
+    assert [seen.id for seen in other.service.jobs()] == [job.id]
+    shutil.rmtree(job.folder.path)
+    assert bench.service.jobs() == other.service.jobs() == []
+    assert not job.folder.path.exists()
 
 
 # After a restart
