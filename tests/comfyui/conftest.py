@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from support import checkpoints as builders
 from support.comfy_server import ComfyServer, find_comfyui
 
@@ -54,7 +55,9 @@ def checkpoint_file() -> Callable[[str], Path]:
 
     def build(name: str) -> Path:
         path = folder / f"{name}.safetensors"
-        return path if path.exists() else CHECKPOINTS[name](path)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{name}.lock"):  # another test process may want it as well
+            return path if path.exists() else CHECKPOINTS[name](path)
 
     return build
 

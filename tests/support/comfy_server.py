@@ -113,7 +113,7 @@ class ComfyServer:
         arguments: Iterable[str] = (),
         environment: Mapping[str, str] | None = None,
         settings: Mapping[str, Any] | None = None,
-        threads: int = 2,
+        threads: int = 1,
         start_timeout: float = 180.0,
     ) -> None:
         self.comfyui = comfyui

@@ -8,20 +8,10 @@ import copy
 from collections.abc import Iterator
 
 import pytest
-import torch
 from custom_diffusion.host.diffusers import DiffusersModels, borrowed_models
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from support import tiny_models
 from transformers import CLIPTokenizer
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices are quicker on one thread, and sums always come out in the same order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
