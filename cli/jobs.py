@@ -1,134 +1,121 @@
-"""`custom-diffusion jobs`, and trainings that are jobs: `custom-diffusion train --jobs FOLDER`"""
+"""`custom-diffusion jobs`: look at training jobs and steer them, in a folder or on a server."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from ..concept.concept import Concept
-from ..concept.errors import TrainingError
-from ..trainer.checkpoint import Checkpoint
-from ..trainer.config import TrainConfig
-from ..trainer.events import Event
-from ..trainer.jobs import Job, JobState, Work
+from ..concept.errors import JobError
 from ..trainer.service import TrainingService
-from .output import stop_on_interrupt
-
-CHECKPOINT_EVERY_STEPS = 50
-_POLL_S = 0.1
+from .job_server import JobServer
 
 
 def add_to(commands: Any) -> None:
     jobs = commands.add_parser(
         "jobs",
-        help="look at training jobs, and tidy them up",
-        description="Jobs of ComfyUI lie in its folder output/custom_diffusion/jobs. One that runs "
-        "in ComfyUI is paused and stopped there.",
+        help="look at training jobs and steer them",
+        description="WHERE is the address of a ComfyUI that runs, such as http://127.0.0.1:8188, "
+        "or a folder of jobs: that of ComfyUI is output/custom_diffusion/jobs. What runs in a "
+        "ComfyUI is paused, resumed and moved by its address.",
     )
     actions = jobs.add_subparsers(required=True)
     for name, command, told in (
-        ("list", list_command, "one line a job"),
+        ("list", list_command, "one line a job, and those that wait for their turn"),
         ("show", show_command, "a job with its settings, as JSON"),
         ("losses", losses_command, "of every step, one a line"),
-        ("stop", stop_command, "end a paused job with what it learnt until its last checkpoint"),
+        ("pause", steer_command, "write a checkpoint and leave the device"),
+        ("resume", steer_command, "go on before the jobs that wait"),
+        ("stop", steer_command, "save what was learnt and end"),
+        ("move", move_command, "give a job that waits another place among them, 0 for the next"),
+        ("start", start_command, "queue the graph of a job again: it goes on where it was"),
         ("delete", delete_command, "remove a job; the concept that it saved stays"),
     ):
         action = actions.add_parser(name, help=told)
-        action.add_argument("folder", type=Path)
+        action.add_argument("where", metavar="WHERE", type=_jobs)
         if name != "list":
-            action.add_argument("id")
-        action.set_defaults(command=command)
+            action.add_argument("id", metavar="ID")
+        if name == "move":
+            action.add_argument("position", metavar="POSITION", type=int)
+        action.set_defaults(command=command, action=name)
 
 
 def list_command(options: argparse.Namespace) -> None:
-    for job in TrainingService(options.folder).jobs():
+    jobs, queue = options.where.all()
+    for job in jobs:
         print(_line(job))
+    if queue:
+        print(f"waiting, the next one first: {', '.join(queue)}")
 
 
 def show_command(options: argparse.Namespace) -> None:
-    job = _job(options)
-    shown = {**job.folder.description, **job.snapshot().as_json()}
-    print(json.dumps(shown, indent=2, ensure_ascii=False))
+    print(json.dumps(options.where.show(options.id), indent=2, ensure_ascii=False))
 
 
 def losses_command(options: argparse.Namespace) -> None:
-    for loss in _job(options).losses():
-        print(loss)
+    for loss in options.where.losses(options.id):
+        print("nan" if loss is None else loss)
 
 
-def stop_command(options: argparse.Namespace) -> None:
-    job = _job(options)
-    job.stop()
+def steer_command(options: argparse.Namespace) -> None:
+    job = options.where.steer(options.id, options.action)
     print(_line(job))
-    if job.snapshot().concept_file:
-        print(job.snapshot().concept_file)
+    if job["concept_file"]:
+        print(job["concept_file"])
+
+
+def move_command(options: argparse.Namespace) -> None:
+    print("\n".join(options.where.move(options.id, options.position)))
+
+
+def start_command(options: argparse.Namespace) -> None:
+    options.where.start(options.id)
 
 
 def delete_command(options: argparse.Namespace) -> None:
-    TrainingService(options.folder).delete(options.id)
+    options.where.delete(options.id)
 
 
-def run_as_job(
-    folder: Path,
-    name: str,
-    config: TrainConfig,
-    fingerprint: str,
-    run: Callable[..., Concept],
-    save: Callable[[Concept], Path],
-) -> None:
-    """Trains in a folder of its own: killed or interrupted, the same command goes on from there.
+class JobFolders:
+    """The jobs of a folder, by the same verbs as `JobServer` has."""
 
-    `run` is `trainer.loop.train`, but for the arguments that a job gives.
-    """
+    def __init__(self, folder: Path) -> None:
+        self._service = TrainingService(folder)
 
-    def work(
-        checkpoint: Checkpoint | None,
-        should_stop: Callable[[], bool],
-        on_event: Callable[[Event], None],
-    ) -> Concept:
-        return run(
-            checkpoint=checkpoint,
-            checkpoint_every_steps=CHECKPOINT_EVERY_STEPS,
-            should_stop=should_stop,
-            on_event=on_event,
+    def all(self) -> tuple[list[dict[str, Any]], list[str]]:
+        return [job.snapshot().as_json() for job in self._service.jobs()], self._service.queued()
+
+    def show(self, job_id: str) -> dict[str, Any]:
+        job = self._service.job(job_id)
+        return {**job.folder.description, **job.snapshot().as_json()}
+
+    def losses(self, job_id: str) -> list[float]:
+        return self._service.job(job_id).losses()
+
+    def steer(self, job_id: str, action: str) -> dict[str, Any]:
+        getattr(self._service, action)(job_id)
+        return self._service.job(job_id).snapshot().as_json()
+
+    def move(self, job_id: str, position: int) -> list[str]:
+        self._service.reorder(job_id, position)
+        return self._service.queued()
+
+    def start(self, job_id: str) -> None:
+        raise JobError(
+            f"The training job {job_id} is started where its models are: give the address of a "
+            f"ComfyUI instead of a folder, or repeat the command that began it."
         )
 
-    service = TrainingService(folder)
-    description = {"config": config.as_json()}
-    job = service.submit(name, config.steps, description, Work(work, save), fingerprint)
-    with (
-        tqdm(total=config.steps, desc="training", unit="step") as bar,
-        stop_on_interrupt() as interrupted,
-    ):
-        while not job.wait(_POLL_S) and job.snapshot().state is not JobState.PAUSED:
-            if interrupted():
-                service.pause(job.id)
-            bar.update(job.snapshot().step - bar.n)
-        bar.update(job.snapshot().step - bar.n)
-    snapshot = job.snapshot()
-    for note in snapshot.notes:
-        print(note)
-    if snapshot.state is JobState.FAILED:
-        raise TrainingError(snapshot.error)
-    if snapshot.state is JobState.PAUSED:
-        print(
-            f"paused at step {snapshot.step} of {snapshot.steps}: the same command goes on from "
-            f"there"
-        )
-    elif snapshot.concept_file:
-        print(f"the job {job.id} is {snapshot.state.value}: {snapshot.concept_file}")
+    def delete(self, job_id: str) -> None:
+        self._service.delete(job_id)
 
 
-def _job(options: argparse.Namespace) -> Job:
-    return TrainingService(options.folder).job(options.id)
+def _jobs(where: str) -> JobFolders | JobServer:
+    return JobServer(where) if "://" in where else JobFolders(Path(where))
 
 
-def _line(job: Job) -> str:
-    snapshot = job.snapshot()
-    told = f"{snapshot.state.value:9} {snapshot.step:6} of {snapshot.steps:6} steps"
-    return f"{job.id}  {told}  {snapshot.error}".rstrip()
+def _line(job: Mapping[str, Any]) -> str:
+    told = f"{job['state']:9} {job['step']:6} of {job['steps']:6} steps"
+    return f"{job['id']}  {told}  {job['error']}".rstrip()

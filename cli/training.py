@@ -23,9 +23,9 @@ from ..trainer.methods import METHODS
 from ..trainer.network_file import fold_in, write_network
 from ..trainer.prepare import prepare
 from ..trainer.start import check_start
-from .jobs import run_as_job
 from .models import DEFAULTS, DTYPES, add_model_options, load, recipe_for
 from .output import check_new, progress, save, stop_on_interrupt
+from .training_job import run_as_job
 
 _RECIPE = (
     "rank",

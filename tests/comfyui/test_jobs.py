@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from custom_diffusion.cli import main
 from custom_diffusion.concept.file import read_concept
 from support.comfy_server import ComfyPromptError, ComfyServer, ComfyServerError
 from support.graphs import draw, draw_pictures, node, teach
@@ -19,6 +20,7 @@ from support.websocket import watch
 
 JOBS = "/custom_diffusion/jobs"
 LONG_S = 120.0
+RESTARTED_STEPS = 8
 ENDED = ("finished", "stopped", "failed")
 
 
@@ -218,20 +220,26 @@ def test_interrupting_another_prompt_or_freeing_memory_does_not_touch_a_job(
     assert until_step(bench, step + 4)["state"] == "running"
 
 
+@pytest.fixture(scope="module")
+def whole(server_of_this_file: ComfyServer) -> bytes:
+    """What a training learns that nobody disturbs."""
+    server_of_this_file.run(train("whole", steps=RESTARTED_STEPS, wait=True))
+    return tensors(concept(server_of_this_file, "whole"))
+
+
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_after_a_restart_the_graph_goes_on_and_learns_the_same(
-    bench: ComfyServer, end: signal.Signals
+    whole: bytes, bench: ComfyServer, end: signal.Signals
 ) -> None:
-    bench.run(train("whole", steps=12, wait=True))
-    bench.run(train("ended", steps=12, preview_every_steps=3))
-    until(lambda: jobs(bench)[-1]["step"] >= 5, "step 5")
+    bench.run(train("ended", steps=RESTARTED_STEPS, preview_every_steps=3))
+    until(lambda: job(bench)["step"] >= 3, "step 3")
     assert bench.process is not None
     os.kill(bench.process.pid, end)
     bench.process.wait(LONG_S)
     bench.process = None
     bench.start()
-    left = jobs(bench)[-1]
-    assert left["state"] == "paused" and left["step"] >= 4
+    left = job(bench)
+    assert left["state"] == "paused" and left["step"] >= 2
     if end == signal.SIGINT:  # Ctrl-C: there was time for a last checkpoint
         assert left["step"] == len(bench.get(f"{JOBS}/{left['id']}/metrics")["losses"])
     status, error = refused(bench, lambda: bench.post(f"{JOBS}/{left['id']}/resume"))
@@ -239,9 +247,8 @@ def test_after_a_restart_the_graph_goes_on_and_learns_the_same(
     graph = bench.get(f"{JOBS}/{left['id']}/graph")
     assert graph.keys() == {"checkpoint", "ended-data", "ended"}
     bench.run(graph)
-    until(lambda: jobs(bench)[-1]["state"] == "finished", "the end")
-    assert jobs(bench)[-1]["id"] == left["id"]
-    assert tensors(concept(bench, "ended")) == tensors(concept(bench, "whole"))
+    assert until_state(bench, "finished")["id"] == left["id"]
+    assert tensors(concept(bench, "ended")) == whole
 
 
 def test_a_graph_uses_what_a_running_job_has_learnt(bench: ComfyServer) -> None:
@@ -277,3 +284,40 @@ def test_the_browser_hears_of_a_job(bench: ComfyServer) -> None:
     assert states[-2:] == ["running", "finished"] and "preparing" in states
     assert told[-1]["step"] == 4
     json.dumps(told, allow_nan=False)
+
+
+def test_the_command_line_steers_the_jobs_of_a_server(
+    bench: ComfyServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*words: str) -> str:
+        status = main(["jobs", words[0], bench.url, *words[1:]])
+        output = capsys.readouterr()
+        assert status == 0, output.err
+        return output.out
+
+    for name in ("cat", "second", "third"):
+        bench.run(train(name))
+    first, second, third = (one["id"] for one in jobs(bench))
+    until(lambda: jobs(bench)[0]["step"] >= 3, "step 3")
+    assert told("list").splitlines()[-1].endswith(f"{second}, {third}")
+    assert told("move", third, "0").split() == [third, second]
+    assert json.loads(told("show", first))["config"]["steps"] == 10_000
+    told("stop", second)
+    told("stop", third)
+    assert "of  10000 steps" in told("pause", first)
+    until(lambda: jobs(bench)[0]["state"] == "paused", "the pause")
+    step = jobs(bench)[0]["step"]
+    assert len(told("losses", first).split()) == step
+    told("resume", first)
+    until(lambda: jobs(bench)[0]["step"] > step, "going on")
+    told("stop", first)
+    until(lambda: jobs(bench)[0]["state"] == "stopped", "the end")
+    told("start", first)
+    until(lambda: jobs(bench)[0]["state"] == "running", "the same job")
+    assert main(["jobs", "delete", bench.url, first]) == 1
+    assert "is at work. Stop or pause it first." in capsys.readouterr().err
+    told("delete", second)
+    assert len(jobs(bench)) == 2
+    for where, why in ((f"{bench.url}/nowhere", "is not of this pack"), ("http://[", "answers at")):
+        assert main(["jobs", "list", where]) == 1
+        assert why in capsys.readouterr().err

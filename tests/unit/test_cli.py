@@ -271,6 +271,9 @@ def test_a_training_that_is_a_job_goes_on_where_it_was_interrupted(
     assert main(["jobs", "show", str(jobs), folder.name]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["state"], shown["config"]["steps"]) == ("finished", 120)
+    for action in (["pause"], ["resume"], ["start"], ["move", "0"]):  # nobody works on it
+        assert main(["jobs", action[0], str(jobs), folder.name, *action[1:]]) == 1
+        assert folder.name in capsys.readouterr().err
     assert main(["jobs", "delete", str(jobs), folder.name]) == 0
     assert list(jobs.iterdir()) == []
     assert main(["jobs", "show", str(jobs), folder.name]) == 1
