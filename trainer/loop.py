@@ -269,6 +269,6 @@ def _check_finite(loss: float, step: int, config: TrainConfig, denoiser: Denoise
         raise TrainingError(
             f"The loss became {loss} at step {step} (learning rate {config.learning_rate:g}, "
             f"weights in {str(denoiser.dtype).removeprefix('torch.')}). A finite number was "
-            "needed, so training stopped and nothing was saved. Lower the learning rate, or train "
-            "in float32."
+            "needed, so training stopped before this step changed anything. Lower the learning "
+            "rate, or train in float32."
         )

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -14,16 +14,13 @@ import torch
 from custom_diffusion.concept import atomic
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.file import write_new_concept
-from custom_diffusion.host.diffusers import borrowed_models
-from custom_diffusion.trainer.checkpoint import Checkpoint
 from custom_diffusion.trainer.config import TrainConfig
-from custom_diffusion.trainer.events import Event
 from custom_diffusion.trainer.jobs import Work
-from custom_diffusion.trainer.loop import train
 from custom_diffusion.trainer.service import TrainingService
 from diffusers import StableDiffusionPipeline
 
-from .tiny_models import RESOLUTION, cat_concept, random_bank, tiny_pipeline
+from .tiny_models import RESOLUTION, tiny_pipeline
+from .tiny_training import train_cat
 
 CONFIG = TrainConfig(
     steps=20, batch_size=2, learning_rate=1e-3, resolution=RESOLUTION, preview_every_steps=5
@@ -34,31 +31,18 @@ def run_job(pipeline: StableDiffusionPipeline, folder: Path, die_in_write: int =
     """Runs the job to its end, from where an earlier process left it."""
     if die_in_write:
         _die_in_write(die_in_write)
-    concept = cat_concept()
-
-    def work(
-        checkpoint: Checkpoint | None,
-        should_stop: Callable[[], bool],
-        on_event: Callable[[Event], None],
-    ) -> Concept:
-        with borrowed_models(pipeline) as models:
-            return train(
-                CONFIG,
-                [concept],
-                [random_bank(concept)],
-                models.denoiser,
-                models.text_encoder,
-                checkpoint=checkpoint,
-                checkpoint_every_steps=2,
-                should_stop=should_stop,
-                on_event=on_event,
-            )
 
     def save(result: Concept) -> Path:
         return write_new_concept(result, folder / "concepts", "cat")
 
     service = TrainingService(folder / "jobs")
-    job = service.submit("cat", CONFIG.steps, {}, Work(work, save), fingerprint="the same")
+    job = service.submit(
+        "cat",
+        CONFIG.steps,
+        {},
+        Work(partial(train_cat, pipeline, CONFIG, 2), save),
+        fingerprint="the same",
+    )
     job.wait()
     if job.snapshot().error:
         os._exit(1)

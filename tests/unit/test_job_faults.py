@@ -6,11 +6,14 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -18,15 +21,23 @@ from custom_diffusion.concept.concept import Concept, DenseDelta
 from custom_diffusion.concept.errors import CustomDiffusionError, JobError
 from custom_diffusion.concept.file import write_new_concept
 from custom_diffusion.concept.layers import FAMILIES
+from custom_diffusion.host.diffusers import borrowed_models
 from custom_diffusion.trainer.checkpoint import Checkpoint
+from custom_diffusion.trainer.data import load_folder
 from custom_diffusion.trainer.events import CheckpointDue, Event, PreviewDrawn, StepDone
 from custom_diffusion.trainer.job_folder import JobFolder
 from custom_diffusion.trainer.jobs import Job, JobState, Work
+from custom_diffusion.trainer.loop import train
+from custom_diffusion.trainer.prepare import prepare
 from custom_diffusion.trainer.service import TrainingService
+from diffusers import StableDiffusionPipeline
+from support.graphs import draw_pictures
 from support.killed_training import CONFIG, Processes
+from support.tiny_models import cat_concept
 
 LONG_S = 120.0
 KILLS = 50
+NOBODY = 65534
 UNHARMED = (JobState.PAUSED, JobState.FINISHED)
 
 
@@ -260,16 +271,60 @@ def test_a_concept_that_cannot_be_saved_is_saved_the_next_time_without_training(
     assert count.learnt(job) == 8
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission_is_named(count: Counting) -> None:
-    failed = count.run(fail_at=5)
-    failed.folder.path.chmod(0o500)
+@contextmanager
+def somebody_else(folder: Path) -> Iterator[None]:
+    """This process may do only what others may in `folder`: root could write everywhere."""
+    user = os.geteuid()
+    if user == 0:
+        folder.chmod(0o755)
+        os.seteuid(NOBODY)
     try:
-        job = count.run()
-        assert str(failed.folder.path) in job.snapshot().error
+        yield
     finally:
-        failed.folder.path.chmod(0o700)
-    assert count.learnt(count.run()) == 8
+        os.seteuid(user)
+
+
+def test_a_folder_without_permission_is_named() -> None:
+    with TemporaryDirectory() as temporary:  # pytest's own folders are closed to others
+        count = Counting(Path(temporary))
+        failed = count.run(fail_at=5)
+        failed.folder.path.chmod(0o555)
+        with somebody_else(count.folder):
+            job = count.run()
+        assert job.snapshot().state is JobState.FAILED
+        assert str(failed.folder.path) in job.snapshot().error
+        failed.folder.path.chmod(0o755)
+        assert count.learnt(count.run()) == 8
+
+
+def test_pictures_that_are_deleted_while_a_training_runs_cost_nothing(
+    pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    def learn(delete: bool) -> Concept:
+        folder = tmp_path / f"pictures {delete}"
+        draw_pictures(folder)
+        concept = replace(cat_concept(), images=load_folder(folder, "photo of a <new1> cat"))
+
+        def on_event(event: Event) -> None:
+            if delete:
+                shutil.rmtree(folder, ignore_errors=True)
+
+        with borrowed_models(pipeline) as models:
+            bank = prepare(concept, CONFIG, models.latent_encoder, models.text_encoder)
+            learnt = train(
+                replace(CONFIG, steps=4),
+                [concept],
+                [bank],
+                models.denoiser,
+                models.text_encoder,
+                on_event=on_event,
+            )
+        assert folder.exists() is not delete
+        return learnt
+
+    one, other = learn(delete=False), learn(delete=True)
+    assert one.provenance["final_losses"] == other.provenance["final_losses"]
+    assert all(torch.equal(one.deltas[k].dense(), other.deltas[k].dense()) for k in one.deltas)
 
 
 def test_a_clock_that_jumps_changes_nothing_but_dates(

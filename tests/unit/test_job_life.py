@@ -8,21 +8,21 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import JobError
 from custom_diffusion.concept.file import write_new_concept
-from custom_diffusion.host.diffusers import borrowed_models
 from custom_diffusion.trainer.checkpoint import Checkpoint
 from custom_diffusion.trainer.config import TrainConfig
 from custom_diffusion.trainer.events import Event
 from custom_diffusion.trainer.job_folder import JobFolder
 from custom_diffusion.trainer.jobs import Job, JobState, Work
-from custom_diffusion.trainer.loop import train
 from custom_diffusion.trainer.service import TrainingService
 from diffusers import StableDiffusionPipeline
-from support.tiny_models import RESOLUTION, cat_concept, random_bank
+from support.tiny_models import RESOLUTION
+from support.tiny_training import train_cat
 
 LONG_S = 60.0
 STEPS = 8
@@ -62,19 +62,7 @@ class Bench:
                 asked = should_stop()
                 return asked or (not gate.acquire(timeout=LONG_S) or should_stop())
 
-            concept = cat_concept()
-            with borrowed_models(self.pipeline) as models:
-                return train(
-                    CONFIG,
-                    [concept],
-                    [random_bank(concept)],
-                    models.denoiser,
-                    models.text_encoder,
-                    checkpoint=checkpoint,
-                    checkpoint_every_steps=3,
-                    should_stop=leave,
-                    on_event=on_event,
-                )
+            return train_cat(self.pipeline, CONFIG, 3, checkpoint, leave, on_event)
 
         def save(concept: Concept) -> Path:
             return write_new_concept(concept, self.folder / "concepts", name)
@@ -263,6 +251,28 @@ def test_a_folder_that_somebody_removed_is_no_job_any_more(bench: Bench) -> None
     shutil.rmtree(job.folder.path)
     assert bench.service.jobs() == other.service.jobs() == []
     assert not job.folder.path.exists()
+
+
+def test_a_loss_that_is_not_a_number_costs_the_steps_since_the_last_checkpoint(
+    bench: Bench, uninterrupted: bytes
+) -> None:
+    def spoil(_unet: object, _given: object, output: Any) -> None:
+        if job.snapshot().step == 5:
+            output[0].fill_(float("nan"))
+
+    job = bench.submit(gated=True, fingerprint="same")
+    with_nan = bench.pipeline.unet.register_forward_hook(spoil)
+    try:
+        bench.allow(STEPS)
+        assert job.wait(LONG_S)
+    finally:
+        with_nan.remove()
+    failed = job.snapshot()
+    assert failed.state is JobState.FAILED and "The loss became nan at step 6" in failed.error
+    assert (failed.step, job.folder.newest_step()) == (5, 3)
+    assert bench.submit(fingerprint="same") is job
+    assert job.wait(LONG_S)
+    assert content(job.snapshot().concept_file) == uninterrupted
 
 
 # After a restart

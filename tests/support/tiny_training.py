@@ -1,0 +1,38 @@
+"""A real training of the tiny pipeline, as the work of a job needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from custom_diffusion.concept.concept import Concept
+from custom_diffusion.host.diffusers import borrowed_models
+from custom_diffusion.trainer.checkpoint import Checkpoint
+from custom_diffusion.trainer.config import TrainConfig
+from custom_diffusion.trainer.events import Event
+from custom_diffusion.trainer.loop import train
+from diffusers import StableDiffusionPipeline
+
+from .tiny_models import cat_concept, random_bank
+
+
+def train_cat(
+    pipeline: StableDiffusionPipeline,
+    config: TrainConfig,
+    checkpoint_every_steps: int,
+    checkpoint: Checkpoint | None,
+    should_stop: Callable[[], bool],
+    on_event: Callable[[Event], None],
+) -> Concept:
+    concept = cat_concept()
+    with borrowed_models(pipeline) as models:
+        return train(
+            config,
+            [concept],
+            [random_bank(concept)],
+            models.denoiser,
+            models.text_encoder,
+            checkpoint=checkpoint,
+            checkpoint_every_steps=checkpoint_every_steps,
+            should_stop=should_stop,
+            on_event=on_event,
+        )
