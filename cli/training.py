@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from tqdm import tqdm
 
@@ -14,7 +14,7 @@ from ..concept.concept import Concept
 from ..concept.errors import ConfigError
 from ..concept.file import read_concept
 from ..concept.prompts import DEFAULT_TEMPLATE, STYLE_TEMPLATE
-from ..trainer.config import Fit, GradientCut
+from ..trainer.config import Fit, GradientCut, TrainConfig
 from ..trainer.data import TrainingConcept, instance_caption, load_folder
 from ..trainer.events import Event, MemoryShort, StepDone
 from ..trainer.fingerprint import training_fingerprint
@@ -25,7 +25,11 @@ from ..trainer.prepare import prepare
 from ..trainer.start import check_start
 from .models import DEFAULTS, DTYPES, add_model_options, load, recipe_for
 from .output import check_new, progress, save, stop_on_interrupt
+from .torchrun import Team, team
 from .training_job import run_as_job
+
+if TYPE_CHECKING:
+    from ..host.diffusers import DiffusersDenoiser
 
 _RECIPE = (
     "rank",
@@ -106,31 +110,30 @@ def add_to(commands: Any) -> None:
 
 
 def train_command(options: argparse.Namespace) -> None:
-    from ..host.diffusers import borrowed_models
-
-    network = options.output.with_name(f"{options.output.stem}-unet.safetensors")
     check_new(options.output)
-    whole_network = METHODS[options.method].whole_network
-    if whole_network:
-        check_new(network)
-    given = {name: getattr(options, name) for name in _RECIPE}
-    config = replace(
-        recipe_for(options.model, options.method),
-        method=options.method,
-        **{name: value for name, value in given.items() if value is not None},
-        gradient_checkpointing=options.gradient_checkpointing,
-        augment=not options.no_augment,
-        flip=not options.no_flip,
-        preview_every_steps=0,
-        seed=options.seed,
-    )
+    if METHODS[options.method].whole_network:
+        check_new(_network_file(options))
+    config = _config(options)
     concepts = _training_concepts(options)
     start = read_concept(options.start) if options.start else None
-    pipeline = load(options.model, options.device, DTYPES[options.precision])
+    with team(options.device) as together:
+        _train(options, config, concepts, start, together)
+
+
+def _train(
+    options: argparse.Namespace,
+    config: TrainConfig,
+    concepts: list[TrainingConcept],
+    start: Concept | None,
+    together: Team,
+) -> None:
+    from ..host.diffusers import borrowed_models
+
+    pipeline = load(options.model, together.device, DTYPES[options.precision])
     with borrowed_models(pipeline) as models:
         if start:  # before the time that encoding takes
             check_start(start, models.denoiser, config)
-        with tqdm(desc="encoding pictures", unit="view") as bar:
+        with tqdm(desc="encoding pictures", unit="view", disable=not together.leads) as bar:
             banks = [
                 prepare(one, config, models.latent_encoder, models.text_encoder, progress(bar))
                 for one in concepts
@@ -138,15 +141,11 @@ def train_command(options: argparse.Namespace) -> None:
         run = partial(
             train, config, concepts, banks, models.denoiser, models.text_encoder, start=start
         )
-
-        def keep(result: Concept) -> Path:
-            if whole_network:
-                result = fold_in(models.denoiser, result)
-                write_network(models.denoiser.network, network)
-                print(f"saved {network} ({network.stat().st_size / 1e6:.1f} MB): the whole UNet")
-            save(result, options.output)
-            return options.output  # type: ignore[no-any-return]
-
+        if not together.leads:
+            together.follow(run)
+            return
+        run = partial(together.train, run)
+        keep = partial(_keep, options, models.denoiser)
         if options.jobs:
             networks = (pipeline.unet, pipeline.vae)
             same = training_fingerprint(config, concepts, models.text_encoder, networks, start)
@@ -162,6 +161,35 @@ def train_command(options: argparse.Namespace) -> None:
             print("stopped before the first step: nothing was learnt, nothing was saved")
             return
         keep(result)
+
+
+def _config(options: argparse.Namespace) -> TrainConfig:
+    """The model's and the method's recipe, but for what was given."""
+    given = {name: getattr(options, name) for name in _RECIPE}
+    return replace(
+        recipe_for(options.model, options.method),
+        method=options.method,
+        **{name: value for name, value in given.items() if value is not None},
+        gradient_checkpointing=options.gradient_checkpointing,
+        augment=not options.no_augment,
+        flip=not options.no_flip,
+        preview_every_steps=0,
+        seed=options.seed,
+    )
+
+
+def _keep(options: argparse.Namespace, denoiser: DiffusersDenoiser, result: Concept) -> Path:
+    if METHODS[options.method].whole_network:
+        network = _network_file(options)
+        result = fold_in(denoiser, result)
+        write_network(denoiser.network, network)
+        print(f"saved {network} ({network.stat().st_size / 1e6:.1f} MB): the whole UNet")
+    save(result, options.output)
+    return options.output  # type: ignore[no-any-return]
+
+
+def _network_file(options: argparse.Namespace) -> Path:
+    return options.output.with_name(f"{options.output.stem}-unet.safetensors")  # type: ignore[no-any-return]
 
 
 def _training_concepts(options: argparse.Namespace) -> list[TrainingConcept]:

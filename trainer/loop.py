@@ -17,6 +17,7 @@ from .backward import Backward
 from .checkpoint import Checkpoint
 from .config import TrainConfig
 from .data import TrainingConcept
+from .data_parallel import DataParallel
 from .events import CheckpointDue, Event, MemoryShort, PreviewDrawn, StepDone
 from .latents import LatentBank, batch_of_step, step_randomness
 from .methods import METHODS
@@ -42,6 +43,7 @@ def train(
     start: Concept | None = None,
     checkpoint: Checkpoint | None = None,
     checkpoint_every_steps: int = 0,
+    parallel: DataParallel = DataParallel(),  # noqa: B008
     should_stop: Callable[[], bool] = lambda: False,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Concept:
@@ -52,6 +54,7 @@ def train(
     tokens that are taught again learn on.
     `checkpoint` is what a run with the same arguments left: this one goes on as that would have,
     to the bit. With `checkpoint_every_steps` there is one as often, and one at the end.
+    `parallel` is this process's place among several that call this with the same arguments.
     `should_stop` is asked before every step; stopping returns what was learnt so far. The models
     are only borrowed: afterwards, however it ends, they are as before, except for what a method
     learns beyond keys, values and words: that stays in the denoiser's network. Random numbers come
@@ -59,6 +62,8 @@ def train(
     """
     if len(training_concepts) != len(banks):
         raise ValueError(f"{len(training_concepts)} concepts need as many banks, not {len(banks)}")
+
+    parallel.check(config.batch_size)
 
     # What is trained, all in float32: keys and values, the embedding of every V*, and in some
     # methods more of the network.
@@ -131,9 +136,11 @@ def train(
             # Gradients: of the UNet, then through it of the text encoder.
             samples = (noisy, timesteps, context, pooled, sizes, keep, wanted, masks, weights)
             leaves = [leaf for leaf in (context, pooled) if leaf is not None]
-            loss = backward(partial(_loss_of, projections), samples, [*parameters, *leaves])
-            _check_finite(loss, len(losses) + 1, config, denoiser)
+            own = parallel.part(samples)
+            loss = backward(partial(_loss_of, projections), own, [*parameters, *leaves])
             _pass_on(leaves, [features for features in text if features is not None])
+            loss = parallel.add_up(loss, parameters)
+            _check_finite(loss, len(losses) + 1, config, denoiser)
 
             # Update.
             if config.max_gradient_norm is not None:
