@@ -22,6 +22,16 @@ JOBS = "/custom_diffusion/jobs"
 LONG_S = 120.0
 RESTARTED_STEPS = 8
 ENDED = ("finished", "stopped", "failed")
+TOO_MUCH = """
+import torch
+class TooMuch:
+    INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+    RETURN_TYPES, FUNCTION, OUTPUT_NODE, CATEGORY = (), "run", True, "test"
+    def run(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 TiB")
+NODE_CLASS_MAPPINGS = {"TooMuch": TooMuch}
+"""
+"""A node that wants more memory than there is: ComfyUI unloads all models then."""
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +40,8 @@ def server_of_this_file(
 ) -> Iterator[ComfyServer]:
     base = tmp_path_factory.mktemp("jobs")
     draw_pictures(base / "input" / "cat")
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / "too_much.py").write_text(TOO_MUCH)
     checkpoint = checkpoints / "sd15.safetensors"
     with ComfyServer(
         comfyui_path, base, checkpoints=[checkpoint], arguments=["--cache-none"]
@@ -202,7 +214,7 @@ def test_interrupting_can_leave_the_job_to_the_background(bench: ComfyServer) ->
     assert until_step(bench, step + 3)["state"] == "running"
 
 
-def test_interrupting_another_prompt_or_freeing_memory_does_not_touch_a_job(
+def test_what_befalls_other_prompts_does_not_touch_a_job(
     bench: ComfyServer,
 ) -> None:
     bench.run(train(share_device=True))
@@ -215,6 +227,8 @@ def test_interrupting_another_prompt_or_freeing_memory_does_not_touch_a_job(
     with pytest.raises(ComfyPromptError):
         bench.wait(prompt)
     bench.interrupt()  # with nothing to interrupt
+    with pytest.raises(ComfyPromptError, match="out of memory"):
+        bench.run({"node": node("TooMuch")})
     bench.post("/free", {"unload_models": True, "free_memory": True})
     step = job(bench)["step"]
     assert until_step(bench, step + 4)["state"] == "running"
