@@ -166,13 +166,14 @@ def _train(
 def _config(options: argparse.Namespace) -> TrainConfig:
     """The model's and the method's recipe, but for what was given."""
     given = {name: getattr(options, name) for name in _RECIPE}
+    recipe = recipe_for(options.model, options.method)
     return replace(
-        recipe_for(options.model, options.method),
+        recipe,
         method=options.method,
         **{name: value for name, value in given.items() if value is not None},
         gradient_checkpointing=options.gradient_checkpointing,
-        augment=not options.no_augment,
-        flip=not options.no_flip,
+        augment=recipe.augment and not options.no_augment,
+        flip=recipe.flip and not options.no_flip,
         preview_every_steps=0,
         seed=options.seed,
     )

@@ -50,7 +50,7 @@ def _cell(lab: Laboratory, number: int, seed: int) -> Iterator[Row]:
     concept = lab.teach([first], config)
     yield SINGLE, "Custom Diffusion", lab.score([first], concept, seed)
     for method, subject, settings in (
-        ("without augmentation", first, replace(config, augment=False)),
+        ("with augmentation", first, replace(config, augment=True)),
         ("without regularization", bare, config),
         ("generated regularization", drawn, config),
     ):

@@ -5,6 +5,7 @@ from typing import get_args
 from comfy_api.latest import io, ui
 
 from ..host.comfyui.inputs import KINDS, draw_contact_sheet, folder_fingerprint, training_concept
+from ..host.comfyui.jobs import jobs_to_go_on_with
 from ..host.comfyui.paths import NO_FOLDER, input_folders
 from ..host.comfyui.training import graph_until, start_training, training_outputs
 from ..trainer.config import Fit, GradientCut, MethodName, TrainConfig
@@ -341,6 +342,10 @@ class CustomDiffusionTrain(io.ComfyNode):
                 io.String.Output(display_name="job id"),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: object) -> str:
+        return jobs_to_go_on_with(bool(inputs.get("wait")))
 
     @classmethod
     def execute(

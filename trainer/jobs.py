@@ -139,9 +139,15 @@ class Job:
         return self.folder.id
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether it can go on in this process: its models are here."""
+        with self._lock:
+            return self._work is not None
+
+    @property
     def runs_here(self) -> bool:
         with self._lock:
-            return self._work is not None and self._snapshot.state in ACTIVE
+            return self.is_loaded and self._snapshot.state in ACTIVE
 
     def snapshot(self) -> Snapshot:
         with self._lock:

@@ -25,6 +25,8 @@ class TrainingService:
         """`on_change` is called on any thread when a job's snapshot is another; it may look at the
         job, but must not come back to the service.
         """
+        self.deleted = 0
+        """How many jobs were deleted"""
         self._folder = folder
         self._listener = on_change
         self._jobs: dict[str, Job] = {}
@@ -136,6 +138,7 @@ class TrainingService:
         with self._lock:
             self.job(job_id).delete()
             del self._jobs[job_id]
+            self.deleted += 1
 
     def close(self, timeout_s: float) -> None:
         """Pauses whatever runs, which writes a checkpoint; waits that long for it."""

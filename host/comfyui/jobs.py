@@ -114,6 +114,18 @@ def wait_for(job: Job, keep_on_interrupt: bool = False) -> Snapshot:
     return snapshot
 
 
+def jobs_to_go_on_with(wait: bool) -> str:
+    """Differs when a training node has something to do again with the same inputs: a job has been
+    paused, stopped or deleted, has failed, or has finished while nobody waited for it.
+    """
+    left = {JobState.PAUSED, JobState.STOPPED, JobState.FAILED}
+    left |= set() if wait else {JobState.FINISHED}
+    service = training_service()
+    states = [(job.id, job.snapshot().state) for job in service.jobs()]
+    told = [f"{job_id} {state.value}" for job_id, state in states if state in left]
+    return " ".join([str(service.deleted), *told])
+
+
 def job_results(job_id: str, best: bool) -> tuple[Concept, dict[str, list[float]], Any, str]:
     """Of a job, or of the newest: what it has learnt until now, its losses, its samples
     (n, h, w, 3), and how it is.

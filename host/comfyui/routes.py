@@ -33,7 +33,12 @@ def _list(sent: Values) -> dict[str, Any]:
 def _show(sent: Values) -> dict[str, Any]:
     job = _job(sent)
     described = {k: v for k, v in job.folder.description.items() if k not in ("graph", "name")}
-    return {**described, **job.snapshot().as_json(), "samples": list(job.folder.samples())}
+    return {
+        **described,
+        **job.snapshot().as_json(),
+        "loaded": job.is_loaded,
+        "samples": list(job.folder.samples()),
+    }
 
 
 def _metrics(sent: Values) -> dict[str, Any]:

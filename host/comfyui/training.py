@@ -137,20 +137,26 @@ def _encoded(
 
 
 def graph_until(prompt: Mapping[str, Any], node_id: str) -> dict[str, Any]:
-    """The part of a prompt's graph that a node needs; nothing for a node that is not in it."""
+    """The part of a prompt's graph that a node needs; nothing for a node that is not in it.
+
+    As it was sent: ComfyUI adds what it has found out about the nodes, which would be taken for the
+    truth when the graph is queued again.
+    """
     needed: dict[str, Any] = {}
     waiting = [node_id] if node_id in prompt else []
     while waiting:
         key = waiting.pop()
-        needed[key] = prompt[key]
+        needed[key] = {name: prompt[key][name] for name in ("class_type", "inputs")}
         links = [v for v in prompt[key]["inputs"].values() if isinstance(v, list) and len(v) == 2]
         waiting += [link[0] for link in links if link[0] in prompt and link[0] not in needed]
     return needed
 
 
 def training_outputs(job: Job, wait: bool, keep_on_interrupt: bool) -> tuple[Any, Any, str]:
-    """(concept, loss map, job id); in the background the first two block what depends on them."""
-    if not wait:
+    """(concept, loss map, job id); the first two block what depends on them while the job learns in
+    the background.
+    """
+    if not wait and job.snapshot().state is not JobState.FINISHED:
         return ExecutionBlocker(None), ExecutionBlocker(None), job.id
     snapshot = wait_for(job, keep_on_interrupt)
     if snapshot.concept_file is None:

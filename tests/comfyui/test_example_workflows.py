@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.browser import page_of
 from support.comfy_server import ComfyServer
 from support.graphs import draw_pictures
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-READY = """
-window.app?.extensionManager?.workflow?.activeWorkflow?.isLoaded
-    && !!window.LiteGraph?.registered_node_types?.ConceptMerge
-"""
 # What makes a run small enough for a test; everything else stays as shipped.
 SMALL = {
     "CustomDiffusionTrain": {"method.steps": 2, "batch_size": 2, "resolution": 64},
@@ -42,25 +37,13 @@ def bench(
 @pytest.fixture(scope="module")
 def open_in_browser(bench: ComfyServer) -> Iterator[Callable[[Any], dict[str, Any]]]:
     """Opens a workflow in ComfyUI's page and returns the prompt that its Run button would send."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("NO CHROMIUM: install it to run the workflows in a browser")
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        page = browser.new_page()
-        page.route(
-            lambda url: not url.startswith(bench.url), lambda route: route.abort("blockedbyclient")
-        )
-        page.goto(bench.url)
-        page.wait_for_function(READY, timeout=60_000)
+    with page_of(bench) as page:
 
         def open_workflow(workflow: Any) -> dict[str, Any]:
             script = "async w => { await app.loadGraphData(w); return await app.graphToPrompt(); }"
             return page.evaluate(script, workflow)["output"]
 
         yield open_workflow
-        browser.close()
 
 
 def test_there_is_a_workflow() -> None:

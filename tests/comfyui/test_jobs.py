@@ -260,6 +260,7 @@ def test_after_a_restart_the_graph_goes_on_and_learns_the_same(
     assert status == 409 and "Queue the graph again that it came from" in error
     graph = bench.get(f"{JOBS}/{left['id']}/graph")
     assert graph.keys() == {"checkpoint", "ended-data", "ended"}
+    assert all(made.keys() == {"class_type", "inputs"} for made in graph.values())
     bench.run(graph)
     assert until_state(bench, "finished")["id"] == left["id"]
     assert tensors(concept(bench, "ended")) == whole

@@ -165,10 +165,11 @@ class ComfyServer:
         _link(path, self.models / "checkpoints" / path.name)
         return path.name
 
-    def start(self) -> None:
+    def start(self, port: int | None = None) -> None:
+        """On this port, or on any that is free."""
         if self.process is not None:
             raise ComfyServerError("the server is already running")
-        self.port = _free_port()
+        self.port = port or _free_port()
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(self.threads),
