@@ -29,7 +29,7 @@ from .world_sheet import images
 
 log = logging.getLogger("custom_diffusion")
 
-PAIR = 7
+PAIR = 50
 _COLUMNS = 6
 
 
