@@ -113,7 +113,7 @@ def train_command(options: argparse.Namespace) -> None:
     check_new(options.output)
     if METHODS[options.method].whole_network:
         check_new(_network_file(options))
-    config = _config(options)
+    config = training_config(options)
     concepts = _training_concepts(options)
     start = read_concept(options.start) if options.start else None
     with team(options.device) as together:
@@ -163,7 +163,7 @@ def _train(
         keep(result)
 
 
-def _config(options: argparse.Namespace) -> TrainConfig:
+def training_config(options: argparse.Namespace) -> TrainConfig:
     """The model's and the method's recipe, but for what was given."""
     given = {name: getattr(options, name) for name in _RECIPE}
     recipe = recipe_for(options.model, options.method)

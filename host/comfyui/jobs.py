@@ -82,6 +82,14 @@ class _Teller:
             server.send_sync(EVENT, snapshot.as_json())
 
 
+def delete_job(job_id: str) -> None:
+    """Removes a job, and tells the browsers. Raises JobError while it is at work."""
+    training_service().delete(job_id)
+    server = getattr(PromptServer, "instance", None)
+    if server:
+        server.send_sync(EVENT, {"id": job_id, "state": "deleted"})
+
+
 def wait_for(job: Job, keep_on_interrupt: bool = False) -> Snapshot:
     """Shows the job's progress on the executing node until it ends.
 

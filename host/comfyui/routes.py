@@ -17,7 +17,7 @@ from server import PromptServer
 
 from ...concept.errors import CustomDiffusionError, JobError, UnknownJobError
 from ...trainer.jobs import Job
-from .jobs import training_service
+from .jobs import delete_job, training_service
 
 PREFIX = "/custom_diffusion/jobs"
 Values = Mapping[str, Any]
@@ -78,7 +78,7 @@ def _move(sent: Values) -> dict[str, Any]:
 
 def _delete(sent: Values) -> dict[str, Any]:
     job = _job(sent)
-    training_service().delete(job.id)
+    delete_job(job.id)
     return {"deleted": job.id}
 
 

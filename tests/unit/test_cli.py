@@ -15,8 +15,9 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from custom_diffusion.cli import main
+from custom_diffusion.cli import main, parser
 from custom_diffusion.cli.models import recipe_for
+from custom_diffusion.cli.training import training_config
 from custom_diffusion.concept.file import read_concept
 from custom_diffusion.miniature import demo
 from PIL import Image
@@ -227,6 +228,23 @@ def test_errors_are_one_message_and_exit_status_one(
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "augment", "flip"),
+    [
+        ("sd15", [], True, True),
+        ("sd15", ["--no-augment"], False, True),
+        ("sd15", ["--no-flip"], True, False),
+        ("miniature", [], False, False),
+    ],
+)
+def test_augmentation_is_the_models_recipe_unless_it_is_switched_off(
+    model: str, given: list[str], augment: bool, flip: bool
+) -> None:
+    command = ["train", "--model", model, "--images", "cat", "--class-noun", "cat", *given]
+    config = training_config(parser().parse_args(command))
+    assert (config.augment, config.flip) == (augment, flip)
 
 
 def test_an_existing_file_is_not_replaced(model: Path, photos: Path, tmp_path: Path) -> None:

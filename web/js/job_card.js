@@ -49,7 +49,7 @@ export class JobCard {
   /**
    * @param {object} job
    * @param {{onError: function(Error): void, confirmRemoval: function(object): Promise<boolean>,
-   *          addToGraph: function(object): void, onRemoved: function(): void}} host
+   *          addToGraph: function(object): void}} host
    */
   constructor(job, host) {
     this.id = job.id;
@@ -181,8 +181,7 @@ export class JobCard {
       await jobs.startAgain(this.id);
     } else if (verb === "remove") {
       if (!(await this.host.confirmRemoval(this.job))) return;
-      await jobs.remove(this.id);
-      this.host.onRemoved();
+      await jobs.remove(this.id); // the server tells all tabs
     } else if (verb === "resume") {
       await this.#resume();
     } else {

@@ -41,38 +41,43 @@ class Panel {
     try {
       const { jobs: all } = await jobs.list();
       const known = new Set(all.map((job) => job.id));
-      for (const [id, card] of this.cards) {
-        if (!known.has(id)) {
-          card.element.remove();
-          this.cards.delete(id);
-          this.active.delete(id);
-        }
-      }
+      for (const id of [...this.cards.keys()]) if (!known.has(id)) this.forget(id);
       for (const job of all) this.hear(job);
       this.trouble.textContent = "";
     } catch (error) {
       this.complain(error);
     }
-    this.empty.hidden = this.cards.size > 0;
   }
 
+  forget(id) {
+    this.cards.get(id)?.element.remove();
+    this.cards.delete(id);
+    this.active.delete(id);
+    this.tally();
+  }
+
+  /** A job, or only its id when it was deleted, maybe in another tab. */
   hear(job) {
+    if (job.state === "deleted") return this.forget(job.id);
     const card = this.cards.get(job.id);
     if (card) {
       card.update(job);
     } else {
       const made = new JobCard(job, {
         onError: (error) => this.complain(error),
-        onRemoved: () => this.refresh(),
         confirmRemoval,
         addToGraph,
       });
       this.cards.set(job.id, made);
       this.listing.prepend(made.element); // the newest first
-      this.empty.hidden = true;
     }
     if (jobs.ACTIVE.includes(job.state)) this.active.add(job.id);
     else this.active.delete(job.id);
+    this.tally();
+  }
+
+  tally() {
+    this.empty.hidden = this.cards.size > 0;
     const tab = app.extensionManager.getSidebarTabs().find((each) => each.id === TAB);
     if (tab) tab.iconBadge = this.active.size ? String(this.active.size) : null;
   }
