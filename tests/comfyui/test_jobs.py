@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -234,17 +235,19 @@ def test_what_befalls_other_prompts_does_not_touch_a_job(
     assert until_step(bench, step + 4)["state"] == "running"
 
 
-@pytest.fixture(scope="module")
-def whole(server_of_this_file: ComfyServer) -> bytes:
-    """What a training learns that nobody disturbs."""
-    server_of_this_file.run(train("whole", steps=RESTARTED_STEPS, wait=True))
-    return tensors(concept(server_of_this_file, "whole"))
+@cache
+def undisturbed(server: ComfyServer) -> bytes:
+    """What a training learns that nobody disturbs. No other job may be at work."""
+    server.run(train("whole", steps=RESTARTED_STEPS, wait=True))
+    server.delete(f"{JOBS}/{job(server)['id']}")
+    return tensors(concept(server, "whole"))
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_after_a_restart_the_graph_goes_on_and_learns_the_same(
-    whole: bytes, bench: ComfyServer, end: signal.Signals
+    bench: ComfyServer, end: signal.Signals
 ) -> None:
+    whole = undisturbed(bench)
     bench.run(train("ended", steps=RESTARTED_STEPS, preview_every_steps=3))
     until(lambda: job(bench)["step"] >= 3, "step 3")
     assert bench.process is not None
