@@ -160,14 +160,16 @@ def main() -> None:
         checkpoint = write_sd15(base / "sd15.safetensors", vae="kl")
         with ComfyServer(comfyui, base, checkpoints=[checkpoint], threads=given.threads) as server:
             bench = Bench(server)
-            results = {
-                "prompts": prompts(bench, given.rounds),
-                "life": life(bench, given.rounds),
-                "in a row": in_a_row(bench),
-            }
-    for name, values in results.items():
-        print(f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in values.items()))
-    write_json(given.json, results)
+            results = {}
+            for name, measure in (
+                ("prompts", lambda: prompts(bench, given.rounds)),
+                ("life", lambda: life(bench, given.rounds)),
+                ("in a row", lambda: in_a_row(bench)),
+            ):
+                results[name] = measure()
+                told = ", ".join(f"{key} {value:.2f}" for key, value in results[name].items())
+                print(f"{name}: {told}", flush=True)
+                write_json(given.json, results)
 
 
 if __name__ == "__main__":
