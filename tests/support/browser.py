@@ -23,8 +23,8 @@ _ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"
 def page_of(server: ComfyServer, troubles: list[str] | None = None) -> Iterator[Any]:
     """The page of a server, when its graph and the pack's nodes are there (a playwright Page).
 
-    What the pack's own files throw or log as an error, and every request to another host that one
-    of them makes, is added to `troubles`. Requests to other hosts are not let through.
+    What the pack's own files throw or log as an error is added to `troubles`. Requests to other
+    hosts are not let through; whose they were is not told.
     """
     playwright = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
