@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,18 @@ def add_to(commands: Any) -> None:
         ("delete", delete_command, "remove a job; the concept that it saved stays"),
     ):
         action = actions.add_parser(name, help=told)
-        action.add_argument("where", metavar="WHERE", type=_jobs)
+        action.add_argument("where", metavar="WHERE", type=str)
         if name != "list":
             action.add_argument("id", metavar="ID")
         if name == "move":
             action.add_argument("position", metavar="POSITION", type=int)
-        action.set_defaults(command=command, action=name)
+        action.set_defaults(command=partial(_with_jobs, command), action=name)
+
+
+def _with_jobs(command: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> None:
+    where = options.where
+    options.where = JobServer(where) if "://" in where else JobFolders(Path(where))
+    command(options)
 
 
 def list_command(options: argparse.Namespace) -> None:
@@ -82,6 +89,11 @@ class JobFolders:
     """The jobs of a folder, by the same verbs as `JobServer` has."""
 
     def __init__(self, folder: Path) -> None:
+        """Raises JobError when there is no such folder."""
+        if not folder.is_dir():
+            raise JobError(
+                f"There is no folder {folder}. Give a folder of jobs, or the address of a ComfyUI."
+            )
         self._service = TrainingService(folder)
 
     def all(self) -> tuple[list[dict[str, Any]], list[str]]:
@@ -110,10 +122,6 @@ class JobFolders:
 
     def delete(self, job_id: str) -> None:
         self._service.delete(job_id)
-
-
-def _jobs(where: str) -> JobFolders | JobServer:
-    return JobServer(where) if "://" in where else JobFolders(Path(where))
 
 
 def _line(job: Mapping[str, Any]) -> str:

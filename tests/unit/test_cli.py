@@ -210,6 +210,7 @@ def test_equal_tokens_can_be_renamed_in_a_merge(model: Path, photos: Path, tmp_p
     ("arguments", "message"),
     [
         (["inspect", "missing.safetensors"], "There is no concept file"),
+        (["jobs", "list", "missing"], "There is no folder missing. Give a folder of jobs"),
         (["merge", "missing.safetensors", "--model", "x"], "There is no concept file"),
         (["train", "--model", "x", "--images", "none", "--class-noun", "cat"], "no folder none"),
         (
