@@ -63,11 +63,12 @@ def install(extra: str, comfyui: Path | None) -> None:
 
 
 def test(comfyui: Path | None, arguments: list[str]) -> int:
-    """Linter, types and tests; the first failure ends it."""
+    """Linters, types and tests; the first failure ends it."""
     environment = {"COMFYUI_PATH": str(comfyui)} if comfyui else {}
     checks = [
         [BIN / "ruff", "check", ROOT],
         [BIN / "ruff", "format", "--check", ROOT],
+        [BIN / "oxlint", ROOT / "web"],
         [BIN / "mypy", *(f"-pcustom_diffusion.{name}" for name in STRICTLY_TYPED)],
         # Two at a time, a file each: most of them use one thread, and ComfyUI's servers wait a lot.
         [BIN / "python", "-m", "pytest", *TWO_AT_A_TIME, *arguments],

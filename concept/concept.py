@@ -102,7 +102,7 @@ class ModifierToken:
         return replace(self, embeddings={k: v.to(dtype) for k, v in self.embeddings.items()})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Concept:
     """KV deltas by layer, modifier tokens, and where they came from."""
 
@@ -125,6 +125,10 @@ class Concept:
                     "Rename one of them (LoadConcept has an input for it), or train it with "
                     "another token."
                 )
+
+    def __repr__(self) -> str:
+        """Short: ComfyUI puts the inputs of a node that fails into its error message."""
+        return f"Concept({self.describe()})"
 
     @property
     def layers(self) -> list[str]:

@@ -9,6 +9,10 @@ class ConceptFileError(CustomDiffusionError):
     """A concept file cannot be read or written."""
 
 
+class UnknownConceptError(ConceptFileError):
+    """There is no concept of that name, or nothing of what was asked for belongs to it."""
+
+
 class IncompatibleModelError(CustomDiffusionError):
     """A concept, a model and a text encoder do not belong together."""
 

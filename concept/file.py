@@ -7,7 +7,8 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,14 @@ def read_concept(path: str | os.PathLike[str]) -> Concept:
         ) from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a concept file says of itself, without its tensors. Raises ConceptFileError."""
+    with _opened(path) as file:
+        metadata = dict(file.metadata() or {})
+    _check_format(path, metadata)
+    return metadata
+
+
 def concept_tensors(concept: Concept) -> dict[str, Tensor]:
     """The tensors of the file, under the names that stock LoRA and embedding loaders read."""
     tensors = {
@@ -157,14 +166,20 @@ def _metadata(concept: Concept, title: str) -> dict[str, str]:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return tensors, dict(file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise ConceptFileError(
             f"There is no concept file {path}. Check the name, or train and save the concept first."
         )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            return tensors, dict(file.metadata() or {})
+            yield file
     except (SafetensorError, OSError, ValueError) as error:
         raise ConceptFileError(
             f"{path.name} is not a readable concept file: {_diagnosis(path)} ({error})."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,17 +30,22 @@ class MergeReport:
     """‖ΔW‖ of the merge over the largest ‖ΔW‖ of a single concept."""
     captions: int
 
-    def lines(self) -> Iterator[str]:
+    def summary(self) -> tuple[str, str]:
+        """How the rows were kept, and how much that changes."""
         exact = "damped" if self.damped else "exact"
         soft = sum(row.soft for row in self.rows)
         softly = f" and {soft} rows of padding, softly" if soft else ""
-        yield (
+        return (
             f"{len(self.rows) - soft} constraint rows{softly}, {self.shared_rows} different; "
-            f"{exact} (condition {self.condition:.3g}); {self.captions} regularization captions"
+            f"{exact} (condition {self.condition:.3g}); {self.captions} regularization captions",
+            f"change of the model: {self.change:.2f} times its largest concept's",
         )
-        for index, residual in enumerate(self.residuals):
-            yield f"concept {index + 1}: largest error on its own words {residual:.2%}"
-        yield f"change of the model: {self.change:.2f} times its largest concept's"
+
+    def kept(self, concept: int) -> dict[str, int]:
+        """Prompt → how many of its rows are kept for a concept, counted from 0."""
+        return dict(Counter(row.prompt for row in self.rows if row.concept == concept))
+
+    def warnings(self) -> Iterator[str]:
         yield from (f"conflict: {conflict}" for conflict in self.conflicts)
         if max(self.residuals) > LARGE_RESIDUAL:
             yield (
@@ -52,6 +58,14 @@ class MergeReport:
                 "model a lot. Check pictures of the bare class nouns, or train the concepts "
                 "together."
             )
+
+    def lines(self) -> Iterator[str]:
+        rows, change = self.summary()
+        yield rows
+        for index, residual in enumerate(self.residuals):
+            yield f"concept {index + 1}: largest error on its own words {residual:.2%}"
+        yield change
+        yield from self.warnings()
 
     def text(self) -> str:
         return "\n".join(self.lines())

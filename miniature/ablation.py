@@ -118,7 +118,7 @@ def _merged(
 
 
 def main() -> None:
-    rows = run_command(options(__doc__, concept_seed=100, seeds=1), run_cell)
+    rows = run_command(options(__doc__, concept_seed=100, seeds=1), run_cell, Kept)
     columns = {
         "each alone, before": ("before", 2),
         "each alone": ("alone", 2),

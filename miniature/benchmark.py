@@ -76,7 +76,7 @@ def _cell(lab: Laboratory, number: int, seed: int) -> Iterator[Row]:
 
 
 def main() -> None:
-    rows = run_command(options(__doc__, concept_seed=0, seeds=3), run_cell)
+    rows = run_command(options(__doc__, concept_seed=0, seeds=3), run_cell, Score)
     for kind, columns in ((SINGLE, _COLUMNS), (PAIR, _PAIR_COLUMNS)):
         part = [(method, score) for name, method, score in rows if name == kind]
         print(f"{markdown_table(kind, part, columns)}\n")

@@ -17,29 +17,34 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
-Row = TypeVar("Row")
+from ..concept.atomic import write_text_atomically
+
 Scores = TypeVar("Scores")
+Row = tuple[str, str, Scores]
+"""Table, method and scores"""
+Cell = tuple[int, int]
+"""Number of the concept, seed of the training"""
 
 
 def run_cells(
-    run_cell: Callable[[int, int], list[Row]],
-    numbers: Sequence[int],
-    seeds: Sequence[int],
+    run_cell: Callable[[int, int], list[Row[Scores]]],
+    cells: Sequence[Cell],
     processes: int,
-    on_rows: Callable[[list[Row]], None],
-) -> list[Row]:
-    """All rows of `run_cell(number, seed)`, one thread each; `on_rows` sees them grow."""
-    rows: list[Row] = []
+    done: Mapping[Cell, list[Row[Scores]]],
+    on_cell: Callable[[Mapping[Cell, list[Row[Scores]]]], None],
+) -> dict[Cell, list[Row[Scores]]]:
+    """`run_cell` of every cell that is not done, one thread each; `on_cell` sees them grow."""
+    results = {cell: rows for cell, rows in done.items() if cell in cells}
     with (
         ProcessPoolExecutor(processes, get_context("spawn"), initializer=_one_thread) as pool,
-        tqdm(total=len(numbers) * len(seeds), desc="concepts × seeds", unit="cell") as bar,
+        tqdm(total=len(cells), initial=len(results), desc="concepts × seeds", unit="cell") as bar,
     ):
-        cells = [pool.submit(run_cell, number, seed) for seed in seeds for number in numbers]
-        for cell in as_completed(cells):
-            rows += cell.result()
+        running = {pool.submit(run_cell, *cell): cell for cell in cells if cell not in results}
+        for cell in as_completed(running):
+            results[running[cell]] = cell.result()
             bar.update()
-            on_rows(rows)
-    return rows
+            on_cell(results)
+    return {cell: results[cell] for cell in cells}
 
 
 def options(description: str | None, *, concept_seed: int, seeds: int) -> argparse.Namespace:
@@ -49,22 +54,37 @@ def options(description: str | None, *, concept_seed: int, seeds: int) -> argpar
     parser.add_argument("--concepts", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=seeds, help="trainings of each")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--json", type=Path, help="write every score to this file, too")
+    parser.add_argument("--json", type=Path, help="keep scores here: a run that is ended goes on")
     return parser.parse_args()
 
 
 def run_command(
-    given: argparse.Namespace, run_cell: Callable[[int, int], list[tuple[str, str, Scores]]]
-) -> list[tuple[str, str, Scores]]:
-    """Runs the cells that the options ask for; the file grows with them."""
+    given: argparse.Namespace,
+    run_cell: Callable[[int, int], list[Row[Scores]]],
+    scores: Callable[..., Scores],
+) -> list[Row[Scores]]:
+    """Runs the cells that the options ask for, and keeps them in the file as they come.
 
-    def report(rows: list[tuple[str, str, Scores]]) -> None:
+    Those that are there already, of a run that was ended, are not run again; `scores` makes them.
+    """
+    done: dict[Cell, list[Row[Scores]]] = {}
+    if given.json and given.json.is_file():
+        for cell in json.loads(given.json.read_text()):
+            rows = [(t, name, scores(**values)) for t, name, values in cell["rows"]]
+            done[cell["concept"], cell["seed"]] = rows
+
+    def keep(results: Mapping[Cell, list[Row[Scores]]]) -> None:
         if given.json:
-            scores = [{"table": t, "name": n, **asdict(s)} for t, n, s in rows]  # type: ignore[call-overload]
-            given.json.write_text(json.dumps(scores, indent=1))
+            written = [
+                {"concept": c, "seed": s, "rows": [(t, n, asdict(v)) for t, n, v in rows]}  # type: ignore[call-overload]
+                for (c, s), rows in results.items()
+            ]
+            write_text_atomically(given.json, json.dumps(written, indent=1))
 
     numbers = range(given.concept_seed, given.concept_seed + given.concepts)
-    return run_cells(run_cell, numbers, range(given.seeds), given.processes, report)
+    cells = [(number, seed) for seed in range(given.seeds) for number in numbers]
+    results = run_cells(run_cell, cells, given.processes, done, keep)
+    return [row for rows in results.values() for row in rows]
 
 
 def markdown_table(

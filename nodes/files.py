@@ -1,12 +1,12 @@
 """Concepts on disk."""
 
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..concept.file import read_concept, write_new_concept
 from ..host.comfyui.inputs import file_fingerprint
 from ..host.comfyui.paths import concept_files, concept_folder, concept_path
-from .types import CATEGORY, Concept
+from .types import CATEGORY, Concept, told
 
 PRECISIONS = {"half (fp16)": torch.float16, "full (fp32)": torch.float32}
 
@@ -66,7 +66,7 @@ class SaveConcept(io.ComfyNode):
     @classmethod
     def execute(cls, concept, name: str, precision: str) -> io.NodeOutput:
         path = write_new_concept(concept, concept_folder(), name, PRECISIONS[precision])
-        return io.NodeOutput(ui=ui.PreviewText(f"{path.name}, {path.stat().st_size / 1e6:.1f} MB"))
+        return io.NodeOutput(ui=told(f"{path.name}, {path.stat().st_size / 1e6:.1f} MB"))
 
 
 NODES = [LoadConcept, SaveConcept]

@@ -2,10 +2,10 @@
 
 import time
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..host.comfyui.jobs import job_results
-from .types import CATEGORY, Concept
+from .types import CATEGORY, Concept, told
 
 _NEWEST, _BEST = "newest", "best"
 
@@ -50,7 +50,7 @@ class TrainingJob(io.ComfyNode):
     @classmethod
     def execute(cls, job_id, checkpoint) -> io.NodeOutput:
         results = job_results(job_id.strip(), best=checkpoint == _BEST)
-        return io.NodeOutput(*results, ui=ui.PreviewText(results[-1]))
+        return io.NodeOutput(*results, ui=told(results[-1]))
 
 
 NODES = [TrainingJob]

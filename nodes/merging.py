@@ -1,6 +1,9 @@
 """Combining concepts that were taught apart."""
 
-from comfy_api.latest import io, ui
+from collections.abc import Sequence
+from typing import Any
+
+from comfy_api.latest import io
 
 from ..host.comfyui.inputs import (
     BUILT_IN_CAPTIONS,
@@ -9,7 +12,8 @@ from ..host.comfyui.inputs import (
     merge_in_comfyui,
 )
 from ..merge.compose import DEFAULT_RELATIVE_RIDGE
-from .types import CATEGORY, Concept
+from ..merge.report import MergeReport
+from .types import CATEGORY, Concept, told
 
 MOST_CONCEPTS = 8
 
@@ -78,14 +82,23 @@ class ConceptMerge(io.ComfyNode):
     @classmethod
     def execute(cls, clip, concepts, regularization_captions, relative_ridge) -> io.NodeOutput:
         numbers = range(1, int(concepts["concepts"]) + 1)
+        given = [concepts[f"concept_{number}"] for number in numbers]
         merged, report = merge_in_comfyui(
             clip,
-            [concepts[f"concept_{number}"] for number in numbers],
+            given,
             [concepts[f"strength_{number}"] for number in numbers],
             regularization_captions,
             relative_ridge,
         )
-        return io.NodeOutput(merged, report.text(), ui=ui.PreviewText(report.text()))
+        return io.NodeOutput(merged, report.text(), ui=_told(given, report))
+
+
+def _told(concepts: Sequence[Any], report: MergeReport) -> dict[str, Any]:
+    table = [("concept", "kept words", "largest error")]
+    for number, (concept, residual) in enumerate(zip(concepts, report.residuals, strict=True)):
+        words = ", ".join(f"{prompt} ({rows})" for prompt, rows in report.kept(number).items())
+        table.append((concept.describe(), words, f"{residual:.2%}"))
+    return told(*report.summary(), warnings=report.warnings(), table=table)
 
 
 NODES = [ConceptMerge]

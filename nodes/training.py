@@ -4,13 +4,20 @@ from typing import get_args
 
 from comfy_api.latest import io, ui
 
-from ..host.comfyui.inputs import KINDS, draw_contact_sheet, folder_fingerprint, training_concept
-from ..host.comfyui.jobs import jobs_to_go_on_with
+from ..host.comfyui.inputs import (
+    KINDS,
+    draw_contact_sheet,
+    draw_picture_sheet,
+    folder_fingerprint,
+    training_concept,
+)
+from ..host.comfyui.jobs import jobs_to_go_on_with, tell_node
 from ..host.comfyui.paths import NO_FOLDER, input_folders
-from ..host.comfyui.training import graph_until, start_training, training_outputs
+from ..host.comfyui.training import start_training, training_outputs
+from ..trainer.advice import advice
 from ..trainer.config import Fit, GradientCut, MethodName, TrainConfig
 from ..trainer.methods import METHODS, recipe
-from .types import CATEGORY, Concept, RegularizationSet, TrainingConcept
+from .types import CATEGORY, Concept, RegularizationSet, TrainingConcept, told
 
 DEFAULTS = TrainConfig()
 CHECKPOINT_EVERY_STEPS = 50
@@ -184,7 +191,10 @@ class CustomDiffusionConcept(io.ComfyNode):
             initializer=initializer[0],
             kind=kind[0],
         )
-        return io.NodeOutput(concept)
+        sheet = draw_picture_sheet(concept)
+        words = f"{len(concept.images)} pictures, {len(concept.regularization)} regularization"
+        shown = told(words, warnings=advice(concept), **ui.PreviewImage(sheet, cls=cls).as_dict())
+        return io.NodeOutput(concept, ui=shown)
 
 
 class CustomDiffusionViews(io.ComfyNode):
@@ -334,6 +344,15 @@ class CustomDiffusionTrain(io.ComfyNode):
                     label_off="stops and saves",
                     tooltip="What the training does when you interrupt the prompt that waits.",
                 ),
+                io.Int.Input(
+                    "keep_best",
+                    default=1,
+                    min=1,
+                    max=100,
+                    advanced=True,
+                    tooltip="So many concepts of the run are kept in its folder beside the newest: "
+                    "those before which the losses were lowest.",
+                ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             outputs=[
@@ -360,9 +379,11 @@ class CustomDiffusionTrain(io.ComfyNode):
         checkpoint_every_steps,
         share_device,
         keep_on_interrupt,
+        keep_best,
         start=None,
         **settings,
     ) -> io.NodeOutput:
+        node_id = str(cls.hidden.unique_id)
         job = start_training(
             name,
             model,
@@ -373,8 +394,11 @@ class CustomDiffusionTrain(io.ComfyNode):
             start,
             checkpoint_every_steps=checkpoint_every_steps,
             share_device=share_device,
-            graph=graph_until(cls.hidden.prompt or {}, str(cls.hidden.unique_id)),
+            keep_best=keep_best,
+            prompt=cls.hidden.prompt or {},
+            node_id=node_id,
         )
+        tell_node(node_id, job)
         return io.NodeOutput(*training_outputs(job, wait, keep_on_interrupt))
 
 

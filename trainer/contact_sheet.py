@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .augmentation import View
 from .config import LATENT_PIXELS, TrainConfig
-from .data import TrainingConcept
+from .data import CaptionedImage, TrainingConcept
 from .latents import instance_views, regularization_view, views_per_image
 from .sheet import Row, lay_out
 
-_COLUMNS, _TILE = 8, 160
+_COLUMNS, _GIVEN_COLUMNS, _TILE = 8, 4, 160
 _REGULARIZATION = 2
 """Rows of regularization images that are shown."""
 _DIMMED = 0.25
@@ -36,6 +36,26 @@ def contact_sheet(concept: TrainingConcept, config: TrainConfig) -> Image.Image:
         words = f"{len(shown)} of {len(concept.regularization)}"
         rows.append(_row("Regularization", words, pairs))
     return lay_out(rows, _TILE)
+
+
+def picture_sheet(concept: TrainingConcept) -> Image.Image:
+    """Every instance image as it was given, with its caption; what does not count is dark."""
+    rows = []
+    for start in range(0, len(concept.images), _GIVEN_COLUMNS):
+        shown = concept.images[start : start + _GIVEN_COLUMNS]
+        pictures = [_fitted(captioned) for captioned in shown]
+        rows.append(Row("", "", pictures, [captioned.caption for captioned in shown]))
+    return lay_out(rows, _TILE, label=0)
+
+
+def _fitted(captioned: CaptionedImage) -> Image.Image:
+    """All of a picture in a square."""
+    picture = captioned.open()
+    image = picture.image
+    if picture.mask:
+        dark = image.point(lambda shade: round(shade * _DIMMED))
+        image = Image.composite(image, dark, picture.mask)
+    return ImageOps.pad(image, (_TILE, _TILE), color="white")
 
 
 def _row(title: str, words: str, views: Iterable[tuple[str, View]]) -> Row:

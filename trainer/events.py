@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,6 +17,13 @@ class StepDone:
 
     step: int
     loss: float
+
+
+@dataclass(frozen=True)
+class WordsMoved:
+    """How far the embedding of each modifier token is from where it began, over its length then."""
+
+    drift: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -54,4 +62,4 @@ class CheckpointDue:
     """None where a concept cannot hold all that was learnt"""
 
 
-Event = StepDone | PreviewDrawn | MemoryShort | CheckpointDue
+Event = StepDone | WordsMoved | PreviewDrawn | MemoryShort | CheckpointDue

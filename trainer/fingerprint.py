@@ -1,4 +1,4 @@
-"""What goes into a training, as one short text: equal for two that would learn the same."""
+"""What goes into a training, as one short text: equal for two that take the same steps."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ def training_fingerprint(
 ) -> str:
     """Of settings, pictures, words and models. Raises DataError for a picture that is not there.
 
+    The number of steps does not count: a longer training begins as a shorter one does.
     Of every weight of the networks some thousand entries count, of the text encoder what it says of
     one prompt: another checkpoint, or a LoRA, changes them.
     """
-    digest = hashlib.sha256(json.dumps(config.as_json(), sort_keys=True).encode())
+    settings = {name: value for name, value in config.as_json().items() if name != "steps"}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for concept in concepts:
         words = (concept.token, concept.class_noun, concept.initializer, concept.template)
         digest.update(repr(words).encode())

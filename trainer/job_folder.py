@@ -18,7 +18,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cached_property
 from itertools import islice
@@ -30,7 +30,8 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor
 
-from ..concept.atomic import write_atomically, write_text_atomically
+from ..concept.atomic import write_atomically, write_bytes_atomically, write_text_atomically
+from ..concept.card import THUMBNAIL
 from ..concept.concept import Concept
 from ..concept.errors import CheckpointError, ConfigError, CustomDiffusionError, JobError
 from ..concept.file import safe_file_name, write_concept
@@ -190,14 +191,26 @@ class JobFolder:
                 problems.append(str(error))
         return None, problems
 
-    def newest_step(self) -> int:
-        """The step of the newest checkpoint, by its name; 0 without one."""
-        return max((int(path.stem) for path in self._step_files("checkpoints")), default=0)
+    def newest_step(self, at_most: int | None = None) -> int:
+        """The step of the newest checkpoint, by its name, of those before some step; 0 without."""
+        steps = [int(path.stem) for path in self._step_files("checkpoints")]
+        return max((step for step in steps if at_most is None or step <= at_most), default=0)
+
+    def begin_where(self, other: JobFolder, at_most: int) -> None:
+        """Takes over another job's checkpoints up to a step, but for those that it drops meanwhile.
+
+        Raises ConceptFileError when the disk is full.
+        """
+        for source in other._step_files("checkpoints"):
+            if int(source.stem) <= at_most:
+                with suppress(FileNotFoundError):
+                    content = source.read_bytes()
+                    write_bytes_atomically(self.path / "checkpoints" / source.name, content)
 
     def write_concept(self, concept: Concept, step: int) -> None:
-        """Keeps the newest and the best: that before which the mean loss was lowest."""
+        """Keeps the newest, and as many of the best as the description says: one, if nothing."""
         write_concept(concept, self._step_file("concepts", step))
-        keep = {self.newest_concept(), self.best_concept()}
+        keep = {self.newest_concept(), *self._best_first()[: self.description.get("keep_best", 1)]}
         for path in self._step_files("concepts"):
             if path not in keep:
                 path.unlink()
@@ -206,14 +219,17 @@ class JobFolder:
         return max(self._step_files("concepts"), default=None)
 
     def best_concept(self) -> Path | None:
-        """The losses of single steps say little; so a mean, over up to 50 steps."""
+        """That before which the mean loss of up to 50 steps was lowest: single steps say little."""
+        return next(iter(self._best_first()), None)
+
+    def _best_first(self) -> list[Path]:
         losses = self.losses()
 
         def loss_before(path: Path) -> float:
             step = int(path.stem)
             return statistics.fmean(losses[max(step - 50, 0) : step] or [float("inf")])
 
-        return min(self._step_files("concepts"), key=loss_before, default=None)
+        return sorted(self._step_files("concepts"), key=loss_before)
 
     # Samples
 
@@ -226,6 +242,13 @@ class JobFolder:
     def samples(self) -> dict[int, Path]:
         """Step → picture, in order."""
         return {int(path.stem): path for path in _numbered(self.path / "samples", ".png")}
+
+    def write_thumbnail(self, concept_file: Path) -> None:
+        """The newest sample beside a concept, where there is one."""
+        newest = max(self.samples().items(), default=None)
+        if newest:
+            target = concept_file.with_suffix(THUMBNAIL)
+            write_atomically(target, lambda temporary: shutil.copyfile(newest[1], temporary))
 
     # The end
 

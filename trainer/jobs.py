@@ -13,8 +13,9 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor
 from ..concept.concept import Concept
 from ..concept.errors import CustomDiffusionError, JobError
 from .checkpoint import Checkpoint
-from .events import CheckpointDue, Event, MemoryShort, PreviewDrawn, StepDone
+from .events import CheckpointDue, Event, MemoryShort, PreviewDrawn, StepDone, WordsMoved
 from .job_folder import JobFolder
 
 log = logging.getLogger("custom_diffusion")
@@ -61,11 +62,15 @@ class Snapshot:
     """Of the last step"""
     seconds_per_step: float | None = None
     """Lately; without the time it waited"""
+    drift: Mapping[str, float] = field(default_factory=dict)
+    """How far the modifier tokens have moved: `trainer.tokens.drift`"""
     preview_hwc: Tensor | None = None
     preview_step: int = 0
     notes: tuple[str, ...] = ()
     """What went wrong and was mended"""
     error: str = ""
+    log: str = ""
+    """Of a failed job: where it happened, for whoever looks for the fault"""
     concept_file: Path | None = None
 
     @property
@@ -73,7 +78,7 @@ class Snapshot:
         return self.state in ENDED
 
     def as_json(self) -> dict[str, Any]:
-        """Without the preview: samples are files."""
+        """Without the preview, because samples are files, and without the log."""
         loss = self.loss if self.loss is not None and math.isfinite(self.loss) else None
         return {
             "id": self.id,
@@ -84,6 +89,7 @@ class Snapshot:
             "waiting": self.waiting,
             "loss": loss,
             "seconds_per_step": self.seconds_per_step,
+            "drift": dict(self.drift),
             "preview_step": self.preview_step,
             "notes": self.notes,
             "error": self.error,
@@ -221,7 +227,7 @@ class Job:
                 )
             self._asked = None
             self._ended.clear()
-            self._update(state=JobState.QUEUED, error="", concept_file=None)
+            self._update(state=JobState.QUEUED, error="", log="", concept_file=None)
 
     def delete(self) -> None:
         """Removes the job's folder, and ends it for those who wait. Raises JobError while it is at
@@ -259,7 +265,7 @@ class Job:
             return self._train_and_save(work)
         except Exception as error:
             log.exception("training job %s failed", self.id)
-            return _failed(error)
+            return _failed(error, traceback.format_exc())
 
     def _train_and_save(self, work: Work) -> dict[str, Any]:
         checkpoint, problems = self.folder.newest_checkpoint()
@@ -278,6 +284,7 @@ class Job:
         if done == 0:  # stopped before the first step: there is nothing to save
             return {"state": JobState.STOPPED}
         path = work.save(concept)
+        self._leave_thumbnail(path)
         state = JobState.FINISHED if done == steps else JobState.STOPPED
         log.info("training job %s %s after %d steps: %s", self.id, state.value, done, path)
         return {"state": state, "concept_file": path}
@@ -305,6 +312,8 @@ class Job:
                     loss=event.loss,
                     seconds_per_step=self._pace(self._snapshot.seconds_per_step),
                 )
+        elif isinstance(event, WordsMoved):
+            self._update(drift=event.drift)
         elif isinstance(event, PreviewDrawn):
             self.folder.write_sample(event.image_hwc, event.step)
             self._update(preview_hwc=event.image_hwc, preview_step=event.step)
@@ -314,6 +323,12 @@ class Job:
                 self.folder.write_concept(event.concept, event.checkpoint.step)
         elif isinstance(event, MemoryShort):
             self._note(event.text())
+
+    def _leave_thumbnail(self, concept_file: Path) -> None:
+        try:
+            self.folder.write_thumbnail(concept_file)
+        except CustomDiffusionError as error:  # what was learnt is saved: a picture is no reason
+            self._note(f"The concept has no thumbnail: {error}")
 
     def _note(self, trouble: str) -> None:
         log.warning("training job %s: %s", self.id, trouble)
@@ -359,6 +374,7 @@ class Job:
             "step": told.step,
             "concept_file": str(told.concept_file or ""),
             "error": told.error,
+            "log": told.log,
             "notes": told.notes,
         }
         try:
@@ -376,8 +392,8 @@ class Job:
         return JobError(f"The training job {self.id} is {state.value}{where}.")
 
 
-def _failed(error: object) -> dict[str, Any]:
-    return {"state": JobState.FAILED, "error": str(error) or type(error).__name__}
+def _failed(error: object, log: str = "") -> dict[str, Any]:
+    return {"state": JobState.FAILED, "error": str(error) or type(error).__name__, "log": log}
 
 
 def _on_disk(folder: JobFolder) -> Snapshot:
@@ -395,5 +411,6 @@ def _on_disk(folder: JobFolder) -> Snapshot:
         steps=description["steps"],
         notes=tuple(outcome.get("notes", ())),
         error=outcome.get("error", ""),
+        log=outcome.get("log", ""),
         concept_file=Path(file) if file else None,
     )

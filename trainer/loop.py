@@ -18,7 +18,7 @@ from .checkpoint import Checkpoint
 from .config import TrainConfig
 from .data import TrainingConcept
 from .data_parallel import DataParallel
-from .events import CheckpointDue, Event, MemoryShort, PreviewDrawn, StepDone
+from .events import CheckpointDue, Event, MemoryShort, PreviewDrawn, StepDone, WordsMoved
 from .latents import LatentBank, batch_of_step, step_randomness
 from .methods import METHODS
 from .network_weights import NetworkWeights
@@ -28,9 +28,10 @@ from .prompt_features import PromptFeatures
 from .protocols import Denoiser
 from .sampling import ddim_sample
 from .start import check_start
-from .tokens import words_to_teach
+from .tokens import drift, words_to_teach
 
 _FINAL_LOSSES = 20
+_DRIFT_EVERY_STEPS = 10
 
 
 def train(
@@ -72,6 +73,7 @@ def train(
     further_layers = method.further_layers(denoiser)
     check_start(start, denoiser, config)
     words = words_to_teach(training_concepts, start, text_encoder, denoiser.device)
+    began = {name: {t: r.detach().clone() for t, r in rows.items()} for name, rows in words.items()}
     learning_words = words if method.learns_words else {}
     known = {name: {**r, **words.get(name, {})} for name, r in start.embeddings().items()}
     prompts = PromptFeatures(text_encoder.with_tokens(known), learning_words, config.gradient_cut)
@@ -150,6 +152,8 @@ def train(
             # Report.
             losses.append(loss)
             on_event(StepDone(len(losses), losses[-1]))
+            if learning_words and len(losses) % _DRIFT_EVERY_STEPS == 0:
+                on_event(WordsMoved(drift(words, began)))
             if config.preview_every_steps and len(losses) % config.preview_every_steps == 0:
                 fixed = torch.Generator().manual_seed(config.seed)
                 noise = torch.randn(batch.latents_bchw[:1].shape, generator=fixed)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..concept.errors import JobError, UnknownJobError
+from ..concept.errors import CustomDiffusionError, JobError, UnknownJobError
 from .job_folder import JobFolder
 from .jobs import Job, JobState, Work
 
@@ -47,32 +47,53 @@ class TrainingService:
     ) -> Job:
         """Queues a job and returns it. Its `description` is written to its folder.
 
-        A job with the same fingerprint, which says what goes into it, goes on from where it is.
+        A job with the same fingerprint, which says what goes into each step, and as many steps goes
+        on from where it is. A new job begins where one with the same fingerprint has come to.
         """
         with self._lock:
-            job = self.find(fingerprint)
+            job = self.find(fingerprint, steps)
             if job and job.snapshot().state is JobState.FINISHED:
                 return job
             if job:
                 job.queue(work)
             else:
                 description = {"steps": steps, "fingerprint": fingerprint, **description}
+                before = self._furthest(fingerprint, steps)
                 folder = JobFolder.create(self._folder, name, description)
+                if before:
+                    self._begin_where(folder, before, steps)
                 job = self._jobs[folder.id] = Job(folder, work, self._tell)
             self._enqueue(job)
             return job
 
-    def find(self, fingerprint: str) -> Job | None:
-        """The newest job of that fingerprint; of finished ones only if its concept is there."""
-        if not fingerprint:
-            return None
-        for job in reversed(self.jobs()):
-            if job.folder.description.get("fingerprint") != fingerprint:
-                continue
+    def find(self, fingerprint: str, steps: int) -> Job | None:
+        """The newest job that does the same; of finished ones only if its concept is there."""
+        for job in reversed(self._like(fingerprint)):
             snapshot, file = job.snapshot(), job.snapshot().concept_file
-            if snapshot.state is not JobState.FINISHED or (file and file.is_file()):
+            there = snapshot.state is not JobState.FINISHED or (file and file.is_file())
+            if there and snapshot.steps == steps:
                 return job
         return None
+
+    def _begin_where(self, folder: JobFolder, before: JobFolder, steps: int) -> None:
+        try:
+            folder.begin_where(before, steps)
+        except CustomDiffusionError:  # the disk is full: no half of a job is left
+            folder.delete()
+            raise
+        log.info("training job %s begins where %s has come to", folder.id, before.id)
+
+    def _furthest(self, fingerprint: str, steps: int) -> JobFolder | None:
+        """Of the jobs that take the same steps, the one that has come furthest on this way."""
+        folders = [job.folder for job in self._like(fingerprint)]
+        reached = {folder: folder.newest_step(steps) for folder in folders}
+        furthest = max(folders, key=reached.__getitem__, default=None)
+        return furthest if furthest and reached[furthest] else None
+
+    def _like(self, fingerprint: str) -> list[Job]:
+        """The jobs of that fingerprint, the oldest first."""
+        jobs = self.jobs() if fingerprint else []
+        return [job for job in jobs if job.folder.description.get("fingerprint") == fingerprint]
 
     def jobs(self) -> list[Job]:
         """All of the folder, the oldest first."""

@@ -21,10 +21,12 @@ class Row:
     captions: Sequence[str] = ()
 
 
-def lay_out(rows: Sequence[Row], tile: int = 112) -> Image.Image:
-    """All rows below each other, labels on the left; `tile` is the edge of a picture in it."""
+def lay_out(rows: Sequence[Row], tile: int = 112, label: int = _LABEL) -> Image.Image:
+    """All rows below each other, labels on the left; `tile` is the edge of a picture in it, `label`
+    the width of the labels.
+    """
     heights = [tile + _GAP + (_CAPTION if row.captions else 0) for row in rows]
-    width = _LABEL + max(len(row.images) for row in rows) * (tile + _GAP)
+    width = label + max(len(row.images) for row in rows) * (tile + _GAP)
     sheet = Image.new("RGB", (width, sum(heights) + _GAP), "white")
     pen = ImageDraw.Draw(sheet)
     title, words, caption = (ImageFont.load_default(size) for size in (17, 13, 11))
@@ -33,7 +35,7 @@ def lay_out(rows: Sequence[Row], tile: int = 112) -> Image.Image:
         pen.text((2 * _GAP, top + tile / 2 - 22), row.title, "black", title)
         pen.text((2 * _GAP, top + tile / 2 + 4), row.words, "#555555", words)
         for column, image in enumerate(row.images):
-            left = _LABEL + column * (tile + _GAP)
+            left = label + column * (tile + _GAP)
             sheet.paste(image.resize((tile, tile)), (left, top))
             if row.captions:
                 lines = "\n".join(textwrap.wrap(row.captions[column], round(tile / 5.3)))

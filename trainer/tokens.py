@@ -2,7 +2,7 @@
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -67,3 +67,18 @@ def words_to_teach(
             own = row.detach().to(device, torch.float32, copy=True)
             words.setdefault(name, {})[concept.token] = nn.Parameter(own)
     return words
+
+
+def drift(
+    words: Mapping[str, Mapping[str, Tensor]], began: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, float]:
+    """Token → distance of its embedding from where it began, over its length then; with several
+    text encoders the largest.
+    """
+    far: dict[str, float] = {}
+    for name, rows in words.items():
+        for token, row in rows.items():
+            first = began[name][token]
+            moved = float((row.detach() - first).norm() / first.norm())
+            far[token] = max(far.get(token, 0.0), moved)
+    return far

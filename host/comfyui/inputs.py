@@ -19,7 +19,7 @@ from ...merge.captions import read_captions
 from ...merge.compose import merge_concepts
 from ...merge.report import MergeReport
 from ...trainer.config import TrainConfig
-from ...trainer.contact_sheet import contact_sheet
+from ...trainer.contact_sheet import contact_sheet, picture_sheet
 from ...trainer.data import CaptionedImage, TrainingConcept, instance_caption, load_folder
 from .models import text_encoder
 from .paths import NO_FOLDER, cache_folder, input_folder
@@ -123,7 +123,16 @@ def folder_fingerprint(*folders: Any) -> str:
 
 def draw_contact_sheet(concept: TrainingConcept, config: TrainConfig) -> torch.Tensor:
     """`contact_sheet` as an IMAGE (1, h, w, 3)."""
-    return torch.from_numpy(np.array(contact_sheet(concept, config))).float()[None] / 255
+    return _as_image(contact_sheet(concept, config))
+
+
+def draw_picture_sheet(concept: TrainingConcept) -> torch.Tensor:
+    """`picture_sheet` as an IMAGE (1, h, w, 3)."""
+    return _as_image(picture_sheet(concept))
+
+
+def _as_image(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture)).float()[None] / 255
 
 
 def _from_tensors(

@@ -28,6 +28,7 @@ from ...trainer.service import TrainingService
 from .paths import jobs_folder
 
 EVENT = "custom_diffusion.job"
+NODE_EVENT = "custom_diffusion.node"
 _POLL_S = 0.1
 _TELL_EVERY_S = 0.25
 _CLOSE_S = 30.0
@@ -62,6 +63,25 @@ def prompt_is_running() -> bool:
     """Whether ComfyUI executes a prompt that does not itself wait for a training."""
     server = getattr(PromptServer, "instance", None)
     return bool(server and server.prompt_queue.currently_running) and not _waiting.count
+
+
+def tell_node(node_id: str, job: Job) -> None:
+    """Tells the browser whose prompt it is which job a node has begun, or found; nobody, where a
+    script sent the prompt.
+    """
+    server = getattr(PromptServer, "instance", None)
+    if server and server.client_id:
+        server.send_sync(NODE_EVENT, {"node": node_id, "job": job.id}, server.client_id)
+
+
+def device_memory() -> dict[str, Any]:
+    """Of the device that trains; that of other programs counts as taken."""
+    device = comfy.model_management.get_torch_device()
+    return {
+        "device": str(device),
+        "free_bytes": int(comfy.model_management.get_free_memory(device)),
+        "total_bytes": int(comfy.model_management.get_total_memory(device)),
+    }
 
 
 class _Teller:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import folder_paths
 
-from ...concept.errors import ConceptFileError, DataError
+from ...concept.errors import DataError, UnknownConceptError
 
 MODEL_FOLDER = "custom_diffusion"
+JOBS_FOLDER = "custom_diffusion_jobs"
 NO_FOLDER = "none"
 
 
@@ -40,7 +41,7 @@ def concept_path(name: str) -> Path:
     path = folder_paths.get_full_path(MODEL_FOLDER, name)
     if path is None:
         folders = ", ".join(folder_paths.get_folder_paths(MODEL_FOLDER))
-        raise ConceptFileError(
+        raise UnknownConceptError(
             f"There is no concept {name!r} in {folders}. Train and save one, or copy the file "
             "there and press R to refresh the list."
         )
@@ -64,7 +65,13 @@ def input_folder(name: str) -> Path:
 
 
 def jobs_folder() -> Path:
-    return Path(folder_paths.get_output_directory()) / MODEL_FOLDER / "jobs"
+    """Where trainings are kept: the first `custom_diffusion_jobs` of extra_model_paths.yaml, else
+    below `output/`. No setting of the page: who can reach it could then have files written, and
+    deleted, anywhere.
+    """
+    chosen, _ = folder_paths.folder_names_and_paths.get(JOBS_FOLDER, ((), set()))
+    default = Path(folder_paths.get_output_directory()) / MODEL_FOLDER / "jobs"
+    return Path(chosen[0]) if chosen else default
 
 
 def regularization_folder() -> Path:

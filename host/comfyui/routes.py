@@ -1,6 +1,7 @@
-"""The training jobs over HTTP, for the browser and for scripts: docs/http-api.md.
+"""Training jobs and concepts over HTTP, for the browser and for scripts: docs/http-api.md.
 
-Jobs are found in the service's list, never by a path that somebody sends.
+Jobs are found in the service's list, never by a path that somebody sends; concepts by ComfyUI's own
+lookup of model files, which does not leave their folders.
 """
 
 from __future__ import annotations
@@ -15,11 +16,19 @@ from typing import Any
 from aiohttp import web
 from server import PromptServer
 
-from ...concept.errors import CustomDiffusionError, JobError, UnknownJobError
+from ...concept.card import read_card, thumbnail
+from ...concept.errors import (
+    ConceptFileError,
+    CustomDiffusionError,
+    JobError,
+    UnknownConceptError,
+    UnknownJobError,
+)
 from ...trainer.jobs import Job
-from .jobs import delete_job, training_service
+from .jobs import delete_job, device_memory, training_service
+from .paths import concept_files, concept_path
 
-PREFIX = "/custom_diffusion/jobs"
+PREFIX = "/custom_diffusion"
 Values = Mapping[str, Any]
 """What was sent: parts of the path, of the query, of a JSON body"""
 Handler = Callable[[Values], Any]
@@ -37,6 +46,8 @@ def _show(sent: Values) -> dict[str, Any]:
         **described,
         **job.snapshot().as_json(),
         "loaded": job.is_loaded,
+        "log": job.snapshot().log,
+        "memory": device_memory(),
         "samples": list(job.folder.samples()),
     }
 
@@ -82,17 +93,47 @@ def _delete(sent: Values) -> dict[str, Any]:
     return {"deleted": job.id}
 
 
+def _concepts(sent: Values) -> dict[str, Any]:
+    cards, unreadable = [], {}
+    for name in concept_files():
+        try:
+            cards.append(_card(name))
+        except ConceptFileError as error:
+            unreadable[name] = str(error)
+    return {"concepts": cards, "unreadable": unreadable}
+
+
+def _concept(sent: Values) -> dict[str, Any]:
+    return _card(sent["name"])
+
+
+def _thumbnail(sent: Values) -> Path:
+    picture = thumbnail(concept_path(sent["name"]))
+    if picture is None:
+        raise UnknownConceptError(f"There is no picture beside the concept {sent['name']}.")
+    return picture
+
+
+def _card(name: str) -> dict[str, Any]:
+    """`name` is the file's below the folders for concepts."""
+    path = concept_path(name)
+    return {"name": name, **read_card(path).as_json(), "thumbnail": thumbnail(path) is not None}
+
+
 ROUTES: tuple[tuple[str, str, Handler], ...] = (
-    ("GET", "", _list),
-    ("GET", "/{id}", _show),
-    ("GET", "/{id}/metrics", _metrics),
-    ("GET", "/{id}/graph", _graph),
-    ("GET", "/{id}/samples/{step}", _sample),
-    ("POST", "/{id}/pause", partial(_control, action="pause")),
-    ("POST", "/{id}/resume", partial(_control, action="resume")),
-    ("POST", "/{id}/stop", partial(_control, action="stop")),
-    ("POST", "/{id}/position", _move),
-    ("DELETE", "/{id}", _delete),
+    ("GET", "/jobs", _list),
+    ("GET", "/jobs/{id}", _show),
+    ("GET", "/jobs/{id}/metrics", _metrics),
+    ("GET", "/jobs/{id}/graph", _graph),
+    ("GET", "/jobs/{id}/samples/{step}", _sample),
+    ("POST", "/jobs/{id}/pause", partial(_control, action="pause")),
+    ("POST", "/jobs/{id}/resume", partial(_control, action="resume")),
+    ("POST", "/jobs/{id}/stop", partial(_control, action="stop")),
+    ("POST", "/jobs/{id}/position", _move),
+    ("DELETE", "/jobs/{id}", _delete),
+    ("GET", "/concepts", _concepts),
+    ("GET", "/concepts/{name:.+}/thumbnail", _thumbnail),
+    ("GET", "/concepts/{name:.+}", _concept),
 )
 
 
@@ -111,7 +152,7 @@ def _answering(handler: Handler) -> Callable[[web.Request], Awaitable[web.Stream
             body = (await request.json() or {}) if request.can_read_body else {}
             sent = {**request.query, **body, **request.match_info}
             result = await asyncio.to_thread(handler, sent)
-        except UnknownJobError as error:
+        except (UnknownJobError, UnknownConceptError) as error:
             return web.json_response({"error": str(error)}, status=404)
         except CustomDiffusionError as error:
             return web.json_response({"error": str(error)}, status=409)

@@ -46,13 +46,16 @@ def start_training(
     *,
     checkpoint_every_steps: int,
     share_device: bool,
-    graph: dict[str, Any],
+    keep_best: int,
+    prompt: Mapping[str, Any],
+    node_id: str,
 ) -> Job:
     """Encodes the pictures, copies the models and queues the job. Runs on the prompt thread.
 
     Everything that needs ComfyUI's own models happens here; the job touches only its copies.
     A job that had the same to do is not begun anew: it goes on, or is handed out when it has
-    finished. `graph` is kept, so that the job can be gone on with in another process.
+    finished. What node `node_id` needs of the prompt is kept, so that the job can be gone on with
+    in another process.
     """
     service = training_service()
     device = comfy.model_management.get_torch_device()
@@ -64,11 +67,12 @@ def start_training(
     latent_encoder = ComfyLatentEncoder(vae, model.model.latent_format.scale_factor)
     networks = (denoiser.network, vae.first_stage_model)
     fingerprint = f"{name} {training_fingerprint(config, concepts, encoder, networks, start)}"
-    same = service.find(fingerprint)
+    same = service.find(fingerprint, config.steps)
     if same and same.snapshot().state in (*ACTIVE, JobState.FINISHED):
         log.info("the training job %s had the same to do: it is not begun again", same.id)
         return same
     banks = _encoded(concepts, config, latent_encoder, encoder)
+    _make_room(denoiser, device)
 
     def run(checkpoint: Checkpoint | None, should_stop: Any, on_event: Any) -> Concept:
         try:
@@ -87,7 +91,7 @@ def start_training(
                 on_event=on_event,
             )
         except torch.OutOfMemoryError as error:
-            raise TrainingError(_out_of_memory(config, device)) from error
+            raise TrainingError(_out_of_memory(config, device, error)) from error
         finally:  # what waits, or has ended, leaves the device to others
             denoiser.to(torch.device("cpu"))
             encoder.to(torch.device("cpu"))
@@ -107,11 +111,23 @@ def start_training(
         "concepts": [{"token": c.token, "class_noun": c.class_noun} for c in concepts],
         "start": start.describe() if start else None,
         "config": config.as_json(),
-        "graph": graph,
+        "graph": graph_until(prompt, node_id),
+        "node": node_id,
+        "keep_best": keep_best,
     }
     is_busy = never if share_device else prompt_is_running
     work = Work(run, save, is_busy)
     return service.submit(name, config.steps, description, work, fingerprint)
+
+
+def _make_room(denoiser: ComfyDenoiser, device: torch.device) -> None:
+    """Lets ComfyUI unload what it holds on the device, as it would for a model of its own: enough
+    for what of the network has to move there, and for what ComfyUI sets aside to draw.
+    """
+    tensors = denoiser.network.state_dict().values()
+    needed = sum(tensor.nbytes for tensor in tensors if tensor.device.type != device.type)
+    needed += comfy.model_management.minimum_inference_memory()
+    comfy.model_management.free_memory(needed, device)
 
 
 def _encoded(
@@ -167,10 +183,11 @@ def training_outputs(job: Job, wait: bool, keep_on_interrupt: bool) -> tuple[Any
     return read_concept(snapshot.concept_file), {"loss": job.losses()}, job.id
 
 
-def _out_of_memory(config: TrainConfig, device: torch.device) -> str:
+def _out_of_memory(config: TrainConfig, device: torch.device, error: Exception) -> str:
     free = comfy.model_management.get_free_memory(device)
+    needed = ". ".join(str(error).split(". ")[:2])  # torch goes on with advice for programmers
     return (
         f"The memory of {device} was not enough for pictures of {config.resolution} px, one at a "
-        f"time and with gradient checkpointing; {free / 1e9:.1f} GB are free. Unload other models "
-        f"or lower resolution, and train again."
+        f"time and with gradient checkpointing; {free / 1e9:.1f} GB are free ({needed}). Unload "
+        f"other models or lower resolution, and train again."
     )

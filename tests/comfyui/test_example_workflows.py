@@ -3,24 +3,56 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
+from custom_diffusion.concept.file import write_concept
+from custom_diffusion.trainer.config import TrainConfig
+from PIL import Image
 from support.browser import page_of
 from support.comfy_server import ComfyServer
-from support.graphs import draw_pictures
+from support.graphs import Graph, draw_pictures
+from support.made_concepts import made_concept
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+NOUNS = {"cat": "cat", "mug": "mug", "sketches": "art"}
+"""Folder of pictures → class noun, after which the folder of ordinary ones is named."""
+SAVED, SAVED_WORDS = "my-cat.safetensors", "<new1> cat"
 # What makes a run small enough for a test; everything else stays as shipped.
 SMALL = {
     "CustomDiffusionTrain": {"method.steps": 2, "batch_size": 2, "resolution": 64},
+    "CustomDiffusionViews": {"resolution": 64},
     "EmptyLatentImage": {"width": 64, "height": 64},
     "KSampler": {"steps": 2},
     "CheckpointLoaderSimple": {"ckpt_name": "sd15.safetensors"},
 }
+OPEN = """async workflow => {
+    await app.loadGraphData(workflow);
+    const boxes = app.graph._nodes.map(node => [node.title, ...node.getBounding()]);
+    return {graph: (await app.graphToPrompt()).output, boxes};
+}"""
+
+Box = tuple[str, float, float, float, float]
+"""Title, left, top, width and height of a node."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A workflow in ComfyUI's page: the prompt of its Run button, and where its nodes are."""
+
+    graph: Graph
+    boxes: list[Box]
+
+
+Open = Callable[[Path], Opened]
+every_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 
 
 @pytest.fixture(scope="module")
@@ -28,42 +60,106 @@ def bench(
     comfyui_path: Path, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ComfyServer]:
     base = tmp_path_factory.mktemp("workflows")
-    for seed, name in enumerate(("cat", "mug", "regularization_cat", "regularization_mug")):
-        draw_pictures(base / "input" / name, seed=seed)
-    with ComfyServer(comfyui_path, base, checkpoints=[checkpoints / "sd15.safetensors"]) as running:
-        yield running
+    for seed, (folder, noun) in enumerate(NOUNS.items()):
+        draw_pictures(base / "input" / folder, count=2, seed=seed)
+        draw_pictures(base / "input" / f"regularization_{noun}", count=2, seed=10 + seed)
+    server = ComfyServer(comfyui_path, base, checkpoints=[checkpoints / "sd15.safetensors"])
+    layer = "input_blocks.1.1.transformer_blocks.0.attn2.to_k"
+    saved = made_concept({layer: (320, 768)}, *SAVED_WORDS.split())
+    write_concept(saved, server.models / "custom_diffusion" / SAVED)
+    with server:
+        yield server
 
 
 @pytest.fixture(scope="module")
-def open_in_browser(bench: ComfyServer) -> Iterator[Callable[[Any], dict[str, Any]]]:
-    """Opens a workflow in ComfyUI's page and returns the prompt that its Run button would send."""
+def open_in_browser(bench: ComfyServer) -> Iterator[Open]:
     with page_of(bench) as page:
 
-        def open_workflow(workflow: Any) -> dict[str, Any]:
-            script = "async w => { await app.loadGraphData(w); return await app.graphToPrompt(); }"
-            return page.evaluate(script, workflow)["output"]
+        @cache
+        def open_workflow(path: Path) -> Opened:
+            workflow = json.loads(path.read_text(encoding="utf-8"))
+            return Opened(**page.evaluate(OPEN, workflow))
 
         yield open_workflow
+
+
+def inputs_of(graph: Graph, *class_types: str) -> list[dict[str, Any]]:
+    return [node["inputs"] for node in graph.values() if node["class_type"] in class_types]
 
 
 def test_there_is_a_workflow() -> None:
     assert WORKFLOWS
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflow_opens_and_runs(
-    bench: ComfyServer, open_in_browser: Callable[[Any], dict[str, Any]], path: Path
-) -> None:
-    graph = open_in_browser(json.loads(path.read_text(encoding="utf-8")))
-    assert {"CustomDiffusionTrain", "ApplyKVDelta"} & {n["class_type"] for n in graph.values()}
-    for node in graph.values():
-        node["inputs"].update(SMALL.get(node["class_type"], {}))
+@every_workflow
+def test_workflow_opens_and_runs(bench: ComfyServer, open_in_browser: Open, path: Path) -> None:
+    graph = {
+        key: {**node, "inputs": {**node["inputs"], **SMALL.get(node["class_type"], {})}}
+        for key, node in open_in_browser(path).graph.items()
+    }
+    assert inputs_of(graph, "ApplyKVDelta")
     entry = bench.run(graph)
-    (saved,) = (key for key, node in graph.items() if node["class_type"] == "SaveImage")
-    (image,) = bench.images(entry, saved)
-    assert image.shape == (64, 64, 3) and image.std() > 1
+    saved, sheets = (
+        [bench.images(entry, key) for key, node in graph.items() if node["class_type"] == shown]
+        for shown in ("SaveImage", "CustomDiffusionViews")
+    )
+    assert saved
+    for (image,) in saved:
+        assert image.shape == (64, 64, 3) and image.std() > 1
+    for (sheet,) in sheets:
+        assert sheet.shape[2] == 3 and sheet.std() > 1
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+@every_workflow
+def test_workflow_keeps_to_the_recipe(open_in_browser: Open, path: Path) -> None:
+    graph = open_in_browser(path).graph
+    for inputs in inputs_of(graph, "CustomDiffusionTrain", "CustomDiffusionViews"):
+        together = sum(name.startswith("concepts.") for name in inputs) or 1
+        recipe = TrainConfig(steps=together * TrainConfig().steps).as_json()
+        given = {name.removeprefix("method."): value for name, value in inputs.items()}
+        shared = given.keys() & recipe.keys()
+        assert {"resolution", "seed", "augment", "flip", "fit"} <= shared
+        assert {name: given[name] for name in shared} == {name: recipe[name] for name in shared}
+
+
+@every_workflow
+def test_new_words_are_used_where_they_are_known(open_in_browser: Open, path: Path) -> None:
+    graph = open_in_browser(path).graph
+    taught = inputs_of(graph, "CustomDiffusionConcept")
+    loaded = inputs_of(graph, "LoadConcept")
+    assert bool(taught) != bool(loaded)
+    assert all(inputs["concept_name"] == SAVED for inputs in loaded)
+    known = {SAVED_WORDS} if loaded else set()
+    for inputs in taught:
+        noun = inputs["class_noun"]
+        assert NOUNS[inputs["folder"]] == noun
+        assert inputs["regularization_folder"] == f"regularization_{noun}"
+        known.add(f"{inputs['modifier_token']} {noun}")
+    used = set()
+    for sampler in inputs_of(graph, "KSampler"):
+        prompt = graph[sampler["positive"][0]]["inputs"]
+        words = re.findall(r"<[\w-]+> \w+", prompt["text"])
+        source = graph[sampler["model"][0]]["class_type"]
+        assert prompt["clip"][0] == sampler["model"][0]
+        assert source == ("ApplyKVDelta" if words else "CheckpointLoaderSimple")
+        used.update(words)
+    assert used == known
+
+
+@every_workflow
+def test_nodes_do_not_overlap(open_in_browser: Open, path: Path) -> None:
+    for one, other in combinations(open_in_browser(path).boxes, 2):
+        assert not overlap(one, other), f"{one[0]} and {other[0]}"
+
+
+def overlap(one: Box, other: Box) -> bool:
+    (_, x1, y1, width1, height1), (_, x2, y2, width2, height2) = one, other
+    return x1 < x2 + width2 and x2 < x1 + width1 and y1 < y2 + height2 and y2 < y1 + height1
+
+
+@every_workflow
 def test_workflow_has_a_thumbnail(path: Path) -> None:
-    assert path.with_suffix(".jpg").is_file()
+    thumbnail = path.with_suffix(".jpg")
+    assert thumbnail.stat().st_size < 60_000
+    with Image.open(thumbnail) as image:
+        assert image.format == "JPEG" and image.width >= 640

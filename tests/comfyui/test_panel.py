@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.browser import contrast, page_of
+from support.browser import (
+    LONG_MS,
+    TAB,
+    card,
+    contrast,
+    open_panel,
+    page_of,
+    press,
+    screenshot,
+    second_tab,
+    until,
+)
 from support.comfy_server import PACK_FOLDER, ComfyServer
 from support.graphs import draw_pictures, teach
 
 JOBS = "/custom_diffusion/jobs"
-TAB = "custom-diffusion-trainings"
-LONG_MS = 120_000
-SCREENSHOTS = Path(__file__).resolve().parents[2] / "build" / "screenshots"
 MODULES = f"/extensions/{PACK_FOLDER}/js"
 
 
@@ -56,40 +64,11 @@ def train(name: str = "my cat", **settings: Any) -> dict[str, Any]:
         "steps": 10_000,
         "wait": False,
         "checkpoint_every_steps": 2,
-        "preview_every_steps": 2,
+        "preview_every_steps": 4,
+        "augment": False,  # one caption: half the time of a step
         **settings,
     }
     return teach(name, "cat", "cat", "<new1>", **settings)
-
-
-def open_panel(page: Any) -> Any:
-    page.evaluate(f"void app.extensionManager.command.execute('Workspace.ToggleSidebarTab.{TAB}')")
-    panel = page.locator(".cd-panel")
-    panel.wait_for()
-    return panel
-
-
-def card(page: Any, state: str) -> Any:
-    """The card of the only job, when it is in that state."""
-    found = page.locator(f".cd-job[data-state={state}]")
-    found.wait_for(timeout=LONG_MS)
-    return found
-
-
-def press(where: Any, label: str) -> None:
-    where.get_by_role("button", name=label, exact=True).click()
-
-
-def until(page: Any, condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + LONG_MS / 1000
-    while not condition():
-        assert time.monotonic() < end, "it did not come to that"
-        page.wait_for_timeout(50)
-
-
-def screenshot(page: Any, name: str) -> None:
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=SCREENSHOTS / f"{name}.png")
 
 
 def test_a_training_is_watched_and_steered_to_its_end(bench: ComfyServer, page: Any) -> None:
@@ -145,9 +124,9 @@ def test_a_failed_training_says_why_and_goes_on_when_that_is_mended(
     bench.run(train(steps=2))
     open_panel(page)
     failed = card(page, "failed")
-    if failed.get_attribute("open") is None:
-        failed.locator("summary").click()
     assert "could not be written" in failed.inner_text()
+    failed.get_by_text("Log", exact=True).click()
+    until(page, lambda: "Traceback" in failed.locator("pre").inner_text())
     screenshot(page, "panel-failed")
     folder.unlink()
     folder.with_name("away").rename(folder)
@@ -173,27 +152,92 @@ def test_the_panel_survives_a_reload_and_a_restart_of_the_server(
     bench.stop()
     bench.start(port)
     paused = card(page, "paused")  # without a click: the page has found the server again
-    if paused.get_attribute("open") is None:
-        paused.locator("summary").click()
     press(paused, "Go on")  # its models are not loaded: the graph is queued
     card(page, "running")
 
 
-@pytest.mark.parametrize("palette", ["dark", "light"])
-@pytest.mark.parametrize("vue_nodes", [False, True])
-def test_it_looks_native(bench: ComfyServer, page: Any, palette: str, vue_nodes: bool) -> None:
+def test_it_looks_native(bench: ComfyServer, page: Any) -> None:
     """Looked at; what can be computed is whether text can be told from its background."""
-    page.evaluate(f"app.extensionManager.setting.set('Comfy.ColorPalette', '{palette}')")
-    page.evaluate(
-        f"app.extensionManager.setting.set('Comfy.VueNodes.Enabled', {str(vue_nodes).lower()})"
-    )
     bench.run(train())
     open_panel(page)
     running = card(page, "running")
-    until(page, lambda: running.locator(".cd-sample").count() > 1)
-    screenshot(page, f"panel-{palette}-{'vue' if vue_nodes else 'classic'}")
-    assert contrast(running.locator(".cd-name")) > 4.5
-    assert contrast(running.locator(".cd-pace")) > 3
+    until(page, lambda: running.locator(".cd-sample").count() > 0)
+    for palette in ("dark", "light"):
+        for vue_nodes in (False, True):
+            page.evaluate(f"app.extensionManager.setting.set('Comfy.ColorPalette', '{palette}')")
+            page.evaluate(
+                "vue => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue)", vue_nodes
+            )
+            page.wait_for_timeout(500)
+            screenshot(page, f"panel-{palette}-{'vue' if vue_nodes else 'classic'}")
+            assert contrast(running.locator(".cd-name")) > 4.5
+            for quiet in (".cd-state", ".cd-pace", ".cd-taught >> nth=0"):
+                assert contrast(running.locator(quiet)) > 4.5, (palette, quiet)
+
+
+def test_two_tabs_agree(bench: ComfyServer, page: Any) -> None:
+    other = second_tab(page, bench)
+    bench.run(train())
+    for tab in (page, other):
+        open_panel(tab)
+        card(tab, "running")
+    press(card(page, "running"), "Stop and save")
+    bench.delete(f"{JOBS}/{card(other, 'stopped').get_attribute('data-job')}")
+    for tab in (page, other):
+        tab.get_by_text("No training yet").wait_for()
+
+
+def test_it_can_be_used_with_the_keyboard_at_any_width_and_by_a_screen_reader(
+    bench: ComfyServer, page: Any
+) -> None:
+    bench.run(train())
+    page.locator("#graph-canvas").focus()
+    page.keyboard.press("t")
+    running = card(page, "running")
+    until(page, lambda: running.locator(".cd-sample").count() > 0)
+    chart = running.locator(".cd-chart svg")
+    chart.focus()
+    page.keyboard.press("Home")
+    assert "loss at step 1:" in running.locator("figcaption").inner_text()
+    page.keyboard.press("ArrowRight")
+    assert "loss at step 2:" in running.locator("figcaption").inner_text()
+
+    panel = page.locator(".cd-panel")
+    for width in (220, 600):
+        panel.evaluate("(panel, width) => { panel.style.width = `${width}px`; }", width)
+        assert panel.evaluate("panel => panel.scrollWidth <= panel.clientWidth")
+        screenshot(page, f"panel-{width}px")
+    troubles = axe().run(page, context=".cd-panel").response["violations"]
+    assert not [(trouble["id"], trouble["help"]) for trouble in troubles]
+
+    running.get_by_role("button", name="Pause").focus()
+    page.keyboard.press("Enter")
+    card(page, "paused")
+
+
+def test_a_part_of_the_chart_is_enlarged(bench: ComfyServer, page: Any) -> None:
+    bench.run(train(steps=8, preview_every_steps=0))
+    open_panel(page)
+    finished = card(page, "finished")
+    chart, caption = finished.locator(".cd-chart svg"), finished.locator("figcaption")
+    until(page, lambda: "step 8" in caption.inner_text())
+    whole = chart.locator(".cd-raw").get_attribute("d")
+    box = chart.bounding_box()
+    page.mouse.move(box["x"] + 0.55 * box["width"], box["y"] + 20)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] - 1, box["y"] + 20)
+    page.mouse.up()
+    chart.hover(position={"x": 1, "y": 20})
+    assert "loss at step 5:" in caption.inner_text()
+    assert chart.locator(".cd-raw").get_attribute("d") != whole
+    chart.dblclick()
+    chart.hover(position={"x": 1, "y": 20})
+    assert "loss at step 1:" in caption.inner_text()
+    assert chart.locator(".cd-raw").get_attribute("d") == whole
+
+
+def axe() -> Any:
+    return pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
 
 
 def test_what_the_chart_computes(page: Any) -> None:

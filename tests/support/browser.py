@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,9 @@ READY = """
 window.app?.extensionManager?.workflow?.activeWorkflow?.isLoaded
     && !!window.LiteGraph?.registered_node_types?.ConceptMerge
 """
+TAB = "custom-diffusion-trainings"
+LONG_MS = 120_000
+SCREENSHOTS = Path(__file__).resolve().parents[2] / "build" / "screenshots"
 _ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
@@ -23,8 +28,8 @@ _ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"
 def page_of(server: ComfyServer, troubles: list[str] | None = None) -> Iterator[Any]:
     """The page of a server, when its graph and the pack's nodes are there (a playwright Page).
 
-    What the pack's own files throw or log as an error is added to `troubles`. Requests to other
-    hosts are not let through; whose they were is not told.
+    What the pack's own files throw, log as an error or ask of another host is added to `troubles`.
+    Requests to other hosts are not let through.
     """
     playwright = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
@@ -32,8 +37,9 @@ def page_of(server: ComfyServer, troubles: list[str] | None = None) -> Iterator[
     seen = [] if troubles is None else troubles
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=_ARGUMENTS)
-        page = browser.new_page(viewport={"width": 1440, "height": 900})
-        page.route(
+        context = browser.new_context(viewport={"width": 1440, "height": 900})
+        page = context.new_page()
+        context.route(
             lambda url: not url.startswith(server.url),
             lambda route: route.abort("blockedbyclient"),
         )
@@ -46,12 +52,64 @@ def page_of(server: ComfyServer, troubles: list[str] | None = None) -> Iterator[
             if message.type == "error" and PACK_FOLDER in str(message.location):
                 seen.append(f"{message.location}: {message.text}")
 
+        def asked(request: dict[str, Any]) -> None:
+            url = request["request"]["url"]
+            if PACK_FOLDER in str(request["initiator"]) and not url.startswith(server.url):
+                seen.append(f"a request to {url}")
+
         page.on("pageerror", thrown)
         page.on("console", logged)
-        page.goto(server.url)
-        page.wait_for_function(READY, timeout=60_000)
+        network = context.new_cdp_session(page)
+        network.on("Network.requestWillBeSent", asked)
+        network.send("Network.enable")
+        _load(page, server)
         yield page
         browser.close()
+
+
+def second_tab(page: Any, server: ComfyServer) -> Any:
+    """Of the same browser."""
+    tab = page.context.new_page()
+    _load(tab, server)
+    return tab
+
+
+def _load(page: Any, server: ComfyServer) -> None:
+    page.goto(server.url)
+    page.wait_for_function(READY, timeout=60_000)
+
+
+def open_panel(page: Any) -> Any:
+    page.evaluate(f"void app.extensionManager.command.execute('Workspace.ToggleSidebarTab.{TAB}')")
+    panel = page.locator(".cd-panel")
+    panel.wait_for()
+    return panel
+
+
+def card(page: Any, state: str) -> Any:
+    """The card of the only job, when it is in that state, opened."""
+    found = page.locator(f".cd-job[data-state={state}]")
+    found.wait_for(timeout=LONG_MS)
+    if found.get_attribute("open") is None:
+        found.locator("summary").first.click()
+    return found
+
+
+def press(where: Any, label: str) -> None:
+    where.get_by_role("button", name=label, exact=True).click()
+
+
+def until(page: Any, condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + LONG_MS / 1000
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        page.wait_for_timeout(50)
+
+
+def screenshot(page: Any, name: str) -> None:
+    """To be looked at, in build/screenshots."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png")
 
 
 def contrast(text: Any) -> float:

@@ -49,6 +49,7 @@ def teach(
         "checkpoint_every_steps": 50,
         "share_device": False,
         "keep_on_interrupt": False,
+        "keep_best": 1,
         **{_METHOD_INPUTS.get(name, name): value for name, value in settings.items()},
     }
     models = {"model": ["checkpoint", 0], "clip": ["checkpoint", 1], "vae": ["checkpoint", 2]}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from custom_diffusion.concept.errors import DataError
 from custom_diffusion.trainer.config import TrainConfig
-from custom_diffusion.trainer.contact_sheet import contact_sheet
+from custom_diffusion.trainer.contact_sheet import contact_sheet, picture_sheet
 from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
 from custom_diffusion.trainer.latents import encode_views
 from PIL import Image
@@ -50,6 +50,17 @@ def concept(masks: bool = False) -> TrainingConcept:
 
 def settings(**changes: Any) -> TrainConfig:
     return TrainConfig(**{"resolution": 128, "views_per_image": 10, **changes})
+
+
+def test_pictures_as_given_are_shown_whole_and_dark_where_they_do_not_count() -> None:
+    plain, masked = (
+        np.asarray(picture_sheet(concept(masks)), dtype=float) for masks in (False, True)
+    )
+    # 240 x 160 pixels in a square tile without a label: 106 rows of it in the middle, white around.
+    assert (plain[GAP : GAP + 25, :TILE] == 255).all()
+    picture = slice(GAP + 30, GAP + 130)
+    assert np.allclose(masked[picture, :20], 0.25 * plain[picture, :20], atol=2)
+    assert np.allclose(masked[picture, 32:75], plain[picture, 32:75], atol=2)
 
 
 def tile(sheet: Image.Image, row: int, column: int) -> np.ndarray:

@@ -238,6 +238,29 @@ def test_a_full_disk_costs_no_checkpoint_and_no_job(count: Counting, size: int) 
     assert not list(count.folder.rglob("*.tmp"))
 
 
+def test_more_steps_on_a_full_disk_leave_no_half_of_a_job(count: Counting) -> None:
+    shorter = count.run()
+    with (
+        files_of_at_most(100_000),
+        pytest.raises(CustomDiffusionError, match="could not be written"),
+    ):
+        count.run(steps=12)
+    assert [path.name for path in (count.folder / "jobs").iterdir()] == [shorter.id]
+    assert count.learnt(count.run(steps=12)) == 12
+
+
+def test_a_damaged_checkpoint_of_the_shorter_training_costs_the_steps_since_the_one_before(
+    count: Counting,
+) -> None:
+    shorter = count.run()
+    newest = shorter.folder.path / "checkpoints" / "000000008.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-10])
+    longer = count.run(steps=12)
+    assert count.learnt(longer) == 12
+    (note,) = longer.snapshot().notes
+    assert "goes on from step 6" in note
+
+
 def test_a_disk_that_fills_later_leaves_the_checkpoints_that_fitted(count: Counting) -> None:
     first = count.run(fail_at=5)
     assert first.folder.newest_step() == 4

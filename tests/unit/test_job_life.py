@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from custom_diffusion.concept.card import thumbnail
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import JobError
 from custom_diffusion.concept.file import write_new_concept
@@ -21,6 +22,7 @@ from custom_diffusion.trainer.job_folder import JobFolder
 from custom_diffusion.trainer.jobs import Job, JobState, Work
 from custom_diffusion.trainer.service import TrainingService
 from diffusers import StableDiffusionPipeline
+from support.concepts import random_concept
 from support.tiny_models import RESOLUTION
 from support.tiny_training import train_cat
 
@@ -48,7 +50,9 @@ class Bench:
         self._others.append(Bench(self.folder, self.pipeline))
         return self._others[-1]
 
-    def submit(self, name: str = "cat", gated: bool = False, fingerprint: str = "") -> Job:
+    def submit(
+        self, name: str = "cat", gated: bool = False, fingerprint: str = "", steps: int = STEPS
+    ) -> Job:
         gate = self._gates[name] = threading.Semaphore(0 if gated else 10_000)
 
         def run(
@@ -62,13 +66,14 @@ class Bench:
                 asked = should_stop()
                 return asked or (not gate.acquire(timeout=LONG_S) or should_stop())
 
-            return train_cat(self.pipeline, CONFIG, 3, checkpoint, leave, on_event)
+            config = replace(CONFIG, steps=steps)
+            return train_cat(self.pipeline, config, 3, checkpoint, leave, on_event)
 
         def save(concept: Concept) -> Path:
             return write_new_concept(concept, self.folder / "concepts", name)
 
         work = Work(run, save, lambda: self.busy)
-        return self.service.submit(name, STEPS, {}, work, fingerprint)
+        return self.service.submit(name, steps, {}, work, fingerprint)
 
     def let_go(self) -> None:
         """Ends what still runs: the pipeline is the next test's."""
@@ -186,7 +191,7 @@ def test_a_job_in_the_queue_can_be_paused(bench: Bench) -> None:
     first, second = bench.submit("first", gated=True), bench.submit("second")
     bench.service.pause(second.id)
     assert second.snapshot().state is JobState.PAUSED
-    assert bench.service.queued() == []
+    assert second.id not in bench.service.queued()
     bench.allow(STEPS, "first")
     assert first.wait(LONG_S)
     assert not second.wait(0)
@@ -316,6 +321,23 @@ def test_the_same_is_not_learnt_twice(bench: Bench) -> None:
     assert again.submit(fingerprint="same").id != first.id
 
 
+def test_more_steps_go_on_from_a_shorter_training(bench: Bench, uninterrupted: bytes) -> None:
+    shorter = bench.submit(fingerprint="same", steps=4)
+    assert shorter.wait(LONG_S)
+    longer = bench.submit(gated=True, fingerprint="same")
+    bench.allow(STEPS - 4)
+    assert longer.wait(LONG_S)
+    snapshot = longer.snapshot()
+    assert content(snapshot.concept_file) == uninterrupted
+    assert longer.losses()[:4] == shorter.losses()
+    assert shorter.snapshot().step == 4 and shorter.snapshot().concept_file is not None
+    assert bench.submit(fingerprint="same", steps=4) is shorter
+    # No checkpoint is left of so few steps: it has to be trained.
+    fewer = bench.submit(gated=True, fingerprint="same", steps=2)
+    bench.allow(1)
+    until(lambda: fewer.snapshot().step == 1)
+
+
 def test_a_stopped_job_goes_on_when_it_is_asked_for_again(
     bench: Bench, uninterrupted: bytes
 ) -> None:
@@ -404,6 +426,30 @@ def test_a_waiting_job_can_be_paused(bench: Bench) -> None:
     until(lambda: job.snapshot().waiting)
     bench.service.pause(job.id)
     until_state(job, JobState.PAUSED)
+
+
+def test_a_concept_has_the_newest_sample_beside_it(bench: Bench) -> None:
+    job = bench.submit()
+    assert job.wait(LONG_S)
+    file = job.snapshot().concept_file
+    assert file is not None
+    picture = thumbnail(file)
+    assert picture is not None
+    assert picture.read_bytes() == job.folder.samples()[STEPS].read_bytes()
+
+
+def test_as_many_of_the_best_are_kept_as_is_asked_for(tmp_path: Path) -> None:
+    folder = JobFolder.create(tmp_path, "cat", {"steps": 6, "keep_best": 2})
+    concept = random_concept()
+    with folder.metrics_after([]):
+        for step, loss in enumerate([5.0, 1.0, 3.0, 2.0, 4.0, 9.0], start=1):
+            folder.add_metrics(step, loss)
+            folder.write_concept(concept, step)
+    # Means of the losses before 1 to 6: 5, 3, 3, 2.75, 3, 4.
+    kept = [int(path.stem) for path in sorted((folder.path / "concepts").iterdir())]
+    assert kept == [2, 4, 6]
+    best = folder.best_concept()
+    assert best is not None and int(best.stem) == 4
 
 
 def test_the_folder_keeps_the_newest_and_the_best(bench: Bench) -> None:

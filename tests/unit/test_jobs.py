@@ -243,6 +243,7 @@ def test_a_failure_is_told_logged_and_does_not_stop_the_next_job(
     failed = job.snapshot()
     assert job.wait(0)
     assert (failed.state, failed.error) == (JobState.FAILED, message)
+    assert failed.log.startswith("Traceback") and type(error).__name__ in failed.log
     assert failed.ended
     assert failed.concept_file is None
     assert following.snapshot().state is JobState.FINISHED

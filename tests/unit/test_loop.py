@@ -27,7 +27,7 @@ from custom_diffusion.host.diffusers import (
 from custom_diffusion.merge.compose import merge_concepts
 from custom_diffusion.trainer.config import GradientCut, TrainConfig
 from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
-from custom_diffusion.trainer.events import Event, PreviewDrawn, StepDone
+from custom_diffusion.trainer.events import Event, PreviewDrawn, StepDone, WordsMoved
 from custom_diffusion.trainer.latents import LatentBank
 from custom_diffusion.trainer.loop import train
 from diffusers import StableDiffusionPipeline
@@ -393,6 +393,20 @@ def test_every_step_is_told_with_its_loss(models: DiffusersModels) -> None:
     result = trained(models, config(steps=4), on_event=events.append)
     losses = result.provenance["final_losses"]
     assert events == [StepDone(n, loss) for n, loss in enumerate(losses, start=1)]
+
+
+def test_how_far_the_words_have_moved_is_told(models: DiffusersModels) -> None:
+    moved: list[float] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, WordsMoved):
+            moved.append(event.drift["<new1>"])
+
+    learnt = trained(models, config(steps=20), on_event=listen)
+    began = trained(models, config(steps=1), should_stop=lambda: True)
+    (now,), (before,) = learnt.embeddings().values(), began.embeddings().values()
+    far = (now["<new1>"] - before["<new1>"]).norm() / before["<new1>"].norm()
+    assert len(moved) == 2 and 0 < moved[0] < moved[1] == pytest.approx(float(far))
 
 
 def test_previews_are_drawn_at_their_steps(models: DiffusersModels) -> None:

@@ -1,41 +1,48 @@
 /** The training jobs as the server tells of them: docs/http-api.md. */
 
 import { api } from "../../../scripts/api.js";
+import { t } from "./words.js";
 
 const JOBS = "/custom_diffusion/jobs";
 const EVENT = "custom_diffusion.job";
+const NODE_EVENT = "custom_diffusion.node";
 
 export const ACTIVE = ["queued", "preparing", "running"];
 
-async function ask(method, path, body) {
+/** Asks the pack's part of the server. Throws an Error with its reason. */
+export async function ask(method, path, body) {
   const options = { method };
   if (body !== undefined) {
     options.body = JSON.stringify(body);
     options.headers = { "Content-Type": "application/json" };
   }
-  const answer = await api.fetchApi(`${JOBS}${path}`, options);
+  const answer = await api.fetchApi(path, options);
   const told = await answer.json();
   if (!answer.ok) throw new Error(told.error);
   return told;
 }
 
-const of = (id) => `/${encodeURIComponent(id)}`;
+const of = (id) => `${JOBS}/${encodeURIComponent(id)}`;
 
 /** @returns {Promise<{jobs: object[], queue: string[]}>} */
-export const list = () => ask("GET", "");
+export const list = () => ask("GET", JOBS);
 export const show = (id) => ask("GET", of(id));
 export const steer = (id, action) => ask("POST", `${of(id)}/${action}`);
 export const remove = (id) => ask("DELETE", of(id));
-export const sampleUrl = (id, step) => api.apiURL(`${JOBS}${of(id)}/samples/${step}`);
+export const sampleUrl = (id, step) => api.apiURL(`${of(id)}/samples/${step}`);
 
 /** The losses of the steps after `after`; null for one that was not finite. */
 export async function losses(id, after) {
   return (await ask("GET", `${of(id)}/metrics?after=${after}`)).losses;
 }
 
-/** Queues the graph that a job came from: the job goes on. */
-export async function startAgain(id) {
+/**
+ * Queues the graph that a job came from: the job goes on. With `steps`, so many in all: another job
+ * goes on from where this one has come to.
+ */
+export async function startAgain(id, steps) {
   const prompt = await ask("GET", `${of(id)}/graph`);
+  if (steps) prompt[(await show(id)).node].inputs["method.steps"] = steps;
   const answer = await api.fetchApi("/prompt", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
@@ -43,12 +50,17 @@ export async function startAgain(id) {
   });
   if (!answer.ok) {
     const { error } = await answer.json();
-    throw new Error(error?.message ?? `ComfyUI refused the graph (${answer.status}).`);
+    throw new Error(error?.message ?? t("refused", { status: answer.status }));
   }
 }
 
 /** Calls `onJob` with every job that changes, and `onReturn` when the server is back. */
-export function listen(onJob, onReturn) {
+export function listen(onJob, onReturn = () => {}) {
   api.addEventListener(EVENT, ({ detail }) => onJob(detail));
   api.addEventListener("reconnected", onReturn);
+}
+
+/** Calls `onBegun` with {node, job} when a node of this page's prompt has begun or found a job. */
+export function listenToNodes(onBegun) {
+  api.addEventListener(NODE_EVENT, ({ detail }) => onBegun(detail));
 }

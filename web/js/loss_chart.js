@@ -1,9 +1,15 @@
-/** A loss curve: single steps faint, their moving average strong; point at it to read a step. */
+/** A loss curve: single steps faint, their moving average strong. Point at it to read a step, drag
+ * to enlarge a part, double-click to see all again; with the keyboard arrows, Home and End.
+ */
+
+import { element } from "./dom.js";
+import { t } from "./words.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const WIDTH = 300;
 const HEIGHT = 80;
 const POINTS = 300;
+const FEWEST_STEPS = 2; // more than a hand that trembles
 
 /**
  * Exponential moving averages, without the bias that they begin with (Kingma and Ba 2015, section 3).
@@ -24,17 +30,17 @@ export function smoothed(losses, keep = 0.95) {
 
 /**
  * At most `count` points [step, value], the means of stretches of equal length.
- * @param {(number|null)[]} values of steps 1, 2, ...
+ * @param {(number|null)[]} values of the steps from `first` on
  * @returns {[number, number][]}
  */
-export function thinned(values, count) {
+export function thinned(values, count, first = 1) {
   const length = Math.max(1, Math.ceil(values.length / count));
   const points = [];
   for (let start = 0; start < values.length; start += length) {
     const stretch = values.slice(start, start + length).filter((value) => value !== null);
     if (stretch.length) {
       const mean = stretch.reduce((a, b) => a + b) / stretch.length;
-      points.push([start + (Math.min(length, values.length - start) + 1) / 2, mean]);
+      points.push([first + start + (Math.min(length, values.length - start) - 1) / 2, mean]);
     }
   }
   return points;
@@ -42,7 +48,7 @@ export function thinned(values, count) {
 
 /** The values between which a curve is shown: a few outliers do not flatten the rest. */
 export function range(values) {
-  const sorted = [...values].sort((a, b) => a - b);
+  const sorted = values.toSorted((a, b) => a - b);
   const low = sorted[0];
   const high = sorted[Math.ceil(0.98 * (sorted.length - 1))];
   return high > low ? [low, high] : [low - 0.5, low + 0.5];
@@ -50,30 +56,52 @@ export function range(values) {
 
 export class LossChart {
   constructor() {
-    this.element = document.createElement("figure");
-    this.element.className = "cd-chart";
-    this.losses = [];
     this.svg = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none" });
     this.svg.setAttribute("role", "img");
+    this.svg.setAttribute("tabindex", "0");
+    this.part = this.svg.appendChild(svg("rect", { class: "cd-part", y: 0, height: HEIGHT }));
     this.raw = this.svg.appendChild(svg("path", { class: "cd-raw" }));
     this.average = this.svg.appendChild(svg("path", { class: "cd-average" }));
     this.cursor = this.svg.appendChild(svg("line", { class: "cd-cursor", y1: 0, y2: HEIGHT }));
-    this.caption = document.createElement("figcaption");
-    this.element.append(this.svg, this.caption);
-    this.svg.addEventListener("pointermove", (event) => this.#point(event));
-    this.svg.addEventListener("pointerleave", () => this.#tellLast());
+    this.caption = element("figcaption");
+    this.element = element("figure", "cd-chart", this.svg, this.caption);
+    this.svg.append(svg("title", {}));
+    this.svg.lastChild.textContent = t("chartHelp");
+    this.losses = [];
+    this.span = null; // [first, last] step that is shown; null for all
+    this.step = null; // that is read; null for the last
+    const on = (type, act) => this.svg.addEventListener(type, act);
+    on("pointermove", (event) => this.#point(event));
+    on("pointerdown", (event) => this.#grab(event));
+    on("pointerup", (event) => this.#drop(event));
+    on("pointerleave", () => this.#read(null));
+    on("blur", () => this.#read(null));
+    on("dblclick", () => this.#enlarge(null));
+    on("keydown", (event) => this.#press(event));
     this.show([]);
   }
 
   /** @param {(number|null)[]} losses of steps 1, 2, ... */
   show(losses) {
+    if (losses.length < this.losses.length) this.span = null;
     this.losses = losses;
     this.averages = smoothed(losses);
-    const raw = thinned(losses, POINTS);
+    this.#draw();
+    this.#read(this.step);
+  }
+
+  #draw() {
+    const [first, last] = this.#shown();
+    const part = (values) => thinned(values.slice(first - 1, last), POINTS, first);
+    const raw = part(this.losses);
     const [low, high] = range(raw.length ? raw.map(([, loss]) => loss) : [0]);
     this.raw.setAttribute("d", this.#path(raw, low, high));
-    this.average.setAttribute("d", this.#path(thinned(this.averages, POINTS), low, high));
-    this.#tellLast();
+    this.average.setAttribute("d", this.#path(part(this.averages), low, high));
+  }
+
+  /** The first and the last step that are shown. */
+  #shown() {
+    return this.span ?? [1, this.losses.length];
   }
 
   #path(points, low, high) {
@@ -85,34 +113,85 @@ export class LossChart {
   }
 
   #x(step) {
-    return ((step - 1) / Math.max(this.losses.length - 1, 1)) * WIDTH;
+    const [first, last] = this.#shown();
+    return ((step - first) / Math.max(last - first, 1)) * WIDTH;
+  }
+
+  #stepAt(event) {
+    const box = this.svg.getBoundingClientRect();
+    const share = Math.min(Math.max((event.clientX - box.left) / box.width, 0), 1);
+    const [first, last] = this.#shown();
+    return first + Math.round(share * (last - first));
   }
 
   #point(event) {
-    const box = this.svg.getBoundingClientRect();
-    const share = Math.min(Math.max((event.clientX - box.left) / box.width, 0), 1);
-    if (this.losses.length) this.#tell(1 + Math.round(share * (this.losses.length - 1)));
+    if (!this.losses.length) return;
+    const step = this.#stepAt(event);
+    this.#read(step);
+    if (this.grabbed) this.#mark(this.grabbed, step);
   }
 
-  #tellLast() {
-    this.#tell(this.losses.length);
+  #grab(event) {
+    if (!this.losses.length) return;
+    event.stopPropagation(); // on a node it would move the node
+    this.svg.setPointerCapture(event.pointerId);
+    this.grabbed = this.#stepAt(event);
   }
 
-  #tell(step) {
-    const known = step >= 1;
-    this.cursor.style.display = known && step < this.losses.length ? "" : "none";
-    this.cursor.setAttribute("x1", this.#x(step));
-    this.cursor.setAttribute("x2", this.#x(step));
-    const number = (value) => (value === null ? "no number" : value.toPrecision(3));
-    this.caption.textContent = known
-      ? `loss at step ${step}: ${number(this.averages[step - 1])} (this step ${number(this.losses[step - 1])})`
-      : "no step yet";
+  #drop(event) {
+    if (!this.grabbed) return;
+    const [from, to] = [this.grabbed, this.#stepAt(event)].toSorted((a, b) => a - b);
+    this.grabbed = null;
+    this.#mark(0, 0);
+    if (to - from >= FEWEST_STEPS) this.#enlarge([from, to]);
+  }
+
+  #mark(from, to) {
+    const [left, right] = [this.#x(from), this.#x(to)].toSorted((a, b) => a - b);
+    this.part.setAttribute("x", left);
+    this.part.setAttribute("width", from ? right - left : 0);
+  }
+
+  #enlarge(span) {
+    this.span = span;
+    this.#draw();
+    this.#read(null);
+  }
+
+  #press(event) {
+    const [first, last] = this.#shown();
+    const now = this.step ?? last;
+    const to = { ArrowLeft: now - 1, ArrowRight: now + 1, Home: first, End: last }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    event.stopPropagation();
+    this.#read(Math.min(Math.max(to, first), last));
+  }
+
+  /** Tells of a step, or of the last one. */
+  #read(step) {
+    this.step = step;
+    const told = step ?? this.losses.length;
+    this.cursor.style.display = step === null ? "none" : "";
+    this.cursor.setAttribute("x1", this.#x(told));
+    this.cursor.setAttribute("x2", this.#x(told));
+    this.caption.textContent = told
+      ? t("chart", {
+          step: told,
+          average: inWords(this.averages[told - 1]),
+          loss: inWords(this.losses[told - 1]),
+        })
+      : t("noStep");
     this.svg.setAttribute("aria-label", this.caption.textContent);
   }
 }
 
+function inWords(loss) {
+  return loss === null ? t("noNumber") : loss.toPrecision(3);
+}
+
 function svg(name, attributes) {
-  const element = document.createElementNS(SVG, name);
-  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-  return element;
+  const made = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  return made;
 }

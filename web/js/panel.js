@@ -1,29 +1,26 @@
-/** The sidebar tab "Trainings": every training job, watched and steered. */
+/** The sidebar tab: every training job, watched and steered. */
 
 import { app } from "../../../scripts/app.js";
+import { element } from "./dom.js";
 import { JobCard } from "./job_card.js";
 import * as jobs from "./jobs.js";
+import { t } from "./words.js";
 
-const TAB = "custom-diffusion-trainings";
-const EMPTY =
-  "No training yet. Put 4 to 20 pictures into a folder below ComfyUI/input, open the template " +
-  "“merge_two_concepts” of this pack, choose the folder and your checkpoint, and run it.";
+export const TAB = "custom-diffusion-trainings";
 
 class Panel {
   constructor() {
     this.cards = new Map();
-    this.element = document.createElement("section");
-    this.element.className = "cd-panel";
-    this.element.setAttribute("aria-label", "Trainings");
-    this.empty = document.createElement("p");
-    this.empty.className = "cd-empty";
-    this.empty.textContent = EMPTY;
-    this.trouble = document.createElement("p");
-    this.trouble.className = "cd-trouble";
-    this.trouble.setAttribute("role", "alert");
-    this.listing = document.createElement("div");
-    this.element.append(this.trouble, this.empty, this.listing);
     this.active = new Set();
+    this.memory = element("p", "cd-memory");
+    this.empty = element("p", "cd-empty", t("empty"));
+    this.trouble = element("p", "cd-trouble");
+    this.trouble.setAttribute("role", "alert");
+    this.listing = element("div");
+    this.element = element(
+      "section", "cd-panel", this.memory, this.trouble, this.empty, this.listing,
+    );
+    this.element.setAttribute("aria-label", t("title"));
     jobs.listen(
       (job) => this.hear(job),
       () => this.refresh(),
@@ -41,7 +38,7 @@ class Panel {
     try {
       const { jobs: all } = await jobs.list();
       const known = new Set(all.map((job) => job.id));
-      for (const id of [...this.cards.keys()]) if (!known.has(id)) this.forget(id);
+      for (const id of this.cards.keys()) if (!known.has(id)) this.forget(id);
       for (const job of all) this.hear(job);
       this.trouble.textContent = "";
     } catch (error) {
@@ -65,11 +62,14 @@ class Panel {
     } else {
       const made = new JobCard(job, {
         onError: (error) => this.complain(error),
+        onMemory: (memory) => this.tellMemory(memory),
         confirmRemoval,
+        askSteps,
         addToGraph,
       });
       this.cards.set(job.id, made);
       this.listing.prepend(made.element); // the newest first
+      made.update(job); // now that it can be seen
     }
     if (jobs.ACTIVE.includes(job.state)) this.active.add(job.id);
     else this.active.delete(job.id);
@@ -82,18 +82,35 @@ class Panel {
     if (tab) tab.iconBadge = this.active.size ? String(this.active.size) : null;
   }
 
+  tellMemory({ device, free_bytes, total_bytes }) {
+    const [free, total] = [free_bytes, total_bytes].map((bytes) => (bytes / 1e9).toFixed(1));
+    this.memory.textContent = t("free", { device, free, total });
+  }
+
   complain(error) {
     this.trouble.textContent = error.message;
   }
 }
 
 async function confirmRemoval(job) {
-  const kept = job.concept_file ? ` ${job.concept_file} stays.` : "";
+  const kept = job.concept_file ? ` ${t("removeKept", { file: job.concept_file })}` : "";
   return app.extensionManager.dialog.confirm({
-    title: "Delete this training?",
-    message: `The losses, samples and checkpoints of “${job.name}” will be removed.${kept}`,
+    title: t("removeTitle"),
+    message: t("removeMessage", job) + kept,
     type: "delete",
   });
+}
+
+/** How many steps a job is to go on for; null when the user has thought better of it. */
+async function askSteps(job) {
+  const given = await app.extensionManager.dialog.prompt({
+    title: t("moreTitle"),
+    message: t("moreMessage", job),
+    defaultValue: "100",
+  });
+  if (given === null) return null;
+  if (!/^[1-9]\d*$/.test(given.trim())) throw new Error(t("wholeNumber", { given }));
+  return Number(given);
 }
 
 /** Load Concept and Apply Concept with this job's concept, in the middle of what is seen. */
@@ -106,23 +123,21 @@ async function addToGraph(job) {
   apply.pos = [left + width / 2, top + height / 2 - 60];
   app.graph.add(load);
   app.graph.add(apply);
-  load.widgets.find((widget) => widget.name === "concept_name").value = job.concept_file;
+  const choice = load.widgets.find((widget) => widget.name === "concept_name");
+  choice.value = job.concept_file;
+  choice.callback?.(job.concept_file);
   load.connect(0, apply, apply.findInputSlot("concept"));
   app.canvas.setDirty(true, true);
 }
 
 export function registerPanel() {
-  const style = document.createElement("link");
-  style.rel = "stylesheet";
-  style.href = new URL("../css/panel.css", import.meta.url).href;
-  document.head.append(style);
   const panel = new Panel();
   app.extensionManager.registerSidebarTab({
     id: TAB,
     icon: "pi pi-chart-line",
     iconBadge: null,
-    title: "Trainings",
-    tooltip: "Trainings: watch and steer what Custom Diffusion learns",
+    title: t("title"),
+    tooltip: t("tooltip"),
     type: "custom",
     render: (place) => panel.open(place),
   });

@@ -1,0 +1,284 @@
+"""What the pack adds to nodes, text boxes and settings of ComfyUI's page, beside the panel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from custom_diffusion.concept.file import write_concept
+from PIL import Image
+from support.browser import LONG_MS, card, contrast, open_panel, page_of, press, screenshot, until
+from support.comfy_server import PACK_FOLDER, ComfyServer, ComfyServerError
+from support.graphs import draw, draw_pictures, merge, node, teach
+from support.made_concepts import made_concept
+
+JOBS = "/custom_diffusion/jobs"
+CONCEPTS = "/custom_diffusion/concepts"
+LAYER = "input_blocks.1.1.transformer_blocks.0.attn2.to_k"
+
+
+@pytest.fixture(scope="module")
+def bench(
+    comfyui_path: Path, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ComfyServer]:
+    base = tmp_path_factory.mktemp("page")
+    draw_pictures(base / "input" / "cat")
+    (base / "input" / "captions.txt").write_text(
+        "\n".join(f"photo of a dog {n}" for n in range(30))
+    )
+    folder = base / "models" / "custom_diffusion"
+    folder.mkdir(parents=True)
+    write_concept(made_concept({LAYER: (320, 768)}), folder / "cat.safetensors")
+    write_concept(made_concept({LAYER: (320, 768)}, "<new2>", "mug"), folder / "mug.safetensors")
+    (folder / "broken.safetensors").write_bytes(b"{}")
+    Image.new("RGB", (64, 64), "orange").save(folder / "cat.preview.png")
+    paths = base / "paths.yaml"
+    paths.write_text(f"somewhere:\n  custom_diffusion_jobs: {base / 'elsewhere'}\n")
+    with ComfyServer(
+        comfyui_path,
+        base,
+        checkpoints=[checkpoints / "sd15.safetensors"],
+        arguments=["--extra-model-paths-config", str(paths)],
+    ) as running:
+        yield running
+
+
+@pytest.fixture
+def page(bench: ComfyServer) -> Iterator[Any]:
+    troubles: list[str] = []
+    with page_of(bench, troubles) as page:
+        page.evaluate("app.graph.clear()")
+        yield page
+    assert not troubles
+
+
+_WITHIN_NODE = """frame => {
+    const tall = Math.min(frame.firstElementChild.offsetHeight, 300);
+    return frame.clientHeight >= tall;
+}"""
+
+
+def show(page: Any, graph: dict[str, Any]) -> None:
+    """Opens a graph in the page."""
+    page.evaluate("graph => app.loadApiJson(graph, 'test')", graph)
+    page.wait_for_function(f"app.graph._nodes.length === {len(graph)}")
+
+
+def run(page: Any) -> None:
+    page.evaluate("void app.queuePrompt(0, 1)")
+
+
+def load(name: str) -> dict[str, Any]:
+    return node("LoadConcept", concept_name=f"{name}.safetensors", rename_token="")
+
+
+def test_a_concept_can_be_looked_up_and_what_is_none_is_said(bench: ComfyServer) -> None:
+    listing = bench.get(CONCEPTS)
+    assert [card["name"] for card in listing["concepts"]] == ["cat.safetensors", "mug.safetensors"]
+    assert "broken.safetensors" in listing["unreadable"]
+    assert bench.get(f"{CONCEPTS}/cat.safetensors")["prompts"] == ["<new1> cat"]
+    outside = "..%2F..%2Fmodels%2Fcheckpoints%2Fsd15.safetensors"
+    for path in ("gone.safetensors", outside, f"{outside}/thumbnail", "mug.safetensors/thumbnail"):
+        with pytest.raises(ComfyServerError) as refused:
+            bench.get(f"{CONCEPTS}/{path}")
+        assert refused.value.status == 404
+
+
+def test_load_concept_shows_which_one_is_chosen(page: Any) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    show(page, {"load": load("cat")})
+    shown = page.locator(".cd-concept")
+    shown.get_by_text("Stable Diffusion 1.x").wait_for()
+    picture = shown.locator("img")
+    until(page, lambda: picture.evaluate("image => image.naturalWidth") == 64)
+    press(shown, "<new1> cat")
+    shown.get_by_text("copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == "<new1> cat"
+    screenshot(page, "node-load-concept")
+    for name, told in (("mug", "<new2> mug"), ("broken", "not a readable concept file")):
+        page.evaluate(
+            """name => {
+                const [choice] = app.graph._nodes[0].widgets;
+                choice.value = name;
+                choice.callback(name);
+            }""",
+            f"{name}.safetensors",
+        )
+        shown.get_by_text(told).wait_for()
+        assert not shown.locator("img").count()
+
+
+def test_nodes_tell_what_they_have_found(bench: ComfyServer, page: Any) -> None:
+    data = teach("cat", "cat", "cat", "<new1>")["cat-data"]
+    show(
+        page,
+        {
+            "checkpoint": node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors"),
+            "data": data,
+            "views": node(
+                "CustomDiffusionViews",
+                concept=["data", 0],
+                **{"resolution": 64, "seed": 0, "augment": True, "flip": True, "fit": "crop"},
+            ),
+            "cat": load("cat"),
+            "mug": load("mug"),
+            "merge": merge(["cat", 0], ["mug", 0]),
+            "save": node("SaveConcept", concept=["merge", 0], name="both", precision="half (fp16)"),
+        },
+    )
+    run(page)
+    notes = page.locator(".cd-notes")
+    until(page, lambda: notes.count() == 3)  # the data, the merge, the saving
+    told = " ".join(notes.all_inner_texts())
+    assert "3 pictures are few" in told and "0.png (80 x 96 pixels)" in told
+    assert "no regularization pictures" in told
+    rows = notes.locator("tr")
+    assert rows.first.inner_text().split("\t") == ["concept", "kept words", "largest error"]
+    assert "<new2> mug" in rows.nth(2).inner_text() and "%" in rows.nth(2).inner_text()
+    assert "both.safetensors" in told
+    assert contrast(notes.first.locator("p").first) > 4.5
+    for shown in page.locator(".cd-node").all():  # the nodes have grown: nothing is cut off
+        until(page, lambda: shown.evaluate(_WITHIN_NODE))  # noqa: B023
+    screenshot(page, "node-notes")
+
+
+def test_the_train_node_shows_its_training_also_after_a_reload(
+    bench: ComfyServer, page: Any
+) -> None:
+    graph = teach(
+        "cat",
+        "cat",
+        "cat",
+        "<new1>",
+        wait=False,
+        steps=10_000,
+        preview_every_steps=4,
+        augment=False,
+    )
+    show(page, graph)
+    run(page)
+    training = page.locator(".cd-training")
+    training.wait_for(timeout=LONG_MS)
+    until(page, lambda: "learns" in training.inner_text())
+    until(page, lambda: training.locator(".cd-sample img").count() == 1)
+    until(page, lambda: "L" in training.locator(".cd-average").get_attribute("d"))
+    screenshot(page, "node-train")
+    saved = page.evaluate("app.graph.serialize()")
+    page.evaluate("app.graph.clear()")
+    assert not training.count()
+    page.evaluate("workflow => app.loadGraphData(workflow)", saved)
+    until(page, lambda: "learns" in training.inner_text())
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.wait_for_timeout(4000)
+    metrics = [url for url in asked if "/metrics" in url]  # of the node that is there, at most
+    assert len(metrics) <= 5, "a node that is gone still asks"
+    # It is a display: what is sent and saved does not know of it.
+    sent = page.evaluate("app.graphToPrompt().then(made => JSON.stringify(made.output))")
+    assert "training" not in sent
+
+    (job,) = bench.get(JOBS)["jobs"]
+    page.evaluate("app.extensionManager.setting.set('CustomDiffusion.SoundWhenDone', true)")
+    bench.post(f"{JOBS}/{job['id']}/stop")
+    page.get_by_text("“cat” was stopped and saved").wait_for()
+    screenshot(page, "toast")
+
+
+def test_more_steps_are_another_training_that_goes_on(bench: ComfyServer, page: Any) -> None:
+    for job in bench.get(JOBS)["jobs"]:
+        until(page, lambda: bench.get(f"{JOBS}/{job['id']}")["state"] == "stopped")  # noqa: B023
+        bench.delete(f"{JOBS}/{job['id']}")
+    bench.run(teach("cat", "cat", "cat", "<new1>", steps=3, seed=1))
+    open_panel(page)
+    finished = card(page, "finished")
+    press(finished, "More steps")
+    dialog = page.get_by_role("dialog")
+    dialog.locator("input").fill("none")
+    dialog.locator("input").press("Enter")
+    page.get_by_text("is no number of steps").wait_for()
+    press(finished, "More steps")
+    dialog.locator("input").fill("2")
+    screenshot(page, "panel-more-steps")
+    dialog.locator("input").press("Enter")
+    until(page, lambda: page.locator(".cd-job[data-state=finished]").count() == 2)
+    shorter, longer = (bench.get(f"{JOBS}/{job['id']}") for job in bench.get(JOBS)["jobs"])
+    assert (shorter["steps"], longer["steps"]) == (3, 5)
+    losses = [bench.get(f"{JOBS}/{job['id']}/metrics")["losses"] for job in (shorter, longer)]
+    assert losses[1][:3] == losses[0]
+    # Where extra_model_paths.yaml says.
+    folders = {path.name for path in (bench.base / "elsewhere").iterdir()}
+    assert folders == {shorter["id"], longer["id"]}
+
+
+def test_typing_offers_the_words_of_concepts(page: Any) -> None:
+    show(page, draw("photo of a "))
+    box = page.locator("textarea").first
+    offer = page.get_by_role("listbox", name="Words that your concepts have taught")
+    box.click()
+    box.press("End")
+    box.press_sequentially("<new")
+    offer.wait_for()
+    assert offer.get_by_role("option").all_inner_texts() == ["<new1> cat", "<new2> mug"]
+    screenshot(page, "completion")
+    box.press("ArrowDown")
+    box.press("Enter")
+    assert box.input_value() == "photo of a <new2> mug"
+    assert not offer.is_visible()
+    box.press_sequentially(" and <x")
+    assert not offer.is_visible()
+    box.press("Backspace")
+    offer.wait_for()
+    box.press("Escape")
+    assert not offer.is_visible()
+    box.press_sequentially("new1")
+    offer.get_by_role("option").first.click()
+    assert box.input_value() == "photo of a <new2> mug and <new1> cat"
+    sent = page.evaluate("app.graphToPrompt().then(made => JSON.stringify(made.output))")
+    assert "photo of a <new2> mug and <new1> cat" in sent
+
+
+def test_what_completion_computes(page: Any) -> None:
+    computed = page.evaluate(
+        """async modules => {
+            const { offers, completed } = await import(`${modules}/completion.js`);
+            const words = ["<new1> cat", "<new2> mug", "<New1> cat", "<new1> cat"];
+            return {
+                begun: offers(words, "a <NEW1"),
+                none: [offers(words, "a new"), offers(words, "a <new1> "), offers(words, "a < ")],
+                middle: completed("a <ne and more", 5, "<new1> cat"),
+            };
+        }""",
+        f"/extensions/{PACK_FOLDER}/js",
+    )
+    assert computed["begun"] == ["<new1> cat", "<New1> cat"]
+    assert computed["none"] == [[], [], []]
+    assert computed["middle"] == {"text": "a <new1> cat and more", "caret": 12}
+
+
+def test_new_train_nodes_begin_as_it_is_set(page: Any) -> None:
+    made = """([shares, keeps]) => {
+        app.extensionManager.setting.set("CustomDiffusion.ShareDevice", shares);
+        app.extensionManager.setting.set("CustomDiffusion.KeepBest", keeps);
+        const { widgets } = LiteGraph.createNode("CustomDiffusionTrain");
+        const value = name => widgets.find(widget => widget.name === name).value;
+        return [value("share_device"), value("keep_best")];
+    }"""
+    assert page.evaluate(made, [True, 3]) == [True, 3]
+    assert page.evaluate(made, [False, 1]) == [False, 1]
+
+
+def test_the_page_speaks_the_users_language(page: Any) -> None:
+    page.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'zh')")
+    page.reload()
+    page.wait_for_function("!!window.app?.extensionManager?.getSidebarTabs", timeout=LONG_MS)
+    tab = "custom-diffusion-trainings"
+    page.wait_for_function(
+        f"app.extensionManager.getSidebarTabs().find(each => each.id === '{tab}')"
+    )
+    title = page.evaluate(
+        f"app.extensionManager.getSidebarTabs().find(each => each.id === '{tab}').title"
+    )
+    page.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'en')")
+    assert "训练" in title

@@ -1,0 +1,66 @@
+"""Advice names what a user may want to mend, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from custom_diffusion.trainer.advice import advice
+from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
+from PIL import Image
+
+OWN = "a <new1> cat on a sofa"
+
+
+def scene(seed: int, edge: int = 300) -> Image.Image:
+    """Large shapes, as in photographs: scaling does not change which side is the lighter."""
+    shades = np.random.default_rng(seed).integers(0, 256, (9, 9), dtype=np.uint8)
+    return Image.fromarray(shades).resize((edge, edge), Image.Resampling.BICUBIC)
+
+
+def cats(*pictures: Image.Image, caption: str = OWN) -> TrainingConcept:
+    return TrainingConcept(
+        images=tuple(CaptionedImage(picture, caption) for picture in pictures),
+        class_noun="cat",
+        token="<new1>",
+        regularization=(CaptionedImage(scene(99), "a cat"),),
+    )
+
+
+GOOD = cats(*(scene(seed) for seed in range(5)))
+
+
+def test_of_good_pictures_nothing_is_said() -> None:
+    assert list(advice(GOOD)) == []
+    assert (
+        list(advice(cats(*(scene(seed) for seed in range(4)), caption="photo of a <new1> cat")))
+        == []
+    )
+
+
+@pytest.mark.parametrize(
+    "concept, words",
+    [
+        (cats(*(scene(seed) for seed in range(3))), "3 pictures are few"),
+        (
+            cats(*(scene(s) for s in range(4)), scene(4, edge=120)),
+            "its blur is learnt: picture 5 (120 x 120 pixels).",
+        ),
+        (
+            cats(*(scene(s) for s in range(4)), scene(2).resize((450, 450))),
+            "picture 5 looks the same as picture 3",
+        ),
+        (replace(GOOD, regularization=()), "no regularization pictures"),
+        (
+            replace(
+                GOOD,
+                images=(replace(GOOD.images[0], caption="photo of a <new1> cat"), *GOOD.images[1:]),
+            ),
+            "Without a caption of their own: picture 1. They get 'photo of a <new1> cat'",
+        ),
+    ],
+)
+def test_each_trouble_is_named_alone(concept: TrainingConcept, words: str) -> None:
+    (said,) = advice(concept)
+    assert words in said

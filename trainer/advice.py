@@ -1,0 +1,64 @@
+"""What is not wrong with the pictures of a concept, but makes it learn worse than it could."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .data import TrainingConcept
+
+FEWEST, MOST = 4, 20
+"""Pictures that the paper calls enough"""
+SMALL_PIXELS = 256
+_HASH_EDGE = 8
+
+
+def advice(concept: TrainingConcept) -> Iterator[str]:
+    """One sentence for each thing that a user may want to mend. Opens every instance image."""
+    count = len(concept.images)
+    if count < FEWEST:
+        yield f"{count} pictures are few: {FEWEST} to {MOST} teach a concept well."
+    names = [
+        image.source.name if isinstance(image.source, Path) else f"picture {number}"
+        for number, image in enumerate(concept.images, start=1)
+    ]
+    pictures = [captioned.open().image for captioned in concept.images]
+    small = [
+        f"{name} ({picture.width} x {picture.height} pixels)"
+        for name, picture in zip(names, pictures, strict=True)
+        if min(picture.size) < SMALL_PIXELS
+    ]
+    if small:
+        yield f"Small, so it is enlarged, and its blur is learnt: {_some(small)}."
+    looks = [_difference_hash(picture) for picture in pictures]
+    for index, look in enumerate(looks):
+        first = looks.index(look)
+        if names[first] != names[index]:  # the same file more than once is meant so
+            yield f"{names[index]} looks the same as {names[first]}: it counts twice."
+    plain = [
+        name
+        for name, image in zip(names, concept.images, strict=True)
+        if image.caption == concept.prompt
+    ]
+    if 0 < len(plain) < count:
+        yield f"Without a caption of their own: {_some(plain)}. They get '{concept.prompt}'."
+    if not concept.regularization:
+        yield (
+            f"There are no regularization pictures: the model may draw every "
+            f"{concept.class_noun} like this one."
+        )
+
+
+def _difference_hash(picture: Image.Image) -> bytes:
+    """Which of neighbouring shades is the lighter, in a small copy: survives scaling and JPEG."""
+    small = picture.convert("L").resize((_HASH_EDGE + 1, _HASH_EDGE), Image.Resampling.BOX)
+    shades = np.asarray(small, np.int16)
+    return np.packbits(shades[:, 1:] > shades[:, :-1]).tobytes()
+
+
+def _some(names: list[str], shown: int = 3) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

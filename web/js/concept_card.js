@@ -1,0 +1,59 @@
+/** Load Concept shows which concept is chosen: its picture, its words to copy, its base model. */
+
+import * as concepts from "./concepts.js";
+import { after, element, showOnNode } from "./dom.js";
+import { t } from "./words.js";
+
+const LOAD = "LoadConcept";
+const CHOICE = "concept_name";
+const HEIGHT = 84;
+const COPIED_MS = 1500;
+
+/** To be called for every node that is made; its choice may come later, with a workflow. */
+export function showConcept(node) {
+  if (node.comfyClass !== LOAD) return;
+  const choice = node.widgets?.find((widget) => widget.name === CHOICE);
+  if (!choice) return;
+  const card = element("div", "cd-concept");
+  showOnNode(node, "concept", card, HEIGHT);
+  const show = () => fill(card, choice.value);
+  after(choice, "callback", show);
+  after(node, "onConfigure", show);
+  show();
+}
+
+async function fill(card, name) {
+  card.dataset.name = name ?? "";
+  if (!name) return card.replaceChildren();
+  let parts;
+  try {
+    parts = drawn(await concepts.show(name));
+  } catch (error) {
+    parts = [element("p", "cd-trouble", error.message)];
+  }
+  if (card.dataset.name === name) card.replaceChildren(...parts); // else another was chosen meanwhile
+}
+
+function drawn(concept) {
+  const lines = [t("card", { family: concept.family, size: concept.megabytes })];
+  if (concept.steps) lines.push(t("cardSteps", concept));
+  const facts = element("div", "cd-facts", ...concept.prompts.map(copyButton));
+  facts.append(...lines.map((line) => element("p", "cd-taught", line)));
+  if (!concept.thumbnail) return [facts];
+  const picture = element("img");
+  picture.src = concepts.thumbnailUrl(concept.name);
+  picture.alt = concept.name;
+  return [picture, facts];
+}
+
+function copyButton(prompt) {
+  const button = element("button", "cd-word", prompt);
+  button.type = "button";
+  button.title = t("copy", { prompt });
+  button.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(prompt);
+    button.textContent = t("copied");
+    setTimeout(() => (button.textContent = prompt), COPIED_MS);
+  });
+  return button;
+}

@@ -1,0 +1,13 @@
+/** The concepts in ComfyUI's folders, as the server tells of them: docs/http-api.md. */
+
+import { api } from "../../../scripts/api.js";
+import { ask } from "./jobs.js";
+
+const CONCEPTS = "/custom_diffusion/concepts";
+
+const of = (name) => `${CONCEPTS}/${name.split("/").map(encodeURIComponent).join("/")}`;
+
+/** @returns {Promise<{concepts: object[], unreadable: Object<string, string>}>} */
+export const list = () => ask("GET", CONCEPTS);
+export const show = (name) => ask("GET", of(name));
+export const thumbnailUrl = (name) => api.apiURL(`${of(name)}/thumbnail`);

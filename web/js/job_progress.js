@@ -1,0 +1,45 @@
+/** What a job has done until now, asked of the server bit by bit. */
+
+import * as jobs from "./jobs.js";
+
+const EVERY_MS = 1000;
+
+export class JobProgress {
+  /**
+   * @param {string} id
+   * @param {function({losses: (number|null)[], shown: object}): void} onProgress what is known now:
+   *   all losses, and the job with its details
+   * @param {function(Error): void} onError
+   */
+  constructor(id, onProgress, onError) {
+    this.id = id;
+    this.onProgress = onProgress;
+    this.onError = onError;
+    this.restart();
+    this.askedAt = 0;
+  }
+
+  /** Forgets the losses: the job has begun anew. */
+  restart() {
+    this.losses = [];
+  }
+
+  /** Asks for the losses since the last time; at most once a second, unless it must be `now`. */
+  async refresh(now = false) {
+    if (this.asking || (!now && Date.now() - this.askedAt < EVERY_MS)) return;
+    this.asking = true;
+    this.askedAt = Date.now();
+    try {
+      const before = this.losses;
+      const since = await jobs.losses(this.id, before.length);
+      const shown = await jobs.show(this.id);
+      if (before !== this.losses) return; // it began anew meanwhile
+      this.losses = before.concat(since);
+      this.onProgress({ losses: this.losses, shown });
+    } catch (error) {
+      this.onError(error);
+    } finally {
+      this.asking = false;
+    }
+  }
+}

@@ -1,0 +1,34 @@
+/** What a node tells of its last run, below its widgets: lines, a table, warnings. */
+
+import { after, element, showOnNode } from "./dom.js";
+
+const KEY = "custom_diffusion"; // nodes/types.py
+const HEIGHT = 90;
+const placed = new WeakMap();
+
+/** To be called for every node of the pack. */
+export function showNotes(node) {
+  after(node, "onExecuted", (output) => {
+    const [notes] = output?.[KEY] ?? [];
+    if (!notes) return;
+    if (!placed.has(node)) {
+      const place = element("div", "cd-notes");
+      placed.set(node, place);
+      showOnNode(node, "notes", place, HEIGHT);
+    }
+    placed.get(node).replaceChildren(...drawn(notes));
+  });
+}
+
+function drawn({ lines, table, warnings }) {
+  const parts = lines.map((line) => element("p", "", line));
+  if (table.length) {
+    const [head, ...rows] = table;
+    parts.push(element("table", "", tableRow("th", head), ...rows.map((row) => tableRow("td", row))));
+  }
+  return [...parts, ...warnings.map((warning) => element("p", "cd-warning", warning))];
+}
+
+function tableRow(kind, texts) {
+  return element("tr", "", ...texts.map((text) => element(kind, "", text)));
+}
