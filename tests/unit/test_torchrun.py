@@ -53,6 +53,7 @@ def torchrun(command: list[str], folder: Path, *options: str) -> subprocess.Pope
             "PYTHONDONTWRITEBYTECODE": "1",
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": "lo",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # docs/cluster.md says why
         },
     )
 
