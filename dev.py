@@ -20,6 +20,8 @@ STRICTLY_TYPED = [
     "concept",
     "merge",
     "trainer",
+    "formats",
+    "evaluation",
     "host.clip_text",
     "host.clip_pair",
     "host.diffusers",

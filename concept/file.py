@@ -92,7 +92,7 @@ def safe_file_name(name: str) -> str:
 def read_concept(path: str | os.PathLike[str]) -> Concept:
     """Reads a concept file. Raises ConceptFileError saying what is wrong with it."""
     path = Path(path)
-    tensors, metadata = _read_safetensors(path)
+    tensors, metadata = read_tensors(path)
     _check_format(path, metadata)
     try:
         concept = Concept(
@@ -107,7 +107,7 @@ def read_concept(path: str | os.PathLike[str]) -> Concept:
         return concept
     except CustomDiffusionError as error:
         raise ConceptFileError(f"{path.name}: {error}") from error
-    except (LookupError, ValueError, TypeError, AttributeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ConceptFileError(
             f"{path.name} calls itself a concept file but is damaged ({type(error).__name__}: "
             f"{error}). Save the concept again, or take another copy of the file."
@@ -165,7 +165,8 @@ def _metadata(concept: Concept, title: str) -> dict[str, str]:
     }
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of any .safetensors. Raises ConceptFileError."""
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         return tensors, dict(file.metadata() or {})
@@ -320,3 +321,17 @@ def _check_widths(concept: Concept) -> None:
             raise ValueError(
                 f"{layer} reads width {delta.shape[1]}, {concept.family.title} has {width}"
             )
+
+
+def check_concept(concept: Concept) -> None:
+    """Raises ValueError unless a concept that was put together of somebody's tensors is of its
+    family: finite matrices of the right widths. `read_concept` has checked as much.
+    """
+    for layer, delta in concept.deltas.items():
+        for name, tensor in delta.tensors().items():
+            if name != "alpha":
+                _check_matrix(f"{layer}.{name}", tensor)
+    for token in concept.tokens:
+        for encoder, width in concept.family.text_encoders.items():
+            _check_matrix(f"{token.name}, {encoder}", token.embeddings[encoder], width)
+    _check_widths(concept)

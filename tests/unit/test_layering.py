@@ -19,15 +19,16 @@ MAY_IMPORT = {
     "concept": set[str](),
     "merge": {"concept"},
     "trainer": {"concept"},
+    "formats": {"concept"},
     "evaluation": {"concept", "merge", "trainer"},
-    "host": {"concept", "merge", "trainer"},
-    "nodes": {"concept", "merge", "trainer", "evaluation", "host"},
+    "host": {"concept", "merge", "trainer", "formats"},
+    "nodes": {"concept", "merge", "trainer", "formats", "evaluation", "host"},
     "miniature": {"concept", "merge", "trainer", "evaluation", "host"},
-    "cli": {"concept", "merge", "trainer", "evaluation", "host", "miniature"},
+    "cli": {"concept", "merge", "trainer", "formats", "evaluation", "host", "miniature"},
 }
 """Folder → the other folders of ours it may import. Files beside them may import all."""
 OUTSIDE_THE_PACK = {"tests", "benchmarks", "docs", "web", "example_workflows", "locales"}
-PURE = {"concept", "merge", "trainer"}
+PURE = {"concept", "merge", "trainer", "formats"}
 """Folders that know no model library and no user interface."""
 COMFYUI = {
     *("comfy", "comfy_api", "comfy_api_nodes", "comfy_config", "comfy_execution", "comfy_extras"),

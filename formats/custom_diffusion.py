@@ -1,0 +1,144 @@
+"""Custom Diffusion weights of the other implementations: CompVis, Adobe's diffusers port, Hugging
+Face's training script, and the extension for A1111.
+
+Most hold whole matrices, not changes, so a base model is needed to read them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..concept.concept import Delta, DenseDelta, LowRankDelta
+from ..concept.errors import ConceptFileError
+from .content import ENDINGS, Content, container, read_content, tensors_of
+from .embeddings import read_embeddings
+from .found import Found, Rows, modifier_token, rows
+from .names import layer_of, layer_of_hugging_face
+
+_LARGEST_WORD = 1 << 20
+"""Bytes of a file beside the weights that may be a word; a hundred vectors take half of it"""
+
+
+def read_compvis(content: Content) -> Found | None:
+    """`delta_*.ckpt` of the original code: whole matrices and, in one table, all new words."""
+    state = dict(content.part("state_dict"))
+    words = state.pop("embed", None)
+    found = Found("a delta of the original Custom Diffusion code (CompVis)")
+    _take_matrices(found, state)
+    if isinstance(words, Tensor) and words.ndim == 2:
+        # The file has no names. The code numbers its words <new1>, <new2> and so on.
+        found.tokens = {f"<new{n}>": rows(row) for n, row in enumerate(words, 1)}
+    return found if found.whole or found.deltas else None
+
+
+def read_adobe(content: Content) -> Found | None:
+    """`delta.bin` of the authors' diffusers port, for SD and SDXL."""
+    unet, words = content.part("unet"), content.part("modifier_token")
+    if not unet and not words:
+        return None
+    found = Found("a delta of Adobe's Custom Diffusion (diffusers)")
+    _take_matrices(found, unet)
+    for name, value in words.items():
+        tensors = list(value) if isinstance(value, list | tuple) else [value]
+        if not tensors or not all(isinstance(t, Tensor) and t.ndim in (1, 2) for t in tensors):
+            raise content.fault(f"the word {name} is no embedding. Take another copy of the file.")
+        found.tokens[modifier_token(name)] = rows(*tensors)
+    encoders = [name for name in ("text_encoder", "text_encoder_2") if content.part(name)]
+    found.leave_out("trained text encoders", encoders)
+    return found
+
+
+def read_hugging_face(content: Content) -> Found | None:
+    """`pytorch_custom_diffusion_weights` and, beside it, a file for each word."""
+    found = Found("Custom Diffusion weights of Hugging Face's diffusers")
+    beyond = []
+    for name, tensor in content.tensors().items():
+        layer = layer_of_hugging_face(name.removesuffix(".weight"))
+        if layer and name.endswith(".weight"):
+            found.whole[layer] = tensor
+        elif "_custom_diffusion" in name:
+            beyond.append(name)
+    if not found.whole:
+        return None
+    found.leave_out("biases and other tensors", beyond)
+    for path in _word_files(content.path):
+        found.tokens.update(_words(path))
+    return found
+
+
+def _word_files(weights: Path) -> list[Path]:
+    """Files beside the weights that hold a word each: those called `<new1>`, and in a folder that
+    diffusers wrote every small one.
+    """
+    beside = [p for ending in ENDINGS for p in weights.parent.glob(f"*{ending}") if p != weights]
+    own_folder = weights.stem == "pytorch_custom_diffusion_weights"
+    return sorted(
+        p
+        for p in beside
+        if p.stem.startswith("<") or (own_folder and p.stat().st_size < _LARGEST_WORD)
+    )
+
+
+def _words(path: Path) -> Mapping[str, Rows]:
+    found = read_embeddings(read_content(path))
+    return found.tokens if found else {}
+
+
+def read_a1111_delta(content: Content) -> Found | None:
+    """The extension's .safetensors: changes, whole or as factors, told apart by the header."""
+    try:
+        header = container(json.loads(content.metadata.get("json", "{}")))
+    except (ValueError, RecursionError) as error:
+        raise content.fault(f"its header is no JSON ({error}). Take another copy.") from error
+    entries, tensors = container(header.get("entries")), content.tensors()
+    if not entries:
+        return None
+    found = Found("a delta of A1111's Custom Diffusion extension")
+    beyond = []
+    for name, kind in entries.items():
+        layer = layer_of(name.removesuffix(".weight"))
+        if layer is None:
+            beyond.append(name)
+            continue
+        parts = [name] if kind == "delta" else [f"{name}.US", f"{name}.Vh"]
+        missing = [part for part in parts if part not in tensors]
+        if missing:
+            raise content.fault(f"{missing[0]} is missing. Take another copy of the file.")
+        delta = _delta(*(tensors[part] for part in parts))
+        if delta is not None:
+            found.deltas[layer] = delta
+    found.leave_out("entries of other layers", beyond)
+    return found
+
+
+def _take_matrices(found: Found, named: Mapping[str, Any]) -> None:
+    """Whole matrices, or the `u` and `v` of compressed changes, of cross-attention."""
+    beyond = []
+    for name, value in named.items():
+        layer = layer_of(name.removesuffix(".weight"))
+        factors = tensors_of(container(value))
+        if layer is None or not (isinstance(value, Tensor) or factors.keys() == {"u", "v"}):
+            beyond.append(name)
+        elif isinstance(value, Tensor):
+            found.whole[layer] = value
+        elif delta := _delta(factors["u"], factors["v"]):
+            found.deltas[layer] = delta
+    found.leave_out("tensors of other layers", beyond)
+
+
+def _delta(*factors: Tensor) -> Delta | None:
+    """The change; None where the file's compression left nothing of it."""
+    if len(factors) == 1:
+        return DenseDelta(factors[0])
+    up, down = factors
+    if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
+        raise ConceptFileError(
+            f"Factors of shapes {tuple(up.shape)} and {tuple(down.shape)} do not chain. The file "
+            f"is damaged: take another copy."
+        )
+    return LowRankDelta(up, down) if up.shape[1] else None

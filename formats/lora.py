@@ -1,0 +1,180 @@
+"""LoRA and LyCORIS files, of which a concept takes what changes cross-attention."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..concept.concept import Delta, DenseDelta, LowRankDelta
+from ..concept.errors import ConceptFileError
+from .content import Content, container, tensors_of
+from .found import Found, modifier_token, rows
+from .names import layer_of
+
+# How the tools call one thing; the first that fits the end of a name counts.
+_PARTS = {
+    "up": (".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", "_lora.up.weight")
+    + (".lora.up.weight", ".lora_linear_layer.up.weight"),
+    "down": (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", "_lora.down.weight")
+    + (".lora.down.weight", ".lora_linear_layer.down.weight"),
+    "alpha": (".alpha",),
+    "diff": (".diff",),
+    **{
+        part: (f".{part}",)
+        for part in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "lokr_w1", "lokr_w1_a")
+        + ("lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+    },
+    **{
+        part: (f".{part}",)
+        for part in ("dora_scale", "hada_t1", "hada_t2", "lokr_t2", "lora_mid.weight")
+        + ("diff_b", "reshape_weight", "set_weight", "lora_magnitude_vector")
+    },
+}
+_BUNDLED = "bundle_emb."
+_LARGEST = 1 << 26
+"""Numbers of a matrix that small factors may stand for; the largest of SDXL has 2.6 million"""
+
+Parts = Mapping[str, Tensor]
+
+
+def read_lora(content: Content) -> Found | None:
+    """LoRA (kohya, ComfyUI, diffusers, PEFT), LoHa, LoKr and plain differences."""
+    tensors = content.tensors()
+    modules = _modules(tensors)
+    if not modules:
+        return None
+    scale = _peft_scale(content)
+    found = Found("a LoRA")
+    _take_modules(found, content, modules, scale)
+    for name, tensor in tensors.items():
+        if name.startswith(_BUNDLED) and tensor.ndim in (1, 2):
+            word, _, _ = name.removeprefix(_BUNDLED).partition(".")
+            token = modifier_token(word)
+            found.tokens[token] = {**found.tokens.get(token, {}), **rows(tensor)}
+    return found
+
+
+def read_mix_of_show(content: Content) -> Found | None:
+    """An ED-LoRA of Mix-of-Show. It has a row of each word for every layer; a concept has one."""
+    params = content.part("params")
+    unet, words = container(params.get("unet")), container(params.get("new_concept_embedding"))
+    if not unet and not words:
+        return None
+    found = Found("an ED-LoRA of Mix-of-Show")
+    # Its layers multiply by alpha, not by alpha / rank, and alpha is 1 in every released file.
+    _take_modules(found, content, _modules(tensors_of(unet)), lambda _name, _rank: 1.0)
+    for name, tensor in tensors_of(words).items():
+        if tensor.ndim not in (1, 2):
+            raise content.fault(f"the word {name} has shape {tuple(tensor.shape)}; a matrix fits.")
+        matrix = tensor.reshape(-1, tensor.shape[-1]).float()
+        found.tokens[modifier_token(name)] = rows(matrix.mean(0))
+        if len(matrix) > 1:
+            found.notes.append(f"{name} has a row for each of {len(matrix)} layers: their mean")
+    found.leave_out("modules of the text encoder", list(container(params.get("text_encoder"))))
+    return found
+
+
+def _modules(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Module → part → tensor."""
+    ends = [(end, part) for part, ends in _PARTS.items() for end in ends]
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        fitting = next(((end, part) for end, part in ends if name.endswith(end)), None)
+        if fitting:
+            end, part = fitting
+            modules.setdefault(name.removesuffix(end), {})[part] = tensor
+    return {m: parts for m, parts in modules.items() if parts.keys() != {"alpha"}}
+
+
+def _take_modules(
+    found: Found,
+    content: Content,
+    modules: Mapping[str, Parts],
+    scale: Callable[[str, int], float] | None,
+) -> None:
+    beyond = []
+    for name, parts in modules.items():
+        layer = layer_of(name)
+        if layer is None:
+            beyond.append(name)
+            continue
+        try:
+            found.deltas[layer] = _delta(name, parts, scale)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise content.fault(f"{name}: {error}. Take another copy of the file.") from error
+    found.leave_out("modules that are not cross-attention were", beyond)
+
+
+def _delta(name: str, parts: Parts, scale: Callable[[str, int], float] | None) -> Delta:
+    """The change that one module's tensors stand for."""
+    factor = scale or (lambda _name, rank: float(parts["alpha"]) / rank if "alpha" in parts else 1)
+    kinds = parts.keys() - {"alpha"}
+    if any(parts[kind].ndim != 2 for kind in kinds):
+        raise ValueError("its factors are not matrices")
+    if kinds == {"up", "down"}:
+        up, down = parts["up"], parts["down"]
+        if up.shape[1] != down.shape[0] or not len(down):
+            raise ValueError(f"factors {tuple(up.shape)} and {tuple(down.shape)} do not chain")
+        return LowRankDelta(up, down).scaled(factor(name, len(down)))
+    if kinds == {"diff"}:
+        return DenseDelta(parts["diff"])
+    if kinds == {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}:
+        _check_size(len(parts["hada_w1_a"]) * parts["hada_w1_b"].shape[1])
+        _check_size(len(parts["hada_w2_a"]) * parts["hada_w2_b"].shape[1])
+        first = parts["hada_w1_a"].float() @ parts["hada_w1_b"].float()
+        second = parts["hada_w2_a"].float() @ parts["hada_w2_b"].float()
+        return DenseDelta(first * second * factor(name, len(parts["hada_w1_b"])))
+    if any(kind.startswith("lokr") for kind in kinds) and "lokr_t2" not in kinds:
+        first, second = _kronecker_factor(parts, "lokr_w1"), _kronecker_factor(parts, "lokr_w2")
+        _check_size(first.numel() * second.numel())
+        ranks = [len(parts[part]) for part in ("lokr_w2_b", "lokr_w1_b") if part in parts]
+        # Two whole factors have no rank to divide by, and their alpha says nothing.
+        strength = factor(name, ranks[0]) if ranks else 1.0
+        return DenseDelta(torch.kron(first, second) * strength)
+    raise ValueError(
+        f"it is made of {', '.join(sorted(kinds))}; LoRA, LoHa, LoKr and plain differences can be "
+        f"read, DoRA and convolutions' factors cannot"
+    )
+
+
+def _kronecker_factor(parts: Parts, name: str) -> Tensor:
+    if name in parts:
+        return parts[name].float()
+    if f"{name}_a" not in parts or f"{name}_b" not in parts:
+        raise ValueError(f"{name} is missing")
+    _check_size(len(parts[f"{name}_a"]) * parts[f"{name}_b"].shape[1])
+    return parts[f"{name}_a"].float() @ parts[f"{name}_b"].float()
+
+
+def _check_size(numbers: int) -> None:
+    if numbers > _LARGEST:
+        raise ValueError(f"its factors stand for {numbers} numbers, more than any layer has")
+
+
+def _peft_scale(content: Content) -> Callable[[str, int], float] | None:
+    """alpha / rank as PEFT's settings in the header say; None where there are none."""
+    text = content.metadata.get("lora_adapter_metadata")
+    if text is None:
+        return None
+    try:
+        settings: dict[str, Any] = dict(container(json.loads(text)))
+    except (ValueError, RecursionError) as error:
+        raise content.fault(f"lora_adapter_metadata is no JSON ({error})") from error
+    if settings.get("unet.use_rslora") or settings.get("unet.use_dora"):
+        raise ConceptFileError(
+            f"{content.path.name} uses rank-stabilised LoRA or DoRA, which a concept cannot hold. "
+            "Save it as an ordinary LoRA."
+        )
+    patterns = container(settings.get("unet.alpha_pattern"))
+    alpha = settings.get("unet.lora_alpha")
+
+    def scale(name: str, rank: int) -> float:
+        path = name.removeprefix("unet.")
+        own = next((a for key, a in patterns.items() if path.endswith(key)), alpha)
+        return float(own) / rank if own is not None else 1.0
+
+    return scale
