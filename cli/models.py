@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..formats.base import BaseModel, read_base
 from ..trainer.config import MethodName, TrainConfig
 from ..trainer.methods import recipe
 
@@ -44,3 +46,12 @@ def recipe_for(model: str, method: MethodName = DEFAULTS.method) -> TrainConfig:
 
     slower = recipe(method).learning_rate / DEFAULTS.learning_rate
     return replace(CONFIG, learning_rate=slower * CONFIG.learning_rate)
+
+
+def base_model(model: str) -> BaseModel:
+    """The cross-attention of a checkpoint, of a folder in diffusers' layout, or of the miniature;
+    nothing else of it is loaded.
+    """
+    if model == MINIATURE:
+        return BaseModel.of(load(MINIATURE).unet.named_parameters())
+    return read_base(Path(model))

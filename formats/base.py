@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,12 @@ class BaseModel:
     """The matrices of a base model's cross-attention, by layer; (out, in) each."""
 
     weights: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, parameters: Iterable[tuple[str, Tensor]]) -> BaseModel:
+        """From a network's parameters, by original names or diffusers'; others are passed over."""
+        named = ((layer_of(name.removesuffix(".weight")), weight) for name, weight in parameters)
+        return cls({layer: weight.detach() for layer, weight in named if layer})
 
     @property
     def family(self) -> Family:
@@ -82,17 +88,12 @@ def read_base(path: Path) -> BaseModel:
         )
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
-            names = {n: layer_of(n.removesuffix(".weight")) for n in opened.keys()}  # noqa: SIM118
-            weights = {
-                layer: opened.get_tensor(name)
-                for name, layer in names.items()
-                if layer and name.endswith(".weight")
-            }
+            names = [n for n in opened.keys() if layer_of(n.removesuffix(".weight"))]  # noqa: SIM118
+            base = BaseModel.of((name, opened.get_tensor(name)) for name in names)
     except (SafetensorError, OSError, ValueError) as error:
         raise ConceptFileError(
             f"{file.name} cannot be read as a .safetensors checkpoint ({error}). Copy it again, or "
             "convert it to .safetensors."
         ) from error
-    base = BaseModel(weights)
     _ = base.family  # a checkpoint without cross-attention is refused here
     return base

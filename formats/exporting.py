@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -49,11 +50,14 @@ def export_concept(
     kind: str,
     base: BaseModel | None = None,
     dtype: torch.dtype = torch.float16,
+    *,
+    number_if_taken: bool = False,
 ) -> list[Path]:
     """Writes the concept as a format of `FORMATS`, and says which files there are now.
 
     `path` names the first; its ending is that of the format. Each file is complete or absent, and
-    none is replaced. `dtype` is that of changes and embeddings; whole matrices are float32.
+    none is replaced: a name that is taken is an error, or gets a number. `dtype` is that of changes
+    and embeddings; whole matrices are float32.
     Raises ConceptFileError, and IncompatibleModelError where the base is another.
     """
     chosen = FORMATS[kind]
@@ -83,13 +87,17 @@ def export_concept(
     if not files:
         raise ConceptFileError(f"There is nothing in {concept.describe()} for {chosen.title}.")
     stem = str(path.with_suffix("")) if path.suffix in ENDINGS else str(path)
-    named = [(Path(stem + extra), value, head) for extra, value, head in files]
-    for target, _, _ in named:
-        if target.exists():
-            raise ConceptFileError(f"{target} exists already. Choose another name, or move it.")
-    for target, value, head in named:
-        _write(target, value, head)
-    return [target for target, _, _ in named]
+    for number in itertools.count(2):
+        targets = [Path(f"{stem}{extra}") for extra, _, _ in files]
+        taken = next((target for target in targets if target.exists()), None)
+        if taken is None:
+            break
+        if not number_if_taken:
+            raise ConceptFileError(f"{taken} exists already. Choose another name, or move it.")
+        stem = f"{stem.removesuffix(f'-{number - 1}')}-{number}"
+    for target, (_, value, header) in zip(targets, files, strict=True):
+        _write(target, value, header)
+    return targets
 
 
 def bake(concept: Concept, checkpoint: Path, path: Path) -> list[str]:
@@ -107,8 +115,8 @@ def bake(concept: Concept, checkpoint: Path, path: Path) -> list[str]:
         raise ConceptFileError(
             f"{checkpoint.name} cannot be read as a .safetensors checkpoint ({error}). Give one."
         ) from error
-    names = {layer_of(n.removesuffix(".weight")): n for n in tensors if n.endswith(".weight")}
-    base = BaseModel({layer: tensors[name] for layer, name in names.items() if layer})
+    base = BaseModel.of(tensors.items())
+    names = {layer_of(name.removesuffix(".weight")): name for name in tensors}
     check_fit(concept, base.family, {k: tuple(w.shape) for k, w in base.weights.items()})
     for layer, delta in concept.deltas.items():
         weight = tensors[names[layer]]

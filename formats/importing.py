@@ -40,6 +40,7 @@ class Opened:
     concept: Concept
     title: str
     notes: tuple[str, ...] = ()
+    foreign: bool = True
 
 
 def open_concept(path: Path, base: BaseModel | None = None, class_noun: str = "") -> Opened:
@@ -50,7 +51,7 @@ def open_concept(path: Path, base: BaseModel | None = None, class_noun: str = ""
     """
     content = read_content(path)
     if content.metadata.get("format") == FORMAT:
-        return Opened(read_concept(path), "a concept")
+        return Opened(read_concept(path), "a concept", foreign=False)
     found = next((found for reader in READERS if (found := reader(content))), None)
     if found is None:
         names = ", ".join(list(content.values)[:3]) or "nothing"

@@ -3,9 +3,12 @@
 import torch
 from comfy_api.latest import io
 
-from ..concept.file import read_concept, write_new_concept
+from ..concept.file import safe_file_name, write_new_concept
+from ..formats.exporting import FORMATS, export_concept
+from ..formats.importing import open_concept
 from ..host.comfyui.inputs import file_fingerprint
-from ..host.comfyui.paths import concept_files, concept_folder, concept_path
+from ..host.comfyui.models import base_model
+from ..host.comfyui.paths import concept_files, concept_folder, concept_path, export_folder
 from .types import CATEGORY, Concept, told
 
 PRECISIONS = {"half (fp16)": torch.float16, "full (fp32)": torch.float32}
@@ -18,8 +21,9 @@ class LoadConcept(io.ComfyNode):
             node_id="LoadConcept",
             display_name="Load Concept",
             category=CATEGORY,
-            description="Loads a concept from models/custom_diffusion.",
-            search_aliases=["load custom diffusion", "load delta"],
+            description="Loads a concept from models/custom_diffusion, or makes one of another "
+            "tool's file there: Custom Diffusion deltas, LoRAs, textual-inversion embeddings.",
+            search_aliases=["load custom diffusion", "load delta", "import concept", "load lora"],
             inputs=[
                 io.Combo.Input("concept_name", options=concept_files()),
                 io.String.Input(
@@ -29,20 +33,42 @@ class LoadConcept(io.ComfyNode):
                     tooltip="Another modifier token for a concept that has one, when two concepts "
                     "use the same.",
                 ),
+                io.String.Input(
+                    "class_noun",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="For another tool's file, which has none: the everyday word for the "
+                    "thing. Concept Merge keeps it.",
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="Only for another tool's file that holds whole weights: the base "
+                    "model it was trained on, so that the change can be told.",
+                ),
             ],
             outputs=[Concept.Output(display_name="concept")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, concept_name: str, rename_token: str) -> str:
-        return file_fingerprint(concept_path(concept_name)) + rename_token
+    def fingerprint_inputs(cls, concept_name: str, **others: object) -> str:
+        return file_fingerprint(concept_path(concept_name)) + repr(sorted(others.items()))
 
     @classmethod
-    def execute(cls, concept_name: str, rename_token: str) -> io.NodeOutput:
-        concept = read_concept(concept_path(concept_name))
+    def execute(
+        cls, concept_name: str, rename_token: str, class_noun: str = "", model=None
+    ) -> io.NodeOutput:
+        base = None if model is None else base_model(model)
+        opened = open_concept(concept_path(concept_name), base, class_noun.strip())
+        concept = opened.concept
         if rename_token.strip():
             concept = concept.with_token(rename_token.strip())
-        return io.NodeOutput(concept)
+        if not opened.foreign:
+            return io.NodeOutput(concept)
+        return io.NodeOutput(
+            concept, ui=told(f"From {opened.title}: {concept.describe()}", warnings=opened.notes)
+        )
 
 
 class SaveConcept(io.ComfyNode):
@@ -69,4 +95,41 @@ class SaveConcept(io.ComfyNode):
         return io.NodeOutput(ui=told(f"{path.name}, {path.stat().st_size / 1e6:.1f} MB"))
 
 
-NODES = [LoadConcept, SaveConcept]
+class ExportConcept(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ExportConcept",
+            display_name="Export Concept",
+            category=CATEGORY,
+            description="Saves a concept as another tool's file. LoRAs and embeddings go where "
+            "ComfyUI's own loaders find them, the rest to output/custom_diffusion/exported.",
+            search_aliases=["save lora", "convert concept", "diffusers", "kohya"],
+            is_output_node=True,
+            inputs=[
+                Concept.Input("concept"),
+                io.Combo.Input("format", options=list(FORMATS)),
+                io.String.Input("name", default="my-concept"),
+                io.Combo.Input("precision", options=list(PRECISIONS), advanced=True),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="For formats that hold whole weights (compvis, adobe, hugging-face): "
+                    "the base model of the concept.",
+                ),
+            ],
+            outputs=[],
+        )
+
+    @classmethod
+    def execute(cls, concept, format: str, name: str, precision: str, model=None) -> io.NodeOutput:
+        base = None if model is None else base_model(model)
+        path = export_folder(format) / safe_file_name(name)
+        paths = export_concept(
+            concept, path, format, base, PRECISIONS[precision], number_if_taken=True
+        )
+        sizes = [f"{path}, {path.stat().st_size / 1e6:.1f} MB" for path in paths]
+        return io.NodeOutput(ui=told(FORMATS[format].title, *sizes))
+
+
+NODES = [LoadConcept, SaveConcept, ExportConcept]

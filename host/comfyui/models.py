@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ...concept.errors import CustomDiffusionError, IncompatibleModelError
-from ...concept.layers import Family, family_of_width, is_projection
+from ...concept.layers import Family, family_of_width, is_cross_attention, is_projection
+from ...formats.base import BaseModel
 from ...trainer.protocols import Prediction
 from ..clip_pair import ClipTextEncoderPair
 from ..clip_text import ClipTextEncoder, text_transformer
@@ -201,6 +202,13 @@ def patched_projections(model: Any) -> dict[str, Tensor]:
         layer: patched_weights(model, f"{_UNET_PREFIX}{layer}.")["weight"]
         for layer in _projections(model.model.diffusion_model)
     }
+
+
+def base_model(model: Any) -> BaseModel:
+    """Copies of the cross-attention of a MODEL's UNet, patches applied."""
+    network = cross_attention_unet(model)
+    layers = [path for path, _ in network.named_modules() if is_cross_attention(path)]
+    return BaseModel({k: patched_weights(model, f"{_UNET_PREFIX}{k}.")["weight"] for k in layers})
 
 
 def training_dtype(device: torch.device) -> torch.dtype:

@@ -8,6 +8,7 @@ from pathlib import Path
 import folder_paths
 
 from ...concept.errors import DataError, UnknownConceptError
+from ...formats.content import ENDINGS
 
 MODEL_FOLDER = "custom_diffusion"
 JOBS_FOLDER = "custom_diffusion_jobs"
@@ -19,7 +20,7 @@ def register_model_folder() -> None:
     default = Path(folder_paths.models_dir) / MODEL_FOLDER
     folder_paths.add_model_folder_path(MODEL_FOLDER, str(default))
     paths, extensions = folder_paths.folder_names_and_paths[MODEL_FOLDER]
-    folder_paths.folder_names_and_paths[MODEL_FOLDER] = (paths, {*extensions, ".safetensors"})
+    folder_paths.folder_names_and_paths[MODEL_FOLDER] = (paths, {*extensions, *ENDINGS})
 
 
 def concept_folder() -> Path:
@@ -30,6 +31,16 @@ def concept_folder() -> Path:
 def network_folder() -> Path:
     """Where whole UNets are saved, for ComfyUI's own loader of diffusion models."""
     return Path(folder_paths.models_dir) / "diffusion_models"
+
+
+def export_folder(kind: str) -> Path:
+    """Where an exported format is of use: ComfyUI's own loaders look for LoRAs and embeddings in
+    folders of theirs; what other programs read goes to the output folder.
+    """
+    own = {"comfyui-lora": "loras", "kohya-lora": "loras", "embeddings": "embeddings"}.get(kind)
+    if own:
+        return Path(folder_paths.get_folder_paths(own)[0])
+    return Path(folder_paths.get_output_directory()) / MODEL_FOLDER / "exported"
 
 
 def concept_files() -> list[str]:

@@ -38,8 +38,7 @@ WHOLE = [kind for kind, format in FORMATS.items() if format.needs_base]
 
 
 def base_of(unet: nn.Module) -> BaseModel:
-    named = ((layer_of(n.removesuffix(".weight")), p) for n, p in unet.named_parameters())
-    return BaseModel({layer: p.detach() for layer, p in named if layer})
+    return BaseModel.of(unet.named_parameters())
 
 
 def concept_on(base: BaseModel, rank: int | None, words: int = 1, vectors: int = 1) -> Concept:

@@ -1,0 +1,66 @@
+"""`custom-diffusion import` and `custom-diffusion export`"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..concept.errors import ConfigError
+from ..concept.file import read_concept
+from ..formats.base import BaseModel
+from ..formats.exporting import FORMATS, bake, export_concept
+from ..formats.importing import open_concept
+from .models import base_model
+from .output import check_new, save
+
+CHECKPOINT = "checkpoint"  # a base model with the concept in its weights
+
+
+def add_to(commands: Any) -> None:
+    taken = commands.add_parser("import", help="make a concept of another tool's file")
+    taken.add_argument("file", type=Path, help="delta, LoRA or embedding, of any ending")
+    taken.add_argument("--base", help="base model of whole weights: checkpoint or folder")
+    taken.add_argument("--class-noun", default="", help="the everyday word for the thing")
+    taken.add_argument("--token", help="another name of its one modifier token")
+    taken.add_argument("--output", type=Path, default=Path("concept.safetensors"))
+    taken.set_defaults(command=import_command)
+
+    given = commands.add_parser("export", help="write a concept as another tool's file")
+    given.add_argument("concept", type=Path)
+    given.add_argument("--format", choices=[*FORMATS, CHECKPOINT], required=True)
+    given.add_argument("--base", help="for whole weights: checkpoint, or folder of diffusers")
+    given.add_argument("--full", action="store_true", help="float32 instead of half precision")
+    given.add_argument("--output", type=Path, required=True, help="its ending is the format's")
+    given.set_defaults(command=export_command)
+
+
+def import_command(options: argparse.Namespace) -> None:
+    check_new(options.output)
+    opened = open_concept(options.file, _base(options), options.class_noun)
+    print(f"{options.file} is {opened.title}")
+    for note in opened.notes:
+        print(f"note: {note}")
+    concept = opened.concept.with_token(options.token) if options.token else opened.concept
+    save(concept, options.output)
+
+
+def export_command(options: argparse.Namespace) -> None:
+    concept = read_concept(options.concept)
+    if options.format == CHECKPOINT:
+        if not options.base or not Path(options.base).is_file():
+            raise ConfigError("A checkpoint is baked into another one: give it as --base FILE.")
+        words = bake(concept, Path(options.base), options.output)
+        print(f"saved {options.output}")
+        if words:
+            print(f"its words are not in it: export {', '.join(words)} as embeddings")
+        return
+    dtype = torch.float32 if options.full else torch.float16
+    for path in export_concept(concept, options.output, options.format, _base(options), dtype):
+        print(f"saved {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def _base(options: argparse.Namespace) -> BaseModel | None:
+    return base_model(options.base) if options.base else None

@@ -1,0 +1,148 @@
+"""Other tools' files through ComfyUI: its LoRA loader judges what we write, and what we read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from custom_diffusion.concept.concept import Concept
+from custom_diffusion.concept.file import concept_tensors
+from custom_diffusion.formats.exporting import export_concept
+from custom_diffusion.formats.importing import open_concept
+from custom_diffusion.formats.names import kohya_name
+from safetensors.torch import save_file
+from support.made_concepts import made_concept
+
+PREFIX = "diffusion_model."
+
+
+@pytest.fixture(scope="module")
+def sd15(load: Any) -> Any:
+    return load("sd15")
+
+
+@pytest.fixture(scope="module")
+def shapes(sd15: Any) -> dict[str, tuple[int, int]]:
+    weights = sd15.model.model.diffusion_model.named_parameters()
+    return {
+        name.removesuffix(".weight"): tuple(weight.shape)
+        for name, weight in weights
+        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
+    }
+
+
+def weights_with_lora(comfy: Any, loaded: Any, path: Path) -> dict[str, torch.Tensor]:
+    """The UNet's weights after ComfyUI's own LoRA loader."""
+    from custom_diffusion.host.comfyui.models import patched_weights
+
+    lora = comfy.utils.load_torch_file(str(path), safe_load=True)
+    model, _ = comfy.sd.load_lora_for_models(loaded.model, loaded.clip, lora, 1.0, 0.0)
+    return patched_weights(model, PREFIX)
+
+
+def weights_with_concept(loaded: Any, concept: Concept) -> dict[str, torch.Tensor]:
+    from custom_diffusion.host.comfyui.apply import apply_concept
+    from custom_diffusion.host.comfyui.models import patched_weights
+
+    with torch.inference_mode():
+        model, _ = apply_concept(loaded.model, loaded.clip, concept, 1.0)
+    return patched_weights(model, PREFIX)
+
+
+def assert_same_change(ours: Any, theirs: Any, before: Any) -> None:
+    changed = {name for name in before if not torch.equal(before[name], theirs[name])}
+    assert changed
+    assert changed == {name for name in before if not torch.equal(before[name], ours[name])}
+    for name in changed:
+        change = (theirs[name] - before[name]).abs().max()
+        assert (ours[name] - theirs[name]).abs().max() < 2e-3 * change
+
+
+@pytest.mark.parametrize("kind", ["comfyui-lora", "kohya-lora"])
+@pytest.mark.parametrize("rank", [None, 6], ids=["dense", "low rank"])
+def test_the_stock_lora_loader_reads_what_we_export(
+    comfy: Any, sd15: Any, shapes: Any, rank: int | None, kind: str, tmp_path: Path
+) -> None:
+    concept = made_concept(shapes, rank=rank)
+    (path,) = export_concept(concept, tmp_path / "cat.safetensors", kind)
+    before = weights_with_concept(sd15, Concept(concept.family, {}, concept.tokens))
+    assert_same_change(
+        weights_with_concept(sd15, concept), weights_with_lora(comfy, sd15, path), before
+    )
+
+
+def test_lycoris_files_mean_to_us_what_they_mean_to_the_stock_loader(
+    comfy: Any, sd15: Any, shapes: Any, tmp_path: Path
+) -> None:
+    draw = torch.Generator().manual_seed(3)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw) * 0.1
+
+    tensors: dict[str, torch.Tensor] = {}
+    for number, (layer, (out, width)) in enumerate(shapes.items()):
+        kinds = [
+            {"hada_w1_a": numbers(out, 4), "hada_w1_b": numbers(4, width)}
+            | {"hada_w2_a": numbers(out, 4), "hada_w2_b": numbers(4, width)},
+            {"lokr_w1": numbers(8, 8), "lokr_w2": numbers(out // 8, width // 8)},
+            {"lokr_w1": numbers(8, 8), "lokr_w2_a": numbers(out // 8, 4)}
+            | {"lokr_w2_b": numbers(4, width // 8)},
+            {"lokr_w1_a": numbers(8, 2), "lokr_w1_b": numbers(2, 8)}
+            | {"lokr_w2_a": numbers(out // 8, 4), "lokr_w2_b": numbers(4, width // 8)},
+            {"lora_up.weight": numbers(out, 4), "lora_down.weight": numbers(4, width)},
+            {"diff": numbers(out, width)},
+        ]
+        parts = kinds[number % len(kinds)] | {"alpha": torch.tensor(2.5)}
+        name = kohya_name(layer, diffusers_blocks=True)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    path = tmp_path / "lycoris.safetensors"
+    save_file(tensors, path)
+    concept = open_concept(path).concept
+    before = weights_with_concept(sd15, Concept(concept.family, {}, made_concept(shapes).tokens))
+    assert_same_change(
+        weights_with_concept(sd15, concept), weights_with_lora(comfy, sd15, path), before
+    )
+
+
+def test_the_stock_tokenizer_reads_an_exported_embedding(
+    sd15: Any, shapes: Any, tmp_path: Path
+) -> None:
+    concept = made_concept(shapes)
+    (path,) = export_concept(concept, tmp_path / "cat", "embeddings", dtype=torch.float32)
+    clip = sd15.clip.clone()
+    clip.tokenizer.clip_l.embedding_directory = str(path.parent)
+    (tokens,) = clip.tokenize("embedding:cat on a table")["l"]
+    rows = [token for token, *_ in tokens if isinstance(token, torch.Tensor)]
+    assert len(rows) == 1
+    assert torch.equal(rows[0], concept.tokens[0].embeddings["clip_l"][0])
+
+
+@pytest.mark.parametrize("kind", ["adobe", "compvis", "hugging-face"])
+def test_load_concept_reads_whole_weights_with_their_model(
+    kind: str, sd15: Any, shapes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import folder_paths
+    from custom_diffusion.host.comfyui.models import base_model
+    from custom_diffusion.nodes.files import LoadConcept
+
+    concept = made_concept(shapes, rank=3)
+    small = {layer: delta.scaled(0.05) for layer, delta in concept.deltas.items()}
+    concept = replace(concept, deltas=small)
+    with torch.inference_mode():
+        base = base_model(sd15.model)
+    path, *_ = export_concept(concept, tmp_path / "theirs", kind, base, torch.float32)
+    paths = ([str(tmp_path)], {".bin", ".ckpt", ".safetensors"})
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "custom_diffusion", paths)
+    with torch.inference_mode():
+        output = LoadConcept.execute(
+            str(path.relative_to(tmp_path)), "", class_noun="cat", model=sd15.model
+        )
+    (read,) = output.args
+    for layer, delta in concept.deltas.items():
+        torch.testing.assert_close(read.deltas[layer].dense(), delta.dense(), rtol=1e-3, atol=1e-5)
+    assert read.base_hash == base.hash and read.tokens[0].class_noun == "cat"
+    assert concept_tensors(read).keys() >= {f"{PREFIX}{layer}.diff" for layer in shapes}
+    assert "delta" in output.ui["text"][0] or "Hugging Face" in output.ui["text"][0]
