@@ -1,31 +1,87 @@
-"""`custom-diffusion inspect`"""
+"""`custom-diffusion inspect` and `custom-diffusion list`"""
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
-from ..concept.concept import LowRankDelta
-from ..concept.file import read_concept
+from ..concept.card import ConceptCard, read_card
+from ..concept.concept import Concept
+from ..concept.errors import ConceptFileError
+from ..concept.fit import Fit, fit_to
+from ..concept.inspection import aligned, inspect_concept
+from ..concept.layers import FAMILIES
+from ..concept.library import ORDERS, SORTS, Listing, list_concepts
+from ..formats.base import BaseModel
+from ..formats.content import ENDINGS
+from ..formats.importing import open_concept
+from .models import base_model
 
 
 def add_to(commands: Any) -> None:
     look = commands.add_parser("inspect", help="what a concept file holds")
     look.add_argument("file", type=Path)
+    look.add_argument("--layers", action="store_true", help="a line for each layer too")
+    look.add_argument("--base", help="say whether it fits: checkpoint, or folder")
+    look.add_argument("--json", action="store_true", help="all of it, for a program")
     look.set_defaults(command=inspect_command)
+
+    many = commands.add_parser("list", help="the concept files of a folder")
+    many.add_argument("folder", type=Path)
+    many.add_argument("--search", default="", metavar="TEXT", help="in file names and prompts")
+    many.add_argument("--base", default="", choices=FAMILIES, help="family of the base model")
+    many.add_argument("--sort", default="name", choices=SORTS)
+    many.add_argument("--order", default="", choices=ORDERS, help="default: as suits --sort")
+    many.add_argument("--json", action="store_true", help="for a program")
+    many.set_defaults(command=list_command)
 
 
 def inspect_command(options: argparse.Namespace) -> None:
-    concept = read_concept(options.file)
-    ranks = sorted({d.rank for d in concept.deltas.values() if isinstance(d, LowRankDelta)})
-    print(f"{options.file}: {options.file.stat().st_size / 1e6:.1f} MB")
-    print(f"base model: {concept.family.title}, projections {concept.base_hash or 'unknown'}")
-    for token in concept.tokens:
-        start = token.initializer or "a rare token"
-        print(f"token: {token.name} {token.class_noun} (started from {start})")
-    print(f"projections: {len(concept.deltas)}, {f'rank {ranks}' if ranks else 'dense'}")
-    print(f"kept by a merge: {', '.join(concept.constraint_prompts) or 'nothing'}")
-    for fact in ("method", "steps", "instance_images", "regularization_images", "strengths"):
-        if fact in concept.provenance:
-            print(f"{fact.replace('_', ' ')}: {concept.provenance[fact]}")
+    base = base_model(options.base) if options.base else None
+    opened = open_concept(options.file, base)
+    fit = _fit(opened.concept, base) if base else None
+    created = "" if opened.foreign else read_card(options.file).created
+    found = inspect_concept(opened.concept, options.file, created=created, fit=fit)
+    print(_json(found.as_json()) if options.json else found.text(layers=options.layers))
+
+
+def list_command(options: argparse.Namespace) -> None:
+    folder: Path = options.folder
+    if not folder.is_dir():
+        raise ConceptFileError(f"There is no folder {folder}. Give one that holds concept files.")
+    files = [path for path in folder.rglob("*") if path.suffix in ENDINGS]
+    names = [path.relative_to(folder).as_posix() for path in files]
+    listing = list_concepts(
+        names,
+        folder.joinpath,
+        search=options.search,
+        base=options.base,
+        sort=options.sort,
+        order=options.order,
+    )
+    print(_json(listing.as_json()) if options.json else "\n".join(_lines(listing)))
+
+
+def _fit(concept: Concept, base: BaseModel) -> Fit:
+    shapes = {layer: tuple(weight.shape) for layer, weight in base.weights.items()}
+    return fit_to(concept, base.family, shapes, base.hash)
+
+
+def _lines(listing: Listing) -> list[str]:
+    head = ("name", "prompts", "base", "MB", "date", "made by")
+    rows = [_cells(name, card) for name, card in listing.cards.items()]
+    found = aligned([head, *rows]) if rows else ["no concept found"]
+    found += [f"another tool's file: {name}" for name in listing.other]
+    return [*found, *(f"cannot be read: {why}" for why in listing.unreadable.values())]
+
+
+def _cells(name: str, card: ConceptCard) -> tuple[str, ...]:
+    steps = f", {card.steps} steps" if card.steps else ""
+    size, date = f"{card.megabytes:.2f}", card.created[:10]
+    return name, ", ".join(card.prompts), card.base, size, date, f"{card.method}{steps}"
+
+
+def _json(told: Any) -> str:
+    return json.dumps(told, indent=2, ensure_ascii=False)

@@ -24,14 +24,18 @@ class ConceptCard:
 
     file: str
     megabytes: float
+    base: str
+    """Family of the base model, by its name: `sd15`"""
     family: str
-    """Of the base model, as people say it"""
+    """The same as people say it"""
     prompts: tuple[str, ...]
     """How prompts speak of it: `<new1> cat`"""
     method: str
     steps: int | None
     created: str
     """ISO 8601, UTC"""
+    thumbnail: bool
+    """Whether there is a picture beside it"""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -46,13 +50,15 @@ def read_card(path: Path) -> ConceptCard:
         return ConceptCard(
             file=path.name,
             megabytes=round(path.stat().st_size / 1e6, 2),
+            base=metadata["base_family"],
             family=FAMILIES[metadata["base_family"]].title,
             prompts=tuple(f"{t['name']} {t['class_noun']}".strip() for t in tokens),
             method=str(provenance.get("method", "")),
             steps=provenance.get("steps"),
             created=metadata.get("created", ""),
+            thumbnail=thumbnail(path) is not None,
         )
-    except (LookupError, ValueError, TypeError, AttributeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConceptFileError(
             f"{path.name} calls itself a concept file but its header is damaged "
             f"({type(error).__name__}: {error}). Take another copy of the file."

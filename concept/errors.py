@@ -9,6 +9,10 @@ class ConceptFileError(CustomDiffusionError):
     """A concept file cannot be read or written."""
 
 
+class OtherFileError(ConceptFileError):
+    """A file is no concept of this pack; it may be another tool's, which can be imported."""
+
+
 class UnknownConceptError(ConceptFileError):
     """There is no concept of that name, or nothing of what was asked for belongs to it."""
 

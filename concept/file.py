@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .atomic import write_atomically
 from .concept import Concept, Delta, DenseDelta, LowRankDelta, ModifierToken
-from .errors import ConceptFileError, CustomDiffusionError
+from .errors import ConceptFileError, CustomDiffusionError, OtherFileError
 from .layers import FAMILIES, is_cross_attention, is_projection
 
 FORMAT = "custom-diffusion-concept"
@@ -115,7 +115,14 @@ def read_concept(path: str | os.PathLike[str]) -> Concept:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a concept file says of itself, without its tensors. Raises ConceptFileError."""
+    """What a concept file says of itself, without its tensors. Raises ConceptFileError;
+    OtherFileError for files of other tools, which are not opened.
+    """
+    if path.suffix != ".safetensors" and path.is_file():
+        raise OtherFileError(
+            f"{path.name} is another tool's file. The node Load Concept and the command "
+            "`custom-diffusion import` make a concept of it."
+        )
     with _opened(path) as file:
         metadata = dict(file.metadata() or {})
     _check_format(path, metadata)
@@ -211,10 +218,10 @@ def _diagnosis(path: Path) -> str:
 
 def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
-        raise ConceptFileError(
+        raise OtherFileError(
             f"{path.name} is a .safetensors file but not a concept: its metadata has no 'format: "
-            f"{FORMAT}'. An ordinary LoRA belongs in a LoRA loader; a concept comes from "
-            "CustomDiffusionTrain or ConceptMerge."
+            f"{FORMAT}'. Of a LoRA, a delta or an embedding, the node Load Concept and the command "
+            "`custom-diffusion import` make one."
         )
     version = metadata.get("format_version", "")
     readable = FORMAT_VERSION.split(".")[0]

@@ -1,10 +1,75 @@
-"""Whether a concept belongs on a model: the one check that every host makes before applying one."""
+"""Whether a concept belongs on a model, and if not, why: the one place that knows. Every host asks
+before it applies one.
+"""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from .concept import Concept
 from .errors import IncompatibleModelError
 from .layers import Family
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a concept suits a model."""
+
+    misfits: tuple[str, ...] = ()
+    """Why it cannot be applied to the model; empty where it can."""
+    remark: str = ""
+    """What may show in pictures although it can be applied"""
+
+
+def fit_to(
+    concept: Concept, family: Family, shapes: Mapping[str, tuple[int, ...]], base_hash: str
+) -> Fit:
+    """How a concept suits a model: `misfits`, and whether it is another checkpoint.
+
+    `base_hash` is `hash_projections` of the model's own key and value projections.
+    """
+    reasons = tuple(misfits(concept, family, shapes))
+    if reasons or not concept.base_hash or concept.base_hash == base_hash:
+        return Fit(reasons)
+    return Fit(
+        remark=f"it was trained on another checkpoint of {family.title}, or this one has patches "
+        f"on it (base hash {concept.base_hash[:8]}, this model's is {base_hash[:8]}); pictures may "
+        f"be less like the concept"
+    )
+
+
+def misfits(concept: Concept, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Every reason why a concept cannot be applied to a model; of another family, that alone.
+
+    `shapes` are the model's weights by layer name, (out, in).
+    """
+    if family != concept.family:
+        return [
+            f"it was trained on {concept.family.title} (text width "
+            f"{concept.family.context_width}); this model is {family.title} "
+            f"({family.context_width})"
+        ]
+    return [
+        f"{layer} is {concept.deltas[layer].shape} in the concept and "
+        f"{shapes.get(layer, 'absent')} in the model"
+        for layer in concept.layers
+        if shapes.get(layer) != concept.deltas[layer].shape
+    ]
+
+
+def check_fit(concept: Concept, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises IncompatibleModelError where there are `misfits`."""
+    reasons = misfits(concept, family, shapes)
+    if not reasons:
+        return
+    if family != concept.family:
+        raise IncompatibleModelError(
+            f"The concept {concept.describe()} does not fit: {reasons[0]}. Load a checkpoint of "
+            f"{concept.family.title}, or train the concept again on this one."
+        )
+    raise IncompatibleModelError(
+        f"The concept {concept.describe()} does not fit this model in {len(reasons)} of "
+        f"{len(concept.deltas)} projections: {reasons[0]}. Load the base model it was trained on."
+    )
 
 
 def check_text_width(width: int, family: Family) -> None:
@@ -13,27 +78,4 @@ def check_text_width(width: int, family: Family) -> None:
         raise IncompatibleModelError(
             f"The CLIP given makes text features of width {width}; this model is {family.title} "
             f"and reads {family.context_width}. Connect the CLIP of the model's own checkpoint."
-        )
-
-
-def check_fit(concept: Concept, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises IncompatibleModelError unless the model has every projection that the concept changes.
-
-    `shapes` are the model's weights by layer name, (out, in).
-    """
-    if family != concept.family:
-        raise IncompatibleModelError(
-            f"The concept {concept.describe()} was trained on {concept.family.title} (text width "
-            f"{concept.family.context_width}); this model is {family.title} "
-            f"({family.context_width}). Load a checkpoint of {concept.family.title}, or train the "
-            f"concept again on this one."
-        )
-    wrong = [layer for layer in concept.layers if shapes.get(layer) != concept.deltas[layer].shape]
-    if wrong:
-        layer = wrong[0]
-        raise IncompatibleModelError(
-            f"The concept {concept.describe()} does not fit this model in {len(wrong)} of "
-            f"{len(concept.deltas)} projections: {layer} is {concept.deltas[layer].shape} in the "
-            f"concept and {shapes.get(layer, 'absent')} in the model. Load the base model it was "
-            f"trained on."
         )

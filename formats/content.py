@@ -63,7 +63,7 @@ def read_content(path: Path) -> Content:
     Raises ConceptFileError that says what is wrong with the file and what to do.
     """
     if not path.is_file():
-        raise ConceptFileError(f"There is no file {path}. Check the name.")
+        raise ConceptFileError(f"There is no concept file {path}. Check the name.")
     try:
         with open(path, "rb") as file:
             start = file.read(9)

@@ -18,12 +18,15 @@ from server import PromptServer
 
 from ...concept.card import read_card, thumbnail
 from ...concept.errors import (
-    ConceptFileError,
     CustomDiffusionError,
     JobError,
+    OtherFileError,
     UnknownConceptError,
     UnknownJobError,
 )
+from ...concept.inspection import inspect_concept
+from ...concept.library import list_concepts
+from ...formats.importing import open_concept
 from ...trainer.jobs import Job
 from .jobs import delete_job, device_memory, training_service
 from .paths import concept_files, concept_path
@@ -94,17 +97,23 @@ def _delete(sent: Values) -> dict[str, Any]:
 
 
 def _concepts(sent: Values) -> dict[str, Any]:
-    cards, unreadable = [], {}
-    for name in concept_files():
-        try:
-            cards.append(_card(name))
-        except ConceptFileError as error:
-            unreadable[name] = str(error)
-    return {"concepts": cards, "unreadable": unreadable}
+    asked = {key: sent[key] for key in ("search", "base", "sort", "order") if key in sent}
+    return list_concepts(concept_files(), concept_path, **asked).as_json()
 
 
 def _concept(sent: Values) -> dict[str, Any]:
-    return _card(sent["name"])
+    name = sent["name"]
+    try:
+        return {"name": name, **read_card(concept_path(name)).as_json()}
+    except OtherFileError:
+        return {"name": name, "other": True}
+
+
+def _inspection(sent: Values) -> dict[str, Any]:
+    name, path = sent["name"], concept_path(sent["name"])
+    opened = open_concept(path)
+    created = "" if opened.foreign else read_card(path).created
+    return {"name": name, **inspect_concept(opened.concept, path, created=created).as_json()}
 
 
 def _thumbnail(sent: Values) -> Path:
@@ -112,12 +121,6 @@ def _thumbnail(sent: Values) -> Path:
     if picture is None:
         raise UnknownConceptError(f"There is no picture beside the concept {sent['name']}.")
     return picture
-
-
-def _card(name: str) -> dict[str, Any]:
-    """`name` is the file's below the folders for concepts."""
-    path = concept_path(name)
-    return {"name": name, **read_card(path).as_json(), "thumbnail": thumbnail(path) is not None}
 
 
 ROUTES: tuple[tuple[str, str, Handler], ...] = (
@@ -133,6 +136,7 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("DELETE", "/jobs/{id}", _delete),
     ("GET", "/concepts", _concepts),
     ("GET", "/concepts/{name:.+}/thumbnail", _thumbnail),
+    ("GET", "/concepts/{name:.+}/inspection", _inspection),
     ("GET", "/concepts/{name:.+}", _concept),
 )
 

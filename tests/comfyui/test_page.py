@@ -86,6 +86,76 @@ def test_a_concept_can_be_looked_up_and_what_is_none_is_said(bench: ComfyServer)
         assert refused.value.status == 404
 
 
+def test_concepts_are_searched_sorted_and_inspected_over_http(bench: ComfyServer) -> None:
+    def names(query: str) -> list[str]:
+        return [card["name"] for card in bench.get(f"{CONCEPTS}?{query}")["concepts"]]
+
+    assert names("search=MUG") == names("search=%3Cnew2%3E&base=sd15") == ["mug.safetensors"]
+    assert names("base=sdxl") == []
+    assert names("sort=name&order=descending") == ["mug.safetensors", "cat.safetensors"]
+    for query in ("base=flux", "sort=colour", "order=up"):
+        with pytest.raises(ComfyServerError, match="needed one of") as refused:
+            bench.get(f"{CONCEPTS}?{query}")
+        assert refused.value.status == 400
+
+    found = bench.get(f"{CONCEPTS}/cat.safetensors/inspection")
+    assert (found["name"], found["fit"]) == ("cat.safetensors", None)
+    ((layer, shape),) = ((row["layer"], row["shape"]) for row in found["layers"])
+    assert (layer, shape) == (LAYER, [320, 768])
+    for path, status in (("gone", 404), ("broken", 409)):
+        with pytest.raises(ComfyServerError) as refused:
+            bench.get(f"{CONCEPTS}/{path}.safetensors/inspection")
+        assert refused.value.status == status
+
+
+def test_saved_concepts_are_found_in_the_panel(page: Any) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    panel = open_panel(page)
+    library = panel.locator(".cd-library")
+    library.locator("summary").first.focus()
+    page.keyboard.press("Enter")
+    items = library.get_by_role("listitem")
+    until(page, lambda: items.count() == 2)
+    library.get_by_text("cannot be read: 1").click()
+    library.get_by_text("broken.safetensors is not a readable concept file").wait_for()
+    mug = items.filter(has_text="mug.safetensors")
+    assert "Stable Diffusion 1.x" in mug.inner_text() and not mug.locator("img").count()
+    cat = items.filter(has_text="cat.safetensors")
+    until(page, lambda: cat.locator("img").evaluate("image => image.naturalWidth") == 64)
+    press(cat, "<new1> cat")
+    cat.get_by_text("copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == "<new1> cat"
+
+    library.get_by_role("combobox", name="Sort by").select_option("name")
+    until(page, lambda: items.first.get_attribute("data-name") == "cat.safetensors")
+    for palette in ("dark", "light"):
+        page.evaluate(f"app.extensionManager.setting.set('Comfy.ColorPalette', '{palette}')")
+        page.wait_for_timeout(500)
+        for text in (".cd-name", ".cd-taught", ".cd-word", ".cd-buttons button"):
+            assert contrast(cat.locator(text).first) > 4.5, (palette, text)
+        screenshot(page, f"panel-concepts-{palette}")
+    for width in (220, 600):
+        panel.evaluate("(panel, width) => { panel.style.width = `${width}px`; }", width)
+        assert panel.evaluate("panel => panel.scrollWidth <= panel.clientWidth")
+        screenshot(page, f"panel-concepts-{width}px")
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    troubles = axe.run(page, context=".cd-panel").response["violations"]
+    assert not [(one["id"], [node["html"] for node in one["nodes"]]) for one in troubles]
+
+    search = library.get_by_role("searchbox", name="Search names and words")
+    search.fill("nothing of that name")
+    library.get_by_text("No concept matches").wait_for()
+    assert not items.count()
+    search.fill("MUG")
+    until(page, lambda: items.count() == 1)
+    press(items.first, "Add to graph")
+    until(page, lambda: page.evaluate("app.graph._nodes.length") == 2)
+    graph = page.evaluate("app.graphToPrompt().then(made => made.output)")
+    (load,) = (made for made in graph.values() if made["class_type"] == "LoadConcept")
+    assert load["inputs"]["concept_name"] == "mug.safetensors"
+    page.evaluate("app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
+
+
 def test_load_concept_shows_which_one_is_chosen(page: Any) -> None:
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     show(page, {"load": load("cat")})

@@ -360,7 +360,7 @@ class TestWrongFiles:
         save_file({"lora_unet_x.lora_up.weight": torch.zeros(8, 4)}, path, metadata)
         message = message_of(path)
         assert "not a concept" in message
-        assert "LoRA loader" in message
+        assert "custom-diffusion import" in message
 
     @needs_posix
     def test_a_file_that_may_not_be_read(self, tmp_path: Path) -> None:

@@ -27,14 +27,16 @@ async function fill(card, name) {
   if (!name) return card.replaceChildren();
   let parts;
   try {
-    parts = drawn(await concepts.show(name));
+    parts = conceptParts(await concepts.show(name));
   } catch (error) {
     parts = [element("p", "cd-trouble", error.message)];
   }
   if (card.dataset.name === name) card.replaceChildren(...parts); // else another was chosen meanwhile
 }
 
-function drawn(concept) {
+/** The picture of a concept, where it has one, and its facts. */
+export function conceptParts(concept) {
+  if (concept.other) return [element("p", "cd-taught", t("otherFile"))];
   const lines = [t("card", { family: concept.family, size: concept.megabytes })];
   if (concept.steps) lines.push(t("cardSteps", concept));
   const facts = element("div", "cd-facts", ...concept.prompts.map(copyButton));

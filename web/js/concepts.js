@@ -7,7 +7,10 @@ const CONCEPTS = "/custom_diffusion/concepts";
 
 const of = (name) => `${CONCEPTS}/${name.split("/").map(encodeURIComponent).join("/")}`;
 
-/** @returns {Promise<{concepts: object[], unreadable: Object<string, string>}>} */
-export const list = () => ask("GET", CONCEPTS);
+/**
+ * @param {{search?: string, sort?: string}} wanted
+ * @returns {Promise<{concepts: object[], unreadable: Object<string, string>}>}
+ */
+export const list = (wanted = {}) => ask("GET", `${CONCEPTS}?${new URLSearchParams(wanted)}`);
 export const show = (name) => ask("GET", of(name));
 export const thumbnailUrl = (name) => api.apiURL(`${of(name)}/thumbnail`);

@@ -8,6 +8,26 @@ export function element(name, className = "", ...content) {
   return made;
 }
 
+/** A button with an icon. It does one thing at a time, and `onError` hears when that fails. */
+export function actionButton(label, hint, icon, act, onError) {
+  const sign = element("i", `pi ${icon}`);
+  sign.setAttribute("aria-hidden", "true");
+  const button = element("button", "", sign, ` ${label}`);
+  button.type = "button";
+  button.title = hint;
+  button.addEventListener("click", async () => {
+    button.disabled = true;
+    try {
+      await act();
+    } catch (error) {
+      onError(error);
+    } finally {
+      button.disabled = false;
+    }
+  });
+  return button;
+}
+
 const TALLEST = 340; // as in the style sheet: what is longer scrolls
 const AROUND = 30; // padding, and the margin that ComfyUI leaves
 

@@ -1,6 +1,6 @@
 /** One training job in the panel: how it is, its losses and samples, and what can be done with it. */
 
-import { element } from "./dom.js";
+import { actionButton, element } from "./dom.js";
 import { JobProgress } from "./job_progress.js";
 import * as jobs from "./jobs.js";
 import { LossChart } from "./loss_chart.js";
@@ -141,22 +141,9 @@ export class JobCard {
   }
 
   #button(verb, icon) {
-    const sign = element("i", `pi ${icon}`);
-    sign.setAttribute("aria-hidden", "true");
-    const button = element("button", "", sign, ` ${t(verb)}`);
-    button.type = "button";
+    const act = () => this.#do(verb);
+    const button = actionButton(t(verb), t(`${verb}Hint`), icon, act, this.host.onError);
     button.dataset.verb = verb;
-    button.title = t(`${verb}Hint`);
-    button.addEventListener("click", async () => {
-      button.disabled = true;
-      try {
-        await this.#do(verb);
-      } catch (error) {
-        this.host.onError(error);
-      } finally {
-        button.disabled = false;
-      }
-    });
     return button;
   }
 

@@ -1,4 +1,4 @@
-/** What a node tells of its last run, below its widgets: lines, a table, warnings. */
+/** What a node tells of its last run, below its widgets: lines, warnings, a table. */
 
 import { after, element, showOnNode } from "./dom.js";
 
@@ -22,11 +22,12 @@ export function showNotes(node) {
 
 function drawn({ lines, table, warnings }) {
   const parts = lines.map((line) => element("p", "", line));
+  parts.push(...warnings.map((warning) => element("p", "cd-warning", warning)));
   if (table.length) {
     const [head, ...rows] = table;
     parts.push(element("table", "", tableRow("th", head), ...rows.map((row) => tableRow("td", row))));
   }
-  return [...parts, ...warnings.map((warning) => element("p", "cd-warning", warning))];
+  return parts;
 }
 
 function tableRow(kind, texts) {

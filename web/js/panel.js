@@ -1,6 +1,7 @@
 /** The sidebar tab: every training job, watched and steered. */
 
 import { app } from "../../../scripts/app.js";
+import { ConceptLibrary } from "./concept_library.js";
 import { element } from "./dom.js";
 import { JobCard } from "./job_card.js";
 import * as jobs from "./jobs.js";
@@ -17,8 +18,9 @@ class Panel {
     this.trouble = element("p", "cd-trouble");
     this.trouble.setAttribute("role", "alert");
     this.listing = element("div");
+    this.library = new ConceptLibrary({ onError: (error) => this.complain(error), addToGraph });
     this.element = element(
-      "section", "cd-panel", this.memory, this.trouble, this.empty, this.listing,
+      "section", "cd-panel", this.memory, this.trouble, this.empty, this.listing, this.library.element,
     );
     this.element.setAttribute("aria-label", t("title"));
     jobs.listen(
@@ -41,6 +43,7 @@ class Panel {
       for (const id of this.cards.keys()) if (!known.has(id)) this.forget(id);
       for (const job of all) this.hear(job);
       this.trouble.textContent = "";
+      await this.library.refresh();
     } catch (error) {
       this.complain(error);
     }
@@ -65,14 +68,14 @@ class Panel {
         onMemory: (memory) => this.tellMemory(memory),
         confirmRemoval,
         askSteps,
-        addToGraph,
+        addToGraph: ({ concept_file }) => addToGraph(concept_file),
       });
       this.cards.set(job.id, made);
       this.listing.prepend(made.element); // the newest first
       made.update(job); // now that it can be seen
     }
     if (jobs.ACTIVE.includes(job.state)) this.active.add(job.id);
-    else this.active.delete(job.id);
+    else if (this.active.delete(job.id)) this.library.refresh(); // it may have saved one
     this.tally();
   }
 
@@ -113,8 +116,8 @@ async function askSteps(job) {
   return Number(given);
 }
 
-/** Load Concept and Apply Concept with this job's concept, in the middle of what is seen. */
-async function addToGraph(job) {
+/** Load Concept and Apply Concept with the concept of a file, in the middle of what is seen. */
+async function addToGraph(file) {
   await app.refreshComboInNodes(); // so that the file is among the choices
   const load = LiteGraph.createNode("LoadConcept");
   const apply = LiteGraph.createNode("ApplyKVDelta");
@@ -124,8 +127,8 @@ async function addToGraph(job) {
   app.graph.add(load);
   app.graph.add(apply);
   const choice = load.widgets.find((widget) => widget.name === "concept_name");
-  choice.value = job.concept_file;
-  choice.callback?.(job.concept_file);
+  choice.value = file;
+  choice.callback?.(file);
   load.connect(0, apply, apply.findInputSlot("concept"));
   app.canvas.setDirty(true, true);
 }

@@ -1,0 +1,40 @@
+"""Looking at a concept."""
+
+from comfy_api.latest import io
+
+from ..concept.inspection import inspect_concept
+from ..host.comfyui.inspection import fit_to_model
+from .types import CATEGORY, Concept, told
+
+
+class InspectConcept(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="InspectConcept",
+            display_name="Inspect Concept",
+            category=CATEGORY,
+            description="Says what a concept teaches and changes, layer by layer, where it came "
+            "from, and whether it fits a model.",
+            search_aliases=["concept info", "show concept", "metadata", "spectrum"],
+            is_output_node=True,
+            inputs=[
+                Concept.Input("concept"),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="To be told whether the concept fits it, and if not, why.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="text")],
+        )
+
+    @classmethod
+    def execute(cls, concept, model=None) -> io.NodeOutput:
+        fit = None if model is None else fit_to_model(concept, model)
+        found = inspect_concept(concept, fit=fit)
+        shown = told(*found.lines(), warnings=found.warnings(), table=found.table())
+        return io.NodeOutput(found.text(layers=True), ui=shown)
+
+
+NODES = [InspectConcept]

@@ -1,0 +1,143 @@
+"""Looks for files that a reader cannot cope with: `python tests/fuzz/readers.py CORPUS [libFuzzer's
+options]`, in an environment with `pip install atheris` and this package.
+
+A reader may return a concept or raise an error of ours that names the file. Everything else is a
+finding: another exception, a hang, or memory beyond `-rss_limit_mb`. Some inputs are the bytes of a
+file, mutated from one small file of each format; the others describe tensors whose names, shapes
+and numbers are put together from what the formats use, so that they come past the containers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import atheris
+
+with atheris.instrument_imports(include=["custom_diffusion"]):
+    from custom_diffusion.concept.card import read_card
+    from custom_diffusion.concept.concept import Concept, DenseDelta, LowRankDelta, ModifierToken
+    from custom_diffusion.concept.errors import CustomDiffusionError
+    from custom_diffusion.concept.file import FORMAT, read_concept, write_concept
+    from custom_diffusion.concept.layers import FAMILIES
+    from custom_diffusion.formats.base import BaseModel
+    from custom_diffusion.formats.exporting import FORMATS, export_concept
+    from custom_diffusion.formats.importing import open_concept
+
+import torch
+from safetensors.torch import save_file
+
+LAYERS = [
+    f"{block}.1.transformer_blocks.0.attn2.to_{matrix}"
+    for block in ("input_blocks.2", "output_blocks.3")
+    for matrix in "kv"
+]
+WIDTH, OUT = 128, 6
+PREFIXES = ("", "diffusion_model.", "model.diffusion_model.", "unet.", "bundle_emb.<a>.")
+MODULES = (
+    *LAYERS,
+    "lora_unet_down_blocks_0_attentions_1_transformer_blocks_0_attn2_to_k",
+    "down_blocks.0.attentions.1.transformer_blocks.0.attn2.processor.to_k_custom_diffusion",
+    "up_blocks.99999999999999999999.attentions.1.transformer_blocks.0.attn2.to_v",
+    "lora_te_text_model_encoder_layers_0_mlp_fc1",
+)
+PARTS = (
+    *(".weight", ".diff", ".lora_up.weight", ".lora_down.weight", ".lora_A.weight"),
+    *(".lora_B.weight", ".alpha", ".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b"),
+    *(".lokr_w1", ".lokr_w2", ".lokr_w2_a", ".lokr_w2_b", ".dora_scale", ".US", ".Vh", ""),
+    *(".string_to_param.*", ".clip_l", ".clip_g"),
+)
+WHOLE = ("emb_params", "<new1>", "clip_l", "clip_g", "embed", "*")
+SIZES = (0, 1, 2, 3, OUT, WIDTH, 768, 1280, 2048)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
+TEXTS = ("", "{}", "[]", "3", '{"entries": {}}', "[[" * 5000, '{"unet.lora_alpha": 8}', "\x00")
+
+
+def base() -> BaseModel:
+    draw = torch.Generator().manual_seed(0)
+    return BaseModel({layer: torch.randn(OUT, WIDTH, generator=draw) for layer in LAYERS})
+
+
+def write_seeds(folder: Path) -> None:
+    """One small file of each format."""
+    token = ModifierToken("<new1>", "cat", {"clip_l": torch.ones(1, WIDTH)})
+    dense = {layer: DenseDelta(torch.full((OUT, WIDTH), 0.01)) for layer in LAYERS}
+    thin = {
+        layer: LowRankDelta(torch.full((OUT, 2), 0.01), torch.ones(2, WIDTH)) for layer in LAYERS
+    }
+    for name, deltas in (("dense", dense), ("thin", thin)):
+        concept = Concept(FAMILIES["miniature"], deltas, (token,))
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        write_concept(concept, folder / name / "own.safetensors")
+        for kind, format in FORMATS.items():
+            if name == "thin" or not format.needs_low_rank:
+                export_concept(concept, folder / name / kind, kind, base(), number_if_taken=True)
+
+
+def described(data: atheris.FuzzedDataProvider, path: Path) -> None:
+    """Writes the file that the bytes describe."""
+    tensors: dict[str, Any] = {}
+    for _ in range(data.ConsumeIntInRange(1, 8)):
+        if data.ConsumeBool():
+            name = data.PickValueInList(list(WHOLE))
+        else:
+            pieces = (PREFIXES, MODULES, PARTS)
+            name = "".join(data.PickValueInList(list(piece)) for piece in pieces)
+        shape = [data.PickValueInList(list(SIZES)) for _ in range(data.ConsumeIntInRange(0, 3))]
+        if math.prod(shape) < 1 << 20:
+            number = data.PickValueInList([0.0, 1.0, -1e30, math.inf, math.nan])
+            dtype = data.PickValueInList(list(DTYPES))
+            tensors[name] = torch.full(shape, number).to(dtype)
+    if data.ConsumeBool():
+        nest = data.PickValueInList(["state_dict", "unet", "modifier_token", "string_to_param"])
+        value: Any = {nest: tensors, "params": {"unet": tensors}, "modifier_token": tensors}
+        torch.save(value, path)
+        return
+    header = {
+        name: data.PickValueInList([*TEXTS, data.ConsumeUnicodeNoSurrogates(20)])
+        for name in ("json", "lora_adapter_metadata", "tokens", "provenance", "constraint_prompts")
+        if data.ConsumeBool()
+    }
+    if data.ConsumeBool():
+        header |= {"format": FORMAT, "format_version": "1.0", "base_family": "miniature"}
+        words = [{"name": "<a>", "class_noun": data.PickValueInList(["", "cat"])}]
+        header.setdefault("tokens", json.dumps(words))
+    save_file(tensors, path, header)
+
+
+def test_one_input(content: bytes) -> None:
+    path = FOLDER / "file"
+    if content[:1] == b"\xff":
+        described(atheris.FuzzedDataProvider(content[1:]), path)
+    else:
+        path.write_bytes(content)
+    for read in (
+        lambda: open_concept(path, BASE),
+        lambda: read_card(path),
+        lambda: read_concept(path),
+    ):
+        try:
+            read()
+        except CustomDiffusionError as error:
+            assert str(error)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    BASE = base()
+    with tempfile.TemporaryDirectory() as folder:
+        FOLDER = Path(folder)
+        corpus = next((Path(a) for a in sys.argv[1:] if not a.startswith("-")), None)
+        if corpus and not any(corpus.glob("*")):
+            write_seeds(FOLDER / "seeds")
+            corpus.mkdir(exist_ok=True)
+            for number, file in enumerate(sorted((FOLDER / "seeds").rglob("*.*"))):
+                if file.is_file():
+                    (corpus / f"{number:02}-{file.name}").write_bytes(file.read_bytes())
+            (corpus / "described").write_bytes(b"\xff" + bytes(range(200)))
+        atheris.Setup(sys.argv, test_one_input)
+        atheris.Fuzz()
