@@ -9,6 +9,7 @@ import json
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,11 @@ def concept_on(base: BaseModel, rank: int | None, words: int = 1, vectors: int =
     return Concept(family, deltas, tokens, base_hash=base.hash)
 
 
+@cache
+def base_for(make: Callable[[], Any]) -> BaseModel:
+    return base_of(make().unet)
+
+
 @pytest.fixture
 def pipeline() -> Any:
     pipeline = tiny_pipeline()
@@ -74,8 +80,8 @@ def pipeline() -> Any:
 
 
 @pytest.fixture
-def base(pipeline: Any) -> BaseModel:
-    return base_of(pipeline.unet)
+def base() -> BaseModel:
+    return base_for(tiny_pipeline)
 
 
 def prediction(unet: nn.Module) -> Tensor:
@@ -143,7 +149,7 @@ class TestNames:
 def test_what_is_exported_is_imported_again(
     kind: str, make: Callable[[], Any], rank: int | None, tmp_path: Path
 ) -> None:
-    base = base_of(make().unet)
+    base = base_for(make)
     concept = concept_on(base, rank)
     export: Callable[[], list[Path]] = lambda: export_concept(  # noqa: E731
         concept, tmp_path / "cat.safetensors", kind, base, torch.float32
@@ -383,7 +389,7 @@ class TestBaseModel:
     def test_another_family_is_refused(self, base: BaseModel, tmp_path: Path) -> None:
         (path,) = export_concept(concept_on(base, None), tmp_path / "delta.bin", "adobe", base)
         with pytest.raises(IncompatibleModelError, match="Give the model"):
-            open_concept(path, base_of(tiny_xl_pipeline().unet))
+            open_concept(path, base_for(tiny_xl_pipeline))
 
     def test_it_is_read_from_a_folder_and_from_a_checkpoint(
         self, pipeline: Any, base: BaseModel, tmp_path: Path
