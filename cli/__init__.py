@@ -11,7 +11,17 @@ import sys
 from collections.abc import Sequence
 
 from ..concept.errors import CustomDiffusionError
-from . import demo, exchange, inspection, jobs, merging, regularization, sampling, training
+from . import (
+    compression,
+    demo,
+    exchange,
+    inspection,
+    jobs,
+    merging,
+    regularization,
+    sampling,
+    training,
+)
 
 INTERRUPTED = 130  # exit status after Ctrl-C
 
@@ -36,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
         prog="custom-diffusion", description="Teach Stable Diffusion concepts, and merge them."
     )
     commands = parser.add_subparsers(required=True)
-    for part in (demo, training, jobs, merging, sampling, regularization, inspection, exchange):
+    concepts = (merging, compression, inspection, exchange)
+    for part in (demo, training, jobs, *concepts, sampling, regularization):
         part.add_to(commands)
     return parser

@@ -12,6 +12,9 @@ from torch import Tensor
 from .concept import Concept, Delta, LowRankDelta
 
 _GRAM_BLOCKS = 4
+_TINY = torch.finfo(torch.float32).tiny
+_FINE = 1e-4
+"""Share of the energy below which what is left out is not told from what is kept in float32."""
 _NOTHING = 1e-7
 """Share of the largest singular value below which there is only float32 rounding."""
 
@@ -31,14 +34,17 @@ class Components:
 
         A part's size is shared by its two factors, so that neither is small in half precision.
         """
-        basis = self.basis[:, :rank]
+        basis, transposed = self.basis[:, :rank], False
         if isinstance(self.delta, LowRankDelta):
-            up, down = self.delta.up.to(basis), self.delta.down.to(basis)
-            across, transposed = (basis.T @ up) @ down, False
+            across = (basis.T @ self.delta.up.to(basis)) @ self.delta.down.to(basis)
         else:
             wide, transposed = _wide(self.delta)
+            energies = self.values.square()
+            if energies[rank:].sum() < _FINE * energies.sum():
+                wide = wide.double()
+                basis = _left_vectors(wide)[1][:, :rank]
             across = basis.T @ wide
-        size = across.norm(dim=1).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        size = across.norm(dim=1).sqrt().clamp_min(_TINY)
         along, across = (basis * size).float(), (across / size[:, None]).float()
         if transposed:
             return LowRankDelta(across.T.contiguous(), along.T.contiguous())
@@ -50,9 +56,9 @@ def components(delta: Delta) -> Components:
     """The singular value decomposition, by eigenvectors of the smaller Gram matrix in float32.
 
     Several times as fast as an SVD of the whole matrix. Squaring costs half of the digits: values
-    below some 3e-4 of the largest are not told apart, which is about what rounding a file to half
-    precision costs anyway. `Components.leading` does not square, so larger parts keep all digits.
-    Factors are decomposed in float64 through their triangular parts, and exactly.
+    are known to some 3e-4 of the largest, the large ones better. `Components.leading` takes float64
+    where it leaves so little that this would be seen. Factors are decomposed in float64 through
+    their triangular parts, and exactly.
     """
     if isinstance(delta, LowRankDelta):
         outer, triangle = torch.linalg.qr(delta.up.double())
@@ -62,10 +68,9 @@ def components(delta: Delta) -> Components:
     else:
         wide, _ = _wide(delta)
         # Neither tiny nor huge changes leave the range of float32 when they are squared.
-        scale = wide.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-        squares, vectors = torch.linalg.eigh(_lower_gram(wide / scale))
-        values = squares.flip(0).double().clamp_min(0).sqrt() * scale
-        basis = vectors.flip(1)
+        scale = wide.abs().max().clamp_min(_TINY)
+        values, basis = _left_vectors(wide / scale)
+        values = values.double() * scale
     kept = int((values > _NOTHING * values[0]).sum())
     return Components(delta, values[:kept], basis[:, :kept])
 
@@ -98,6 +103,12 @@ def _wide(delta: Delta) -> tuple[Tensor, bool]:
     matrix = delta.dense().float()
     transposed = len(matrix) > matrix.shape[1]
     return (matrix.T if transposed else matrix), transposed
+
+
+def _left_vectors(wide: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values, largest first, and vectors of the side that `wide` (n, m) has first."""
+    squares, vectors = torch.linalg.eigh(_lower_gram(wide))
+    return squares.clamp_min(0).sqrt().flip(0), vectors.flip(1)
 
 
 def _lower_gram(rows: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..host.comfyui.paths import register_model_folder
 from ..host.comfyui.routes import add_routes
-from . import applying, files, inspection, jobs, merging, regularization, training
+from . import applying, compression, files, inspection, jobs, merging, regularization, training
 
 
 class CustomDiffusionExtension(ComfyExtension):
@@ -12,5 +12,6 @@ class CustomDiffusionExtension(ComfyExtension):
         # Not in on_load, which ComfyUI 0.11 never calls for a pack.
         register_model_folder()
         add_routes()
-        modules = (training, jobs, regularization, files, inspection, merging, applying)
+        concepts = (files, inspection, merging, compression, applying)
+        modules = (training, jobs, regularization, *concepts)
         return [node for module in modules for node in module.NODES]

@@ -1,0 +1,52 @@
+"""`custom-diffusion compress`"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..concept.atomic import write_atomically
+from ..concept.file import read_concept
+from ..merge.compression import compress
+from .output import check_new, save
+
+
+def add_to(commands: Any) -> None:
+    small = commands.add_parser("compress", help="make a concept's file smaller by low rank")
+    small.add_argument("file", type=Path)
+    target = small.add_mutually_exclusive_group(required=True)
+    target.add_argument("--rank", type=int, help="of every layer")
+    target.add_argument(
+        "--nuclear",
+        type=float,
+        metavar="SHARE",
+        help="of each layer's singular values, as in the paper with 0.6",
+    )
+    target.add_argument(
+        "--energy", type=float, metavar="SHARE", help="of the squared change, over all layers"
+    )
+    target.add_argument("--megabytes", type=float, metavar="MB", help="size of the file at most")
+    small.add_argument("--output", type=Path, required=True)
+    small.add_argument("--plot", type=Path, metavar="PICTURE", help="singular values, as a PNG")
+    small.set_defaults(command=compress_command)
+
+
+def compress_command(options: argparse.Namespace) -> None:
+    from ..evaluation.spectrum_plot import spectrum_plot
+
+    check_new(options.output)
+    concept = read_concept(options.file)
+    compressed, report = compress(
+        concept,
+        rank=options.rank,
+        nuclear_share=options.nuclear,
+        energy_share=options.energy,
+        megabytes=options.megabytes,
+    )
+    print(report.text())
+    save(compressed, options.output)
+    if options.plot:
+        picture = spectrum_plot(concept, report.spectra, report.ranks())
+        write_atomically(options.plot, lambda temporary: picture.save(temporary, "PNG"))
+        print(f"saved {options.plot}")

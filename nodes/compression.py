@@ -1,0 +1,82 @@
+"""Making concepts small."""
+
+import numpy as np
+import torch
+from comfy_api.latest import io
+
+from ..evaluation.spectrum_plot import spectrum_plot
+from ..merge.compression import compress
+from .types import CATEGORY, Concept, told
+
+
+def _share(name: str, default: float, tooltip: str) -> io.Float.Input:
+    return io.Float.Input(
+        name, default=default, min=0.01, max=1.0, step=0.01, round=False, tooltip=tooltip
+    )
+
+
+# An input is named like the target that `compress` takes.
+_TARGETS = {
+    "size in MB": io.Float.Input(
+        "megabytes",
+        default=5.0,
+        min=0.01,
+        max=2000.0,
+        step=0.1,
+        round=False,
+        tooltip="The file in half precision is no larger. Layers get ranks so that it keeps the "
+        "most.",
+    ),
+    "share of energy": _share(
+        "energy_share",
+        0.95,
+        "Of the squared change, over all layers. Layers get ranks so that the file is smallest.",
+    ),
+    "share of singular values": _share(
+        "nuclear_share",
+        0.6,
+        "Of the sum of each layer's singular values, as in the paper, which takes 0.6.",
+    ),
+    "rank": io.Int.Input("rank", default=16, min=1, max=2048, tooltip="The same for every layer."),
+}
+
+
+class CompressConcept(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CompressConcept",
+            display_name="Compress Concept",
+            category=CATEGORY,
+            description="Makes a concept several times smaller: of every layer the low-rank "
+            "matrix that is nearest to it.",
+            search_aliases=["svd", "resize lora", "low rank", "shrink concept"],
+            inputs=[
+                Concept.Input("concept"),
+                io.DynamicCombo.Input(
+                    "target",
+                    options=[
+                        io.DynamicCombo.Option(name, [value]) for name, value in _TARGETS.items()
+                    ],
+                    tooltip="What says how small.",
+                ),
+            ],
+            outputs=[
+                Concept.Output(display_name="concept"),
+                io.Image.Output(
+                    display_name="spectrum",
+                    tooltip="Singular values added up, with dots where layers were cut.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, concept, target) -> io.NodeOutput:
+        value = {name: given for name, given in target.items() if name != "target"}
+        compressed, report = compress(concept, **value)
+        picture = spectrum_plot(concept, report.spectra, report.ranks())
+        image_bhwc = torch.from_numpy(np.array(picture)).float()[None] / 255
+        return io.NodeOutput(compressed, image_bhwc, ui=told(*report.summary()))
+
+
+NODES = [CompressConcept]
