@@ -14,6 +14,8 @@ from custom_diffusion.formats.exporting import export_concept
 from custom_diffusion.formats.importing import open_concept
 from custom_diffusion.formats.names import kohya_name
 from safetensors.torch import save_file
+from support.comfy_server import ComfyServer
+from support.graphs import node
 from support.made_concepts import made_concept
 
 PREFIX = "diffusion_model."
@@ -146,3 +148,56 @@ def test_load_concept_reads_whole_weights_with_their_model(
     assert read.base_hash == base.hash and read.tokens[0].class_noun == "cat"
     assert concept_tensors(read).keys() >= {f"{PREFIX}{layer}.diff" for layer in shapes}
     assert "delta" in output.ui["text"][0] or "Hugging Face" in output.ui["text"][0]
+
+
+def test_a_delta_is_dropped_in_compressed_exported_and_inspected(
+    server: ComfyServer, sd15: Any, shapes: Any, tmp_path: Path
+) -> None:
+    from custom_diffusion.host.comfyui.models import base_model
+
+    concept = made_concept(shapes, rank=12)
+    small = {layer: delta.scaled(0.05) for layer, delta in concept.deltas.items()}
+    with torch.inference_mode():
+        base = base_model(sd15.model)
+    whole = replace(concept, deltas=small)
+    folder = server.models / "custom_diffusion"
+    (delta,) = export_concept(whole, folder / "theirs.bin", "adobe", base, torch.float32)
+    graph = {
+        "model": node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors"),
+        "load": node(
+            "LoadConcept",
+            concept_name=delta.name,
+            rename_token="<mine>",
+            class_noun="cat",
+            model=["model", 0],
+        ),
+        "compress": node(
+            "CompressConcept", concept=["load", 0], target="rank", **{"target.rank": 12}
+        ),
+        "picture": node("PreviewImage", images=["compress", 1]),
+        "lora": node(
+            "ExportConcept",
+            concept=["compress", 0],
+            format="kohya-lora",
+            name="for others",
+            precision="full (fp32)",
+        ),
+        "inspect": node("InspectConcept", concept=["compress", 0], model=["model", 0]),
+    }
+    said = {
+        name: told["text"][0]
+        for name, told in server.run(graph)["outputs"].items()
+        if "text" in told
+    }
+    assert "<mine> cat" in said["load"] and "Adobe" in said["load"]
+    assert "times smaller" in said["compress"] and "fits" in said["inspect"]
+    lora = open_concept(server.models / "loras" / "for-others.safetensors").concept
+    for layer, delta_before in small.items():
+        torch.testing.assert_close(
+            lora.deltas[layer].dense(), delta_before.dense(), rtol=1e-2, atol=1e-5
+        )
+    (picture,) = server.images(server.run(graph | {"again": graph["picture"]}), "again")
+    assert picture.shape[-1] == 3 and picture.std() > 10
+    listing = server.get("/custom_diffusion/concepts")
+    assert listing["other"] == [delta.name] and listing["unreadable"] == {}
+    assert server.get(f"/custom_diffusion/concepts/{delta.name}")["other"]
