@@ -234,12 +234,12 @@ def test_the_autoencoder_serves_the_trainer() -> None:
     assert torch.equal(deviation, torch.zeros(4, 2, 3))
 
 
-def test_a_table_gives_mean_and_deviation_in_the_order_of_the_rows() -> None:
-    scores = [("ours", 0.5, 10), ("base", 0.25, 3), ("ours", 0.7, 20)]
+def test_a_table_gives_mean_and_deviation_and_of_drift_median_and_largest() -> None:
+    scores = [("ours", 0.5, 10), ("base", 0.25, 3), ("ours", 0.7, 20), ("ours", 0.6, 900)]
     rows = [(name, SimpleNamespace(share=share, drift=drift)) for name, share, drift in scores]
     assert markdown_table("method", rows, {"Share": ("share", 2), "Drift": ("drift", 0)}) == (
         "| method | Share | Drift |\n"
         "|---|---|---|\n"
-        "| ours | 0.60 ± 0.14 | 15 ± 7 |\n"
-        "| base | 0.25 ± 0.00 | 3 ± 0 |"
+        "| ours | 0.60 ± 0.10 | 20 (900) |\n"
+        "| base | 0.25 ± 0.00 | 3 (3) |"
     )
