@@ -57,7 +57,7 @@ def export_concept(
 
     `path` names the first; its ending is that of the format. Each file is complete or absent, and
     none is replaced: a name that is taken is an error, or gets a number. `dtype` is that of changes
-    and embeddings; whole matrices are float32.
+    and embeddings; where whole matrices are written, all is float32.
     Raises ConceptFileError, and IncompatibleModelError where the base is another.
     """
     chosen = FORMATS[kind]
@@ -83,7 +83,7 @@ def export_concept(
                 f"or whole weights would mix the two."
             )
         weights = base.weights
-    files = chosen.files(concept.to(dtype), weights)
+    files = chosen.files(concept if chosen.needs_base else concept.to(dtype), weights)
     if not files:
         raise ConceptFileError(f"There is nothing in {concept.describe()} for {chosen.title}.")
     stem = str(path.with_suffix("")) if path.suffix in ENDINGS else str(path)

@@ -32,7 +32,7 @@ class Found:
 
     def leave_out(self, what: str, names: list[str]) -> None:
         if names:
-            self.notes.append(f"{len(names)} {what} left out, {names[0]} for one")
+            self.notes.append(f"{len(names)} {what} were left out, {names[0]} for one")
 
 
 def modifier_token(name: str) -> str:

@@ -106,7 +106,7 @@ def _take_modules(
             found.deltas[layer] = _delta(name, parts, scale)
         except (RuntimeError, ValueError, IndexError) as error:
             raise content.fault(f"{name}: {error}. Take another copy of the file.") from error
-    found.leave_out("modules that are not cross-attention were", beyond)
+    found.leave_out("modules that are not cross-attention", beyond)
 
 
 def _delta(name: str, parts: Parts, scale: Callable[[str, int], float] | None) -> Delta:
