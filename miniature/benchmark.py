@@ -1,7 +1,7 @@
 """The paper's tables in miniature: `python -m custom_diffusion.miniature.benchmark`.
 
-Single concepts as in Table 3 and pairs as in Table 1 of the paper, with concepts that nothing was
-tuned on. Concept n is the first of pair n; its partner is the second.
+Single concepts as in Table 3 and pairs as in Table 1 of the paper; docs/fidelity.md has the tables.
+Concept n is the first of pair n; its partner is the second.
 """
 
 from __future__ import annotations
