@@ -107,11 +107,11 @@ BAD = {
     ),
     "pickle called safetensors": (
         {**draw("a cat", ["c", 0]), "c": load("pickle")},
-        r"pickle with another name.*Ask for the concept as \.safetensors",
+        r"bare pickle, which can run code when opened: ask for it as \.safetensors",
     ),
-    "ordinary LoRA": (
+    "nothing of a LoRA that a concept can hold": (
         {**draw("a cat", ["c", 0]), "c": load("lora")},
-        r"not a concept.*belongs in a LoRA loader",
+        r"lora\.safetensors is no concept and nothing that can be made one.*can be read",
     ),
     "SDXL concept on SD 1.5": (
         {**draw("a cat", ["c", 0]), "c": load("sdxl")},
