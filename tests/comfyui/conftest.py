@@ -121,3 +121,19 @@ def load(
         return Loaded(model, clip, vae)
 
     return load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def sd15(load: Callable[[str], Loaded]) -> Loaded:
+    return load("sd15")
+
+
+@pytest.fixture(scope="module")
+def shapes(sd15: Loaded) -> dict[str, tuple[int, int]]:
+    """Of the keys and values of SD 1.5's checkpoint, by layer."""
+    weights = sd15.model.model.diffusion_model.named_parameters()
+    return {
+        name.removesuffix(".weight"): tuple(weight.shape)
+        for name, weight in weights
+        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
+    }

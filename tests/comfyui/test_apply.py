@@ -16,21 +16,6 @@ from support.made_concepts import made_concept
 PREFIX = "diffusion_model."
 
 
-@pytest.fixture(scope="module")
-def sd15(load: Any) -> Any:
-    return load("sd15")
-
-
-@pytest.fixture(scope="module")
-def shapes(sd15: Any) -> dict[str, tuple[int, int]]:
-    weights = sd15.model.model.diffusion_model.named_parameters()
-    return {
-        name.removesuffix(".weight"): tuple(weight.shape)
-        for name, weight in weights
-        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
-    }
-
-
 def apply(model: Any, clip: Any, concept: Concept, strength: float) -> tuple[Any, Any]:
     from custom_diffusion.host.comfyui.apply import apply_concept
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.fit import Fit
@@ -20,11 +19,6 @@ def fit(concept: Concept, model: Any) -> Fit:
 
     with torch.inference_mode():
         return fit_to_model(concept, model)
-
-
-@pytest.fixture(scope="module")
-def sd15(load: Callable[[str], Any]) -> Any:
-    return load("sd15")
 
 
 def test_a_concept_of_the_model_fits_and_knows_its_checkpoint(sd15: Any) -> None:

@@ -192,21 +192,12 @@ class TestDiffusersReads:
         pipeline.load_textual_inversion(word)
         self._knows(pipeline, concept)
 
-    def test_a_lora(self, pipeline: Any, base: BaseModel, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("kind", ["diffusers-lora", "kohya-lora"])
+    def test_a_lora(self, kind: str, pipeline: Any, base: BaseModel, tmp_path: Path) -> None:
         concept = concept_on(base, 4)
         wanted = prediction(changed(pipeline.unet, concept))
-        (path,) = export_concept(
-            concept, tmp_path / "cat.safetensors", "diffusers-lora", dtype=torch.float32
-        )
-        pipeline.load_lora_weights(path)
-        torch.testing.assert_close(prediction(pipeline.unet), wanted, rtol=1e-4, atol=1e-5)
-
-    def test_a_lora_with_kohyas_names(self, pipeline: Any, base: BaseModel, tmp_path: Path) -> None:
-        concept = concept_on(base, 4)
-        wanted = prediction(changed(pipeline.unet, concept))
-        (path,) = export_concept(
-            concept, tmp_path / "cat.safetensors", "kohya-lora", dtype=torch.float32
-        )
+        path = tmp_path / "cat.safetensors"
+        export_concept(concept, path, kind, dtype=torch.float32)
         pipeline.load_lora_weights(path)
         torch.testing.assert_close(prediction(pipeline.unet), wanted, rtol=1e-4, atol=1e-5)
 
