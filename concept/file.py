@@ -92,7 +92,11 @@ def safe_file_name(name: str) -> str:
 def read_concept(path: str | os.PathLike[str]) -> Concept:
     """Reads a concept file. Raises ConceptFileError saying what is wrong with it."""
     path = Path(path)
-    tensors, metadata = read_tensors(path)
+    return concept_of(path, *read_tensors(path))
+
+
+def concept_of(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Concept:
+    """The concept in what was read from `path`. Raises ConceptFileError."""
     _check_format(path, metadata)
     try:
         concept = Concept(

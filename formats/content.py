@@ -44,9 +44,6 @@ class Content:
         """The container of that name; empty where there is none."""
         return container(self.values.get(name))
 
-    def fault(self, problem: str) -> ConceptFileError:
-        return ConceptFileError(f"{self.path.name}: {problem}")
-
 
 def container(value: object) -> Mapping[str, Any]:
     """The value where it is a mapping with names for keys, else an empty one."""

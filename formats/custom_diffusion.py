@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 
 from ..concept.concept import Delta, DenseDelta, LowRankDelta
-from ..concept.errors import ConceptFileError
 from .content import ENDINGS, Content, container, read_content, tensors_of
 from .embeddings import read_embeddings
 from .found import Found, Rows, modifier_token, rows
@@ -46,7 +45,7 @@ def read_adobe(content: Content) -> Found | None:
     for name, value in words.items():
         tensors = list(value) if isinstance(value, list | tuple) else [value]
         if not tensors or not all(isinstance(t, Tensor) and t.ndim in (1, 2) for t in tensors):
-            raise content.fault(f"the word {name} is no embedding. Take another copy of the file.")
+            raise ValueError(f"the word {name} is no embedding")
         found.tokens[modifier_token(name)] = rows(*tensors)
     encoders = [name for name in ("text_encoder", "text_encoder_2") if content.part(name)]
     found.leave_out("trained text encoders", encoders)
@@ -94,7 +93,7 @@ def read_a1111_delta(content: Content) -> Found | None:
     try:
         header = container(json.loads(content.metadata.get("json", "{}")))
     except (ValueError, RecursionError) as error:
-        raise content.fault(f"its header is no JSON ({error}). Take another copy.") from error
+        raise ValueError(f"its header is no JSON ({error})") from error
     entries, tensors = container(header.get("entries")), content.tensors()
     if not entries:
         return None
@@ -108,7 +107,7 @@ def read_a1111_delta(content: Content) -> Found | None:
         parts = [name] if kind == "delta" else [f"{name}.US", f"{name}.Vh"]
         missing = [part for part in parts if part not in tensors]
         if missing:
-            raise content.fault(f"{missing[0]} is missing. Take another copy of the file.")
+            raise ValueError(f"{missing[0]} is missing")
         delta = _delta(*(tensors[part] for part in parts))
         if delta is not None:
             found.deltas[layer] = delta
@@ -137,8 +136,7 @@ def _delta(*factors: Tensor) -> Delta | None:
         return DenseDelta(factors[0])
     up, down = factors
     if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
-        raise ConceptFileError(
-            f"Factors of shapes {tuple(up.shape)} and {tuple(down.shape)} do not chain. The file "
-            f"is damaged: take another copy."
+        raise ValueError(
+            f"its factors of shapes {tuple(up.shape)} and {tuple(down.shape)} do not chain"
         )
     return LowRankDelta(up, down) if up.shape[1] else None

@@ -20,7 +20,7 @@ def read_embeddings(content: Content) -> Found | None:
     if params:
         name = content.values.get("name")
         word = name if isinstance(name, str) and name else content.path.stem
-        found.tokens = {modifier_token(word): _rows(content, *params.values())}
+        found.tokens = {modifier_token(word): _rows(*params.values())}
         return found
     tensors = content.tensors()
     if not tensors or len(tensors) != len(content.values):
@@ -28,15 +28,15 @@ def read_embeddings(content: Content) -> Found | None:
     if not all(t.ndim in (1, 2) and t.shape[-1] in _WIDTHS for t in tensors.values()):
         return None
     if tensors.keys() <= {*_ENCODERS}:
-        found.tokens = {modifier_token(content.path.stem): _rows(content, *tensors.values())}
+        found.tokens = {modifier_token(content.path.stem): _rows(*tensors.values())}
     elif len(tensors) == 1 or all(name.startswith("<") for name in tensors):
         for name, tensor in tensors.items():
             word = content.path.stem if name in _NAMELESS else name
-            found.tokens[modifier_token(word)] = _rows(content, tensor)
+            found.tokens[modifier_token(word)] = _rows(tensor)
     return found if found.tokens else None
 
 
-def _rows(content: Content, *embeddings: Tensor) -> Rows:
+def _rows(*embeddings: Tensor) -> Rows:
     if any(e.ndim not in (1, 2) for e in embeddings):
-        raise content.fault("its embedding is neither a row nor a matrix. Take another copy.")
+        raise ValueError("its embedding is neither a row nor a matrix")
     return rows(*embeddings)

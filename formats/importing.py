@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ..concept.concept import Concept, DenseDelta, ModifierToken
 from ..concept.errors import ConceptFileError, CustomDiffusionError, IncompatibleModelError
-from ..concept.file import FORMAT, check_concept, read_concept
+from ..concept.file import FORMAT, check_concept, concept_of
 from ..concept.layers import FAMILIES, Family, family_of_width, is_projection
 from ..concept.prompts import CONSTRAINT_TEMPLATES, subject
 from .base import BaseModel
 from .content import Content, read_content
 from .custom_diffusion import read_a1111_delta, read_adobe, read_compvis, read_hugging_face
 from .embeddings import read_embeddings
-from .found import Found
+from .found import Found, Rows
 from .lora import read_lora, read_mix_of_show
 
 READERS: tuple[Callable[[Content], Found | None], ...] = (
@@ -51,8 +51,12 @@ def open_concept(path: Path, base: BaseModel | None = None, class_noun: str = ""
     """
     content = read_content(path)
     if content.metadata.get("format") == FORMAT:
-        return Opened(read_concept(path), "a concept", foreign=False)
-    found = next((found for reader in READERS if (found := reader(content))), None)
+        concept = concept_of(path, content.tensors(), content.metadata)
+        return Opened(concept, "a concept", foreign=False)
+    try:
+        found = next((found for reader in READERS if (found := reader(content))), None)
+    except (ValueError, RuntimeError) as error:  # what a reader says of the file it knows
+        raise ConceptFileError(f"{path.name}: {error}. Take another copy of the file.") from error
     if found is None:
         names = ", ".join(list(content.values)[:3]) or "nothing"
         raise ConceptFileError(
@@ -63,8 +67,8 @@ def open_concept(path: Path, base: BaseModel | None = None, class_noun: str = ""
     try:
         concept = _concept(found, base, class_noun)
         check_concept(concept)
-    except IncompatibleModelError:
-        raise
+    except IncompatibleModelError as error:
+        raise IncompatibleModelError(f"{path.name}, {found.title}: {error}") from error
     except (CustomDiffusionError, ValueError, RuntimeError) as error:
         raise ConceptFileError(f"{path.name}, {found.title}: {error}") from error
     provenance = {"imported_from": path.name, "format": found.title, "left_out": found.notes}
@@ -115,8 +119,7 @@ def _family(found: Found, shapes: dict[str, tuple[int, int]]) -> Family:
     raise ValueError(f"it has no cross-attention, and embeddings of the widths {given}")
 
 
-def _by_encoder(name: str, embeddings: object, family: Family) -> dict[str, Tensor]:
-    assert isinstance(embeddings, dict)
+def _by_encoder(name: str, embeddings: Rows, family: Family) -> dict[str, Tensor]:
     missing = [e for e, width in family.text_encoders.items() if width not in embeddings]
     if missing:
         raise ValueError(

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..concept.concept import Delta, DenseDelta, LowRankDelta
-from ..concept.errors import ConceptFileError
 from .content import Content, container, tensors_of
 from .found import Found, modifier_token, rows
 from .names import layer_of
@@ -49,7 +48,7 @@ def read_lora(content: Content) -> Found | None:
         return None
     scale = _peft_scale(content)
     found = Found("a LoRA")
-    _take_modules(found, content, modules, scale)
+    _take_modules(found, modules, scale)
     for name, tensor in tensors.items():
         if name.startswith(_BUNDLED) and tensor.ndim in (1, 2):
             word, _, _ = name.removeprefix(_BUNDLED).partition(".")
@@ -66,10 +65,10 @@ def read_mix_of_show(content: Content) -> Found | None:
         return None
     found = Found("an ED-LoRA of Mix-of-Show")
     # Its layers multiply by alpha, not by alpha / rank, and alpha is 1 in every released file.
-    _take_modules(found, content, _modules(tensors_of(unet)), lambda _name, _rank: 1.0)
+    _take_modules(found, _modules(tensors_of(unet)), lambda _name, _rank: 1.0)
     for name, tensor in tensors_of(words).items():
         if tensor.ndim not in (1, 2):
-            raise content.fault(f"the word {name} has shape {tuple(tensor.shape)}; a matrix fits.")
+            raise ValueError(f"the word {name} has shape {tuple(tensor.shape)}; a matrix fits")
         matrix = tensor.reshape(-1, tensor.shape[-1]).float()
         found.tokens[modifier_token(name)] = rows(matrix.mean(0))
         if len(matrix) > 1:
@@ -92,7 +91,6 @@ def _modules(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 def _take_modules(
     found: Found,
-    content: Content,
     modules: Mapping[str, Parts],
     scale: Callable[[str, int], float] | None,
 ) -> None:
@@ -104,8 +102,8 @@ def _take_modules(
             continue
         try:
             found.deltas[layer] = _delta(name, parts, scale)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise content.fault(f"{name}: {error}. Take another copy of the file.") from error
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ValueError(f"{name}: {error}") from error
     found.leave_out("modules that are not cross-attention", beyond)
 
 
@@ -163,12 +161,9 @@ def _peft_scale(content: Content) -> Callable[[str, int], float] | None:
     try:
         settings: dict[str, Any] = dict(container(json.loads(text)))
     except (ValueError, RecursionError) as error:
-        raise content.fault(f"lora_adapter_metadata is no JSON ({error})") from error
+        raise ValueError(f"lora_adapter_metadata is no JSON ({error})") from error
     if settings.get("unet.use_rslora") or settings.get("unet.use_dora"):
-        raise ConceptFileError(
-            f"{content.path.name} uses rank-stabilised LoRA or DoRA, which a concept cannot hold. "
-            "Save it as an ordinary LoRA."
-        )
+        raise ValueError("it uses rank-stabilised LoRA or DoRA, which a concept cannot hold")
     patterns = container(settings.get("unet.alpha_pattern"))
     alpha = settings.get("unet.lora_alpha")
 

@@ -54,7 +54,17 @@ PARTS = (
 WHOLE = ("emb_params", "<new1>", "clip_l", "clip_g", "embed", "*")
 SIZES = (0, 1, 2, 3, OUT, WIDTH, 768, 1280, 2048)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
-TEXTS = ("", "{}", "[]", "3", '{"entries": {}}', "[[" * 5000, '{"unet.lora_alpha": 8}', "\x00")
+TEXTS = (
+    "",
+    "{}",
+    "[]",
+    "3",
+    '{"unet.lora_alpha": []}',
+    '{"entries": {}}',
+    "[[" * 5000,
+    '{"unet.lora_alpha": 8}',
+    "\x00",
+)
 
 
 def base() -> BaseModel:
@@ -110,7 +120,7 @@ def described(data: atheris.FuzzedDataProvider, path: Path) -> None:
 
 
 def test_one_input(content: bytes) -> None:
-    path = FOLDER / "file"
+    path = FOLDER / "file.safetensors"
     if content[:1] == b"\xff":
         described(atheris.FuzzedDataProvider(content[1:]), path)
     else:
@@ -123,7 +133,7 @@ def test_one_input(content: bytes) -> None:
         try:
             read()
         except CustomDiffusionError as error:
-            assert str(error)
+            assert path.name in str(error)
 
 
 if __name__ == "__main__":

@@ -524,3 +524,31 @@ def test_what_was_left_out_is_kept_with_the_concept(base: BaseModel, tmp_path: P
     write_concept(opened.concept, tmp_path / "concept.safetensors")
     with safe_open(tmp_path / "concept.safetensors", framework="pt") as file:
         assert "lora_te" in json.loads(file.metadata()["provenance"])["left_out"][0]
+
+
+@pytest.mark.parametrize("alpha", ["[]", '{"a": 1}', '"many"'])
+def test_settings_of_peft_that_are_no_numbers(alpha: str, tmp_path: Path) -> None:
+    path = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    factors = {
+        f"{path}.lora_B.weight": torch.ones(8, 2),
+        f"{path}.lora_A.weight": torch.ones(2, 768),
+    }
+    header = {"lora_adapter_metadata": f'{{"unet.lora_alpha": {alpha}}}'}
+    save_file(factors, tmp_path / "odd.safetensors", header)
+    with pytest.raises(ConceptFileError, match=r"odd\.safetensors"):
+        open_concept(tmp_path / "odd.safetensors")
+
+
+def test_every_refusal_names_the_file(base: BaseModel, tmp_path: Path) -> None:
+    (path,) = export_concept(concept_on(base, None), tmp_path / "theirs", "adobe", base)
+    with pytest.raises(IncompatibleModelError, match=r"theirs\.bin"):
+        open_concept(path, base_for(tiny_xl_pipeline))
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    factors = {"u": torch.ones(8, 2), "v": torch.ones(3, 768)}
+    torch.save({"unet": {layer: factors}}, tmp_path / "odd.bin")
+    with pytest.raises(ConceptFileError, match=r"odd\.bin.*do not chain.*another copy"):
+        open_concept(tmp_path / "odd.bin")
+    digits = layer.replace("0", "9" * 5000, 1)
+    torch.save({"unet": {digits: torch.ones(8, 768)}}, tmp_path / "digits.bin")
+    with pytest.raises(ConceptFileError, match=r"digits\.bin"):
+        open_concept(tmp_path / "digits.bin", base)
