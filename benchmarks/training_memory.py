@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from _measure import options
 from custom_diffusion.host.diffusers import DiffusersDenoiser
 from custom_diffusion.trainer.backward import checkpointed
+from custom_diffusion.trainer.frozen_layers import keeping_less
 from custom_diffusion.trainer.projections import (
     DenseProjections,
     KeyValueProjections,
@@ -169,7 +170,7 @@ def _predict(denoiser: DiffusersDenoiser, projections: KeyValueProjections, shap
     context = torch.empty(1, 77, family.context_width, device="meta", requires_grad=True)
     pooled = torch.empty(1, family.pooled_width, device="meta", requires_grad=True)
     sizes = torch.empty(1, 6, dtype=torch.long, device="meta")
-    with projections.installed():
+    with projections.installed(), keeping_less(denoiser.network):
         projections.predict(latents, timesteps, context, pooled, sizes)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .frozen_layers import replaced_forward
 from .protocols import Denoiser
 
 
@@ -86,17 +87,8 @@ def checkpointed(network: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
     with ExitStack() as stack:
         for path in blocks:
             module = network.get_submodule(path)
-            own = module.__dict__.get("forward")
-            module.forward = partial(
+            forward = partial(
                 checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False
             )
-            stack.callback(_restore, module, own)
+            stack.enter_context(replaced_forward(module, forward))
         yield
-
-
-def _restore(module: nn.Module, forward: Callable[..., Tensor] | None) -> None:
-    """Most modules have no `forward` of their own, but that of their class."""
-    if forward is None:
-        del module.forward
-    else:
-        module.forward = forward

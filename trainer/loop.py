@@ -19,6 +19,7 @@ from .config import TrainConfig
 from .data import TrainingConcept
 from .data_parallel import DataParallel
 from .events import CheckpointDue, Event, MemoryShort, PreviewDrawn, StepDone, WordsMoved
+from .frozen_layers import keeping_less
 from .latents import LatentBank, batch_of_step, step_randomness
 from .methods import METHODS
 from .network_weights import NetworkWeights
@@ -110,7 +111,7 @@ def train(
         on_less=lambda *now: on_event(MemoryShort(len(losses) + 1, *now)),
     )
 
-    with projections.installed(), network.learning():
+    with projections.installed(), network.learning(), keeping_less(denoiser.network):
         if checkpoint:
             losses = checkpoint.restore(optimizer)
         while len(losses) < config.steps and not should_stop():

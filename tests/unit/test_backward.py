@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ from custom_diffusion.trainer.backward import checkpointed
 from custom_diffusion.trainer.config import TrainConfig
 from custom_diffusion.trainer.events import Event, MemoryShort, StepDone
 from custom_diffusion.trainer.loop import train
+from support.kept import kept_bytes
 from support.tiny_models import RESOLUTION, cat_concept, random_bank
 from support.tiny_training import assert_same_but_for_rounding
 from torch import Tensor
@@ -33,24 +32,6 @@ def trained(models: DiffusersModels, denoiser: Any = None, **changes: Any) -> Co
         models.text_encoder,
         on_event=on_event,
     )
-
-
-@contextmanager
-def kept_bytes() -> Iterator[list[int]]:
-    """Counts what autograd keeps for the backward pass, each storage once."""
-    storages: dict[int, int] = {}
-    held = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        held.append(tensor)  # so that no address is used twice
-        return tensor
-
-    total = [0]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield total
-    total[0] = sum(storages.values())
 
 
 class Crowded:
