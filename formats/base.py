@@ -1,16 +1,18 @@
-"""The base model of a file that holds whole weights: what they are compared with, and added to."""
+"""The base model of a file whose changes depend on it: those of whole weights and of DoRA."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..concept.concept import hash_projections
+from ..concept.concept import Delta, hash_projections
 from ..concept.errors import ConceptFileError, IncompatibleModelError
 from ..concept.layers import Family, family_of_width, is_projection
 from .names import layer_of
@@ -18,6 +20,8 @@ from .names import layer_of
 _FARTHEST = 0.5
 """Relative change above which weights are of another base. Custom Diffusion moves keys and values
 by a few per cent; unrelated weights differ by more than their own norm."""
+_WHOLE = "diffusion_pytorch_model.safetensors"
+_INDEX = ".index.json"
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,7 @@ class BaseModel:
         Raises IncompatibleModelError where layers or shapes differ, and where the weights are so
         far from the base that they must belong to another one.
         """
-        for layer, weight in whole.items():
-            own = self.weights.get(layer)
-            if own is None or own.shape != weight.shape:
-                shape = "absent" if own is None else tuple(own.shape)
-                raise IncompatibleModelError(
-                    f"{layer} is {tuple(weight.shape)} in the file and {shape} in the base model, "
-                    f"{self.family.title}. Give the model that the file was trained on."
-                )
-        changes = {k: w.float() - self.weights[k].to("cpu").float() for k, w in whole.items()}
+        changes = {k: w.float() - self._weight(k, w.shape) for k, w in whole.items()}
         norm = torch.stack([self.weights[k].float().norm().cpu() for k in whole]).norm()
         moved = float(torch.stack([c.norm() for c in changes.values()]).norm() / norm)
         if not moved <= _FARTHEST:
@@ -71,29 +67,102 @@ class BaseModel:
             )
         return changes
 
+    def decomposed(
+        self, deltas: Mapping[str, Delta], magnitudes: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The whole matrices of DoRA: base and change together, each row or column scaled to its
+        magnitude. The norm it has before is that of the sum, as where PEFT and LyCORIS train it.
+
+        Raises IncompatibleModelError where layers or shapes differ, and ValueError where magnitudes
+        do not fit.
+        """
+        whole = {}
+        for layer, magnitude in magnitudes.items():
+            out, width = deltas[layer].shape
+            own = self._weight(layer, (out, width))  # first: forged factors can be huge
+            if magnitude.shape in ((out,), (out, 1)):
+                axis = 1
+            elif magnitude.shape == (1, width):
+                axis = 0
+            else:
+                raise ValueError(
+                    f"{layer}: magnitudes {tuple(magnitude.shape)} are neither those of its {out} "
+                    f"rows nor of its {width} columns"
+                )
+            moved = own + deltas[layer].dense().float()
+            norms = moved.norm(dim=axis, keepdim=True)
+            whole[layer] = magnitude.float().reshape(norms.shape) * moved / norms
+        return whole
+
+    def _weight(self, layer: str, shape: tuple[int, ...]) -> Tensor:
+        """In float32, on the CPU, beside a matrix of the file that has this shape."""
+        own = self.weights.get(layer)
+        if own is None or own.shape != shape:
+            given = "absent" if own is None else tuple(own.shape)
+            raise IncompatibleModelError(
+                f"{layer} is {tuple(shape)} in the file and {given} in the base model, "
+                f"{self.family.title}. Give the model that the file was trained on."
+            )
+        return own.to("cpu").float()
+
 
 def read_base(path: Path) -> BaseModel:
-    """The base from a checkpoint (.safetensors, original or diffusers' layout), or from a folder in
-    diffusers' layout. Only its cross-attention is read.
+    """The base from a checkpoint (.safetensors, original or diffusers' layout), from a folder in
+    diffusers' layout, or from the index of a model in several files. Only its cross-attention is
+    read.
     """
+    file = path
     if path.is_dir():
         unet = path / "unet" if (path / "unet").is_dir() else path
-        file = unet / "diffusion_pytorch_model.safetensors"
-    else:
-        file = path
+        file = unet / _WHOLE
+        if not file.exists() and (unet / (_WHOLE + _INDEX)).exists():
+            file = unet / (_WHOLE + _INDEX)
     if not file.is_file():
         raise ConceptFileError(
             f"There is no base model {file}. Give a checkpoint as .safetensors, or a folder in "
             "diffusers' layout."
         )
+    weights: dict[str, Tensor] = {}
+    for part in _shards(file) if file.name.endswith(_INDEX) else [file]:
+        weights |= _cross_attention(part)
+    base = BaseModel.of(weights.items())
+    _ = base.family  # a checkpoint without cross-attention is refused here
+    return base
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, all of which are there, beside it."""
+    try:
+        names = sorted(
+            {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
+        )
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        raise ConceptFileError(
+            f"{index.name} is no index of a model in several files ({type(error).__name__}: "
+            f"{error}). Copy it again, or give the model as one .safetensors."
+        ) from error
+    outside = next((name for name in names if PureWindowsPath(name).name != name), None)
+    if outside is not None:
+        raise ConceptFileError(
+            f"{index.name} names the file {outside!r}; all parts of a model lie in the folder of "
+            f"its index, and nothing else is opened. Take the index from the model's own folder."
+        )
+    missing = [name for name in names if not os.path.isfile(index.parent / name)]
+    if missing:
+        raise ConceptFileError(
+            f"{len(missing)} of the {len(names)} files that {index.name} names are not beside it, "
+            f"{missing[0]} for one. Copy the missing ones into {index.parent}."
+        )
+    return [index.parent / name for name in names]
+
+
+def _cross_attention(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             names = [n for n in opened.keys() if layer_of(n.removesuffix(".weight"))]  # noqa: SIM118
-            base = BaseModel.of((name, opened.get_tensor(name)) for name in names)
+            return {name: opened.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise ConceptFileError(
             f"{file.name} cannot be read as a .safetensors checkpoint ({error}). Copy it again, or "
             "convert it to .safetensors."
         ) from error
-    _ = base.family  # a checkpoint without cross-attention is refused here
-    return base

@@ -25,6 +25,10 @@ class Found:
     """Whole matrices by layer, (out, in): the base has to be subtracted"""
     deltas: dict[str, Delta] = field(default_factory=dict)
     """Changes by layer"""
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
+    """DoRA's, by layer: the norms of the rows (out) or (out, 1), or of the columns (1, in), of base
+    and change together
+    """
     tokens: dict[str, Rows] = field(default_factory=dict)
     """By modifier token"""
     notes: list[str] = field(default_factory=list)

@@ -46,8 +46,9 @@ class Opened:
 def open_concept(path: Path, base: BaseModel | None = None, class_noun: str = "") -> Opened:
     """Reads a concept file of ours or of any tool named in docs/formats.md.
 
-    `base` is needed for files that hold whole matrices. `class_noun` belongs to the words of files
-    that have none. Raises ConceptFileError, or IncompatibleModelError when the base is another.
+    `base` is needed for files of whole matrices and for DoRA. `class_noun` belongs to the words of
+    files that have none. Raises ConceptFileError, or IncompatibleModelError when the base is
+    another.
     """
     content = read_content(path)
     if content.metadata.get("format") == FORMAT:
@@ -77,13 +78,16 @@ def open_concept(path: Path, base: BaseModel | None = None, class_noun: str = ""
 
 def _concept(found: Found, base: BaseModel | None, class_noun: str) -> Concept:
     deltas = dict(found.deltas)
-    if found.whole:
+    relative = bool(found.whole or found.magnitudes)
+    if relative:
         if base is None:
+            held = "whole weights" if found.whole else "a DoRA's directions and magnitudes"
             raise ConceptFileError(
-                "it holds whole weights, not changes. Give the base model that it was trained on "
-                "(connect its MODEL, or --base), so that the changes can be told"
+                f"it holds {held}, not changes. Give the base model that it was trained on "
+                f"(connect its MODEL, or --base), so that the changes can be told"
             )
-        changes = base.changes(found.whole)
+        decomposed = base.decomposed(found.deltas, found.magnitudes)
+        changes = base.changes(found.whole | decomposed)
         deltas |= {layer: DenseDelta(change) for layer, change in changes.items()}
     family = _family(found, {layer: delta.shape for layer, delta in deltas.items()})
     if base is not None and base.family != family:
@@ -98,7 +102,7 @@ def _concept(found: Found, base: BaseModel | None, class_noun: str) -> Concept:
     prompts = [
         t.format(subject(k.name, k.class_noun)) for k in tokens for t in CONSTRAINT_TEMPLATES
     ]
-    known = base.hash if base is not None and found.whole else ""
+    known = base.hash if base is not None and relative else ""
     return Concept(family, deltas, tokens, base_hash=known, constraint_prompts=tuple(prompts))
 
 

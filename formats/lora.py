@@ -22,6 +22,8 @@ _PARTS = {
     + (".lora.down.weight", ".lora_linear_layer.down.weight"),
     "alpha": (".alpha",),
     "diff": (".diff",),
+    "magnitude": (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+    + (".lora_magnitude_vector.default.weight",),
     **{
         part: (f".{part}",)
         for part in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "lokr_w1", "lokr_w1_a")
@@ -29,19 +31,21 @@ _PARTS = {
     },
     **{
         part: (f".{part}",)
-        for part in ("dora_scale", "hada_t1", "hada_t2", "lokr_t2", "lora_mid.weight")
-        + ("diff_b", "reshape_weight", "set_weight", "lora_magnitude_vector")
+        for part in ("hada_t1", "hada_t2", "lokr_t2", "lora_mid.weight", "diff_b")
+        + ("reshape_weight", "set_weight")
     },
 }
 _BUNDLED = "bundle_emb."
 _LARGEST = 1 << 26
 """Numbers of a matrix that small factors may stand for; the largest of SDXL has 2.6 million"""
+_SCALES = {"alpha", "magnitude"}
+"""Parts that say how much, not what"""
 
 Parts = Mapping[str, Tensor]
 
 
 def read_lora(content: Content) -> Found | None:
-    """LoRA (kohya, ComfyUI, diffusers, PEFT), LoHa, LoKr and plain differences."""
+    """LoRA (kohya, ComfyUI, diffusers, PEFT), LoHa, LoKr, DoRA of each, and plain differences."""
     tensors = content.tensors()
     modules = _modules(tensors)
     if not modules:
@@ -104,13 +108,15 @@ def _take_modules(
             found.deltas[layer] = _delta(name, parts, scale)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ValueError(f"{name}: {error}") from error
+        if "magnitude" in parts:
+            found.magnitudes[layer] = parts["magnitude"]
     found.leave_out("modules that are not cross-attention", beyond)
 
 
 def _delta(name: str, parts: Parts, scale: Callable[[str, int], float] | None) -> Delta:
     """The change that one module's tensors stand for."""
     factor = scale or (lambda _name, rank: float(parts["alpha"]) / rank if "alpha" in parts else 1)
-    kinds = parts.keys() - {"alpha"}
+    kinds = parts.keys() - _SCALES
     if any(parts[kind].ndim != 2 for kind in kinds):
         raise ValueError("its factors are not matrices")
     if kinds == {"up", "down"}:
@@ -134,8 +140,8 @@ def _delta(name: str, parts: Parts, scale: Callable[[str, int], float] | None) -
         strength = factor(name, ranks[0]) if ranks else 1.0
         return DenseDelta(torch.kron(first, second) * strength)
     raise ValueError(
-        f"it is made of {', '.join(sorted(kinds))}; LoRA, LoHa, LoKr and plain differences can be "
-        f"read, DoRA and convolutions' factors cannot"
+        f"it is made of {', '.join(sorted(parts))}; LoRA, LoHa, LoKr, DoRA and plain differences "
+        f"can be read, convolutions' factors cannot"
     )
 
 
@@ -154,7 +160,9 @@ def _check_size(numbers: int) -> None:
 
 
 def _peft_scale(content: Content) -> Callable[[str, int], float] | None:
-    """alpha / rank as PEFT's settings in the header say; None where there are none."""
+    """alpha / rank, or alpha / √rank, as PEFT's settings in the header say; None where there are
+    none.
+    """
     text = content.metadata.get("lora_adapter_metadata")
     if text is None:
         return None
@@ -162,14 +170,15 @@ def _peft_scale(content: Content) -> Callable[[str, int], float] | None:
         settings: dict[str, Any] = dict(container(json.loads(text)))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"lora_adapter_metadata is no JSON ({error})") from error
-    if settings.get("unet.use_rslora") or settings.get("unet.use_dora"):
-        raise ValueError("it uses rank-stabilised LoRA or DoRA, which a concept cannot hold")
+    if settings.get("unet.use_dora") and not any("magnitude" in name for name in content.values):
+        raise ValueError("its settings say DoRA, and it holds no magnitudes")
+    stabilised = bool(settings.get("unet.use_rslora"))
     patterns = container(settings.get("unet.alpha_pattern"))
     alpha = settings.get("unet.lora_alpha")
 
     def scale(name: str, rank: int) -> float:
         path = name.removeprefix("unet.")
         own = next((a for key, a in patterns.items() if path.endswith(key)), alpha)
-        return float(own) / rank if own is not None else 1.0
+        return float(own) / (rank**0.5 if stabilised else rank) if own is not None else 1.0
 
     return scale

@@ -93,6 +93,43 @@ def test_lycoris_files_mean_to_us_what_they_mean_to_the_stock_loader(
     )
 
 
+@pytest.mark.parametrize("axis", [0, 1], ids=["columns", "rows"])
+def test_dora_means_to_us_what_it_means_to_the_stock_loader(
+    axis: int, comfy: Any, sd15: Any, shapes: Any, tmp_path: Path
+) -> None:
+    from custom_diffusion.host.comfyui.models import base_model
+
+    with torch.inference_mode():
+        base = base_model(sd15.model)
+    draw = torch.Generator().manual_seed(4)
+    tensors: dict[str, torch.Tensor] = {}
+    for layer, (out, width) in shapes.items():
+        norms = base.weights[layer].float().norm(dim=axis, keepdim=True)
+        parts = {
+            "lora_up.weight": torch.randn(out, 4, generator=draw) * 0.02,
+            "lora_down.weight": torch.randn(4, width, generator=draw) * 0.1,
+            "alpha": torch.tensor(2.5),
+            "dora_scale": norms * (1 + 0.1 * torch.randn(norms.shape, generator=draw)),
+        }
+        name = kohya_name(layer, diffusers_blocks=True)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    path = tmp_path / "dora.safetensors"
+    save_file(tensors, path)
+    concept = open_concept(path, base).concept
+    before = weights_with_concept(sd15, Concept(concept.family, {}, made_concept(shapes).tokens))
+    ours, theirs = weights_with_concept(sd15, concept), weights_with_lora(comfy, sd15, path)
+    if axis == 0:
+        assert_same_change(ours, theirs, before)
+        return
+    # Of rows it takes the norm before the change, others after it: only the direction is the same.
+    changed = [name for name in before if not torch.equal(before[name], theirs[name])]
+    assert len(changed) == len(shapes)
+    for name in changed:
+        turned = torch.cosine_similarity(ours[name].double(), theirs[name].double(), dim=1)
+        assert (1 - turned).abs().max() < 1e-6
+        assert (1 - torch.cosine_similarity(ours[name], before[name], dim=1)).max() > 1e-4
+
+
 def test_the_stock_tokenizer_reads_an_exported_embedding(
     sd15: Any, shapes: Any, tmp_path: Path
 ) -> None:

@@ -229,12 +229,16 @@ class TestDiffusersReads:
 
 
 class TestDiffusersWrites:
-    @pytest.mark.parametrize("alpha", [4, 10])
+    @pytest.mark.parametrize(
+        "kind", [{}, {"lora_alpha": 10}, {"use_rslora": True}, {"use_dora": True, "lora_alpha": 10}]
+    )
     def test_a_lora_of_peft(
-        self, pipeline: Any, base: BaseModel, tmp_path: Path, alpha: int
+        self, pipeline: Any, base: BaseModel, tmp_path: Path, kind: dict[str, Any]
     ) -> None:
         settings = LoraConfig(
-            r=4, lora_alpha=alpha, target_modules=["attn2.to_k", "attn2.to_v", "attn1.to_q"]
+            r=4,
+            target_modules=["attn2.to_k", "attn2.to_v", "attn1.to_q"],
+            **{"lora_alpha": 4, **kind},
         )
         unet = copy.deepcopy(pipeline.unet)
         unet.add_adapter(settings)
@@ -242,13 +246,20 @@ class TestDiffusersWrites:
             for name, parameter in unet.named_parameters():
                 if "lora_B" in name:
                     parameter.normal_(std=0.02)
+                if "lora_magnitude" in name:
+                    parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
         pipeline.save_lora_weights(
             tmp_path,
             unet_lora_layers=get_peft_model_state_dict(unet),
             unet_lora_adapter_metadata=settings.to_dict() | {"target_modules": ["attn2.to_k"]},
         )
-        opened = open_concept(tmp_path / "pytorch_lora_weights.safetensors", class_noun="cat")
+        path = tmp_path / "pytorch_lora_weights.safetensors"
+        if settings.use_dora:
+            with pytest.raises(ConceptFileError, match=r"safetensors.*DoRA.*Give the base model"):
+                open_concept(path)
+        opened = open_concept(path, base if settings.use_dora else None, class_noun="cat")
         assert len(opened.concept.deltas) == 12
+        assert opened.concept.base_hash == (base.hash if settings.use_dora else "")
         assert "6 modules that are not cross-attention" in opened.notes[0]
         unet.fuse_lora()
         wanted = changes_by_peft(unet, pipeline.unet)
@@ -335,6 +346,49 @@ class TestOtherFiles:
         torch.testing.assert_close(deltas[second].dense(), torch.kron(e, f @ g) * 1.5)
         assert torch.equal(deltas[third].dense(), torch.ones(out, width))
 
+    @pytest.mark.parametrize("axis", [0, 1], ids=["columns", "rows"])
+    def test_dora_gives_each_row_or_column_its_magnitude(
+        self, axis: int, base: BaseModel, tmp_path: Path
+    ) -> None:
+        layer = next(k for k in base.weights if k.endswith("to_k"))
+        weight = base.weights[layer]
+        (out, width), magnitude = weight.shape, weight.norm(dim=axis, keepdim=True) * 1.1
+        factors = {
+            "lokr_w1": torch.randn(4, 3) * 0.1,
+            "lokr_w2": torch.randn(out // 4, width // 3) * 0.01,
+        }
+        tensors = {**factors, "dora_scale": magnitude}
+        name = kohya_name(layer, diffusers_blocks=True)
+        save_file({f"{name}.{k}": t for k, t in tensors.items()}, tmp_path / "dora.safetensors")
+        change = open_concept(tmp_path / "dora.safetensors", base).concept.deltas[layer].dense()
+        moved = weight + torch.kron(*factors.values())
+        torch.testing.assert_close((weight + change).norm(dim=axis, keepdim=True), magnitude)
+        directions = torch.cosine_similarity(weight + change, moved, dim=axis)
+        torch.testing.assert_close(directions, torch.ones_like(directions))
+
+    @pytest.mark.parametrize("shape", [(3, 1), (1, 3), (768,), ()])
+    def test_magnitudes_that_fit_neither_rows_nor_columns(
+        self, shape: tuple[int, ...], base: BaseModel, tmp_path: Path
+    ) -> None:
+        layer = next(k for k in base.weights if k.endswith("to_k"))
+        name = kohya_name(layer, diffusers_blocks=True)
+        tensors = {"diff": torch.ones(base.weights[layer].shape), "dora_scale": torch.ones(shape)}
+        save_file({f"{name}.{k}": t for k, t in tensors.items()}, tmp_path / "dora.safetensors")
+        with pytest.raises(ConceptFileError, match=r"dora\.safetensors.*neither"):
+            open_concept(tmp_path / "dora.safetensors", base)
+
+    def test_dora_of_another_models_shapes_is_refused(
+        self, base: BaseModel, tmp_path: Path
+    ) -> None:
+        name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+        huge = {"lora_up.weight": (1 << 20, 1), "lora_down.weight": (1, 1 << 20)}
+        tensors = {
+            k: torch.ones(shape) for k, shape in {**huge, "dora_scale": (1 << 20, 1)}.items()
+        }
+        save_file({f"{name}.{k}": t for k, t in tensors.items()}, tmp_path / "dora.safetensors")
+        with pytest.raises(IncompatibleModelError, match="Give the model"):
+            open_concept(tmp_path / "dora.safetensors", base)
+
     @pytest.mark.parametrize(
         ("write", "name"),
         [
@@ -395,6 +449,50 @@ class TestBaseModel:
         save_file({"vae.x": torch.ones(2)}, tmp_path / "vae.safetensors")
         with pytest.raises(IncompatibleModelError, match="no cross-attention"):
             read_base(tmp_path / "vae.safetensors")
+
+    @pytest.mark.parametrize("nested", [True, False], ids=["pipeline", "unet"])
+    def test_it_is_read_from_several_files(
+        self, nested: bool, pipeline: Any, base: BaseModel, tmp_path: Path
+    ) -> None:
+        unet = tmp_path / "unet" if nested else tmp_path
+        pipeline.unet.save_pretrained(unet, max_shard_size="1MB")
+        index = unet / "diffusion_pytorch_model.safetensors.index.json"
+        assert len(list(unet.glob("*.safetensors"))) > 2
+        for path in (tmp_path, unet, index):
+            assert read_base(path).hash == base.hash
+
+    def test_a_file_of_several_that_is_missing_is_named(
+        self, pipeline: Any, tmp_path: Path
+    ) -> None:
+        pipeline.unet.save_pretrained(tmp_path, max_shard_size="1MB")
+        lost = sorted(tmp_path.glob("*.safetensors"))[1]
+        content = lost.read_bytes()
+        lost.write_bytes(content[:100])
+        with pytest.raises(ConceptFileError, match=rf"{lost.name} cannot be read.*Copy it again"):
+            read_base(tmp_path)
+        lost.unlink()
+        with pytest.raises(ConceptFileError, match=rf"index\.json.*{lost.name}.*Copy the missing"):
+            read_base(tmp_path)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            *("", "[", "[" * 100000, "3", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'),
+            *(f'{{"weight_map": {{"a": "{p}"}}}}' for p in ("..", "", "x\\u0000", "x" * 5000)),
+            *(
+                f'{{"weight_map": {{"a": "{path}"}}}}'
+                for path in ("../secret.safetensors", "/etc/passwd", "..\\\\up", "C:x", "a/../../b")
+            ),
+        ],
+    )
+    def test_an_index_that_is_none(self, text: str, tmp_path: Path) -> None:
+        folder = tmp_path / "model"
+        folder.mkdir()
+        weight = {"mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight": torch.ones(8, 9)}
+        save_file(weight, tmp_path / "secret.safetensors")
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
+        with pytest.raises(ConceptFileError, match=r"model\.safetensors\.index\.json"):
+            read_base(folder)
 
     def test_a_baked_unet_draws_as_the_concept_does(
         self, pipeline: Any, base: BaseModel, tmp_path: Path
@@ -462,8 +560,9 @@ class TestBadFiles:
             ({"lora_up.weight": (8, 2)}, "made of up"),
             (
                 {"lora_up.weight": (8, 2), "lora_down.weight": (2, 768), "dora_scale": (8, 1)},
-                "DoRA",
+                "DoRA.*Give the base model",
             ),
+            ({"dora_scale": (8, 1)}, "made of magnitude"),
         ],
     )
     def test_factors_that_cannot_be(
