@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+import torch
 from tqdm import tqdm
 
 from ..concept.concept import Concept
 from ..concept.errors import ConfigError
 from ..concept.file import read_concept
 from ..concept.prompts import DEFAULT_TEMPLATE, STYLE_TEMPLATE
-from ..trainer.config import Fit, GradientCut, TrainConfig
+from ..trainer.config import Fit, GradientCut, OptimizerName, TrainConfig
 from ..trainer.data import TrainingConcept, instance_caption, load_folder
 from ..trainer.events import Event, MemoryShort, StepDone
 from ..trainer.fingerprint import training_fingerprint
@@ -40,6 +41,7 @@ _RECIPE = (
     "resolution",
     "gradient_cut",
     "fit",
+    "optimizer",
 )
 
 
@@ -89,6 +91,16 @@ def add_to(commands: Any) -> None:
         action="store_true",
         help="less memory, more time; comes by itself when memory runs out",
     )
+    teach.add_argument(
+        "--optimizer",
+        choices=get_args(OptimizerName),
+        help="8-bit: its state in a quarter of the memory; needs `pip install bitsandbytes`",
+    )
+    teach.add_argument(
+        "--text-encoder-on-cpu",
+        action="store_true",
+        help="less GPU memory, slower steps: for SDXL on small GPUs",
+    )
     teach.add_argument("--learning-rate", type=float, help="default: the method's own")
     teach.add_argument(
         "--resolution", type=int, help=f"default {DEFAULTS.resolution}; take 1024 for SDXL"
@@ -131,6 +143,8 @@ def _train(
 
     pipeline = load(options.model, together.device, DTYPES[options.precision])
     with borrowed_models(pipeline) as models:
+        if config.text_encoder_on_cpu:
+            models.text_encoder.to(torch.device("cpu"))
         if start:  # before the time that encoding takes
             check_start(start, models.denoiser, config)
         with tqdm(desc="encoding pictures", unit="view", disable=not together.leads) as bar:
@@ -172,6 +186,7 @@ def training_config(options: argparse.Namespace) -> TrainConfig:
         method=options.method,
         **{name: value for name, value in given.items() if value is not None},
         gradient_checkpointing=options.gradient_checkpointing,
+        text_encoder_on_cpu=options.text_encoder_on_cpu,
         augment=recipe.augment and not options.no_augment,
         flip=recipe.flip and not options.no_flip,
         preview_every_steps=0,

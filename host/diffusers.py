@@ -91,7 +91,7 @@ class DiffusersDenoiser:
         beside = None
         if self.family.pooled_width:
             assert pooled is not None and sizes is not None, "this UNet reads both"
-            beside = {"text_embeds": pooled.to(self.dtype), "time_ids": sizes}
+            beside = {"text_embeds": pooled.to(self.device, self.dtype), "time_ids": sizes}
         output = self.network(
             noisy_latents_bchw.to(self.dtype),
             timesteps,
@@ -126,7 +126,7 @@ class DiffusersModels:
     """A pipeline seen through the trainer's protocols."""
 
     denoiser: DiffusersDenoiser
-    text_encoder: TextEncoder
+    text_encoder: ClipTextEncoder | ClipTextEncoderPair
     latent_encoder: DiffusersLatentEncoder
 
 
@@ -218,7 +218,7 @@ def text_family(pipeline: Any) -> Family:
     return family_of_width(sum(model.config.hidden_size for model in _text_models(pipeline)))
 
 
-def text_encoder(pipeline: Any) -> TextEncoder:
+def text_encoder(pipeline: Any) -> ClipTextEncoder | ClipTextEncoderPair:
     """The pipeline's text encoder with its tokenizer, or both of SDXL's as one."""
     family = text_family(pipeline)
     if not family.pooled_width:

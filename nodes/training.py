@@ -15,7 +15,7 @@ from ..host.comfyui.jobs import jobs_to_go_on_with, tell_node
 from ..host.comfyui.paths import NO_FOLDER, input_folders
 from ..host.comfyui.training import start_training, training_outputs
 from ..trainer.advice import advice
-from ..trainer.config import Fit, GradientCut, MethodName, TrainConfig
+from ..trainer.config import Fit, GradientCut, MethodName, OptimizerName, TrainConfig
 from ..trainer.methods import METHODS, recipe
 from .types import CATEGORY, Concept, RegularizationSet, TrainingConcept, told
 
@@ -352,6 +352,24 @@ class CustomDiffusionTrain(io.ComfyNode):
                     advanced=True,
                     tooltip="So many concepts of the run are kept in its folder beside the newest: "
                     "those before which the losses were lowest.",
+                ),
+                # Optional, and last: graphs that were saved before there was a choice still run.
+                io.Combo.Input(
+                    "optimizer",
+                    options=list(get_args(OptimizerName)),
+                    default=DEFAULTS.optimizer,
+                    optional=True,
+                    advanced=True,
+                    tooltip="8-bit: the optimiser's state in a quarter of the memory. It needs "
+                    "the Python package bitsandbytes.",
+                ),
+                io.Boolean.Input(
+                    "text_encoder_on_cpu",
+                    default=DEFAULTS.text_encoder_on_cpu,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Leaves the text encoders in main memory: less GPU memory, slower "
+                    "steps. For SDXL on small GPUs.",
                 ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],

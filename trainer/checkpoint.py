@@ -47,7 +47,12 @@ class Checkpoint:
         return Checkpoint(
             losses=tuple(losses),
             parameters=tuple(parameter.detach() for parameter in parameters),
-            moments=tuple(optimizer.state.get(parameter, {}) for parameter in parameters),
+            moments=tuple(
+                {name: torch.as_tensor(value) for name, value in optimizer.state[p].items()}
+                if p in optimizer.state
+                else {}
+                for p in parameters
+            ),
         )
 
     def restore(self, optimizer: torch.optim.Optimizer) -> list[float]:
@@ -66,7 +71,11 @@ class Checkpoint:
         with torch.no_grad():
             for parameter, value in zip(parameters, self.parameters, strict=True):
                 parameter.copy_(value)
-        state = {index: dict(moments) for index, moments in enumerate(self.moments) if moments}
+        state = {
+            index: {name: _number_or_tensor(value) for name, value in moments.items()}
+            for index, moments in enumerate(self.moments)
+            if moments
+        }
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         return list(self.losses)
 
@@ -120,6 +129,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
         parameters=tuple(state.pop(_PARAMETER) for state in states),
         moments=tuple(states),
     )
+
+
+def _number_or_tensor(value: Tensor) -> Tensor | int:
+    """Some optimisers count their steps in a plain number, which is stored as a tensor."""
+    plain = value.ndim == 0 and value.dtype == torch.int64
+    return int(value) if plain else value
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

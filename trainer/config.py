@@ -17,6 +17,7 @@ MethodName = Literal[
     "fine-tune all",
 ]
 """What learns: `trainer/methods/` has a file for each."""
+OptimizerName = Literal["adamw", "adamw 8-bit"]
 GradientCut = Literal["none", "start", "start and padding"]
 Fit = Literal["crop", "letterbox"]
 LATENT_PIXELS = 8
@@ -45,6 +46,12 @@ class TrainConfig:
     """Images computed at once, a part of the batch; 0 is all of it. Less memory, the same step."""
     gradient_checkpointing: bool = False
     """Compute the UNet's blocks twice instead of keeping what is inside them: less memory."""
+    optimizer: OptimizerName = "adamw"
+    """With state in float32, or in 8 bits a number, a quarter of the memory (bitsandbytes)."""
+    text_encoder_on_cpu: bool = False
+    """Leave the text encoders in main memory, and let the CPU compute them: less of the device's
+    memory, slower steps.
+    """
     weight_decay: float = 1e-2
     """Of AdamW."""
     max_gradient_norm: float | None = 1.0
@@ -100,6 +107,7 @@ class TrainConfig:
                 f"max_gradient_norm={self.max_gradient_norm} would stop all learning. "
                 f"Use a number above 0, or None for no limit."
             )
+        _one_of("optimizer", self.optimizer, get_args(OptimizerName))
         _one_of("gradient_cut", self.gradient_cut, get_args(GradientCut))
         _one_of("fit", self.fit, get_args(Fit))
 

@@ -24,6 +24,7 @@ from .latents import LatentBank, batch_of_step, step_randomness
 from .methods import METHODS
 from .network_weights import NetworkWeights
 from .objective import add_noise, sample_losses, sample_weights, target
+from .optimizer import make_optimizer
 from .projections import KeyValueProjections
 from .prompt_features import PromptFeatures
 from .protocols import Denoiser
@@ -84,12 +85,7 @@ def train(
     parameters = [*projections.parameters(), *rows, *network.parameters()]
     if not words and (method.whole_network or not parameters):
         raise _nothing_to_keep(config)
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        fused=denoiser.device.type in ("cpu", "cuda"),
-    )
+    optimizer = make_optimizer(config, parameters)
 
     base_hash = projections.base_hash  # of the network's own keys and values
 

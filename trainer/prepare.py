@@ -10,6 +10,7 @@ from .augmentation import PREFIXES
 from .config import TrainConfig
 from .data import TrainingConcept, check_readable
 from .latents import LatentBank, encode_views
+from .optimizer import check_optimizer
 from .protocols import LatentEncoder
 from .tokens import initial_embedding
 
@@ -30,6 +31,7 @@ def prepare(
             f"batch_size={config.batch_size} leaves no place for regularization images. Use 2 or "
             f"more, or leave the regularization images out."
         )
+    check_optimizer(config)
     check_readable([*concept.images, *concept.regularization])
     if concept.token:
         _check_words(concept, config, text_encoder)

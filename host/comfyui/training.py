@@ -77,7 +77,8 @@ def start_training(
     def run(checkpoint: Checkpoint | None, should_stop: Any, on_event: Any) -> Concept:
         try:
             denoiser.to(device)
-            encoder.to(device)
+            if not config.text_encoder_on_cpu:
+                encoder.to(device)
             return train(
                 config,
                 concepts,
