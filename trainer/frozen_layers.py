@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 _NORMED_FROM = "custom_diffusion_normed_from"
 
@@ -59,13 +60,14 @@ def _forward_of(module: nn.Module) -> Callable[..., Tensor] | None:
         return None if module.inplace else _silu
     # Both hosts name it so: a linear layer `proj`, half of it gated by GELU of the other half.
     if type(module).__name__ == "GEGLU":
-        return lambda hidden: _GatedGelu.apply(module.proj(hidden))  # type: ignore[no-any-return]
+        return partial(_gated_gelu, module)
     return None
 
 
 def _convolution(layer: nn.Conv2d, images_bchw: Tensor) -> Tensor:
     numbers = (layer.stride, layer.padding, layer.dilation, layer.groups)
-    return _Convolution.apply(images_bchw, layer.weight, layer.bias, *numbers)  # type: ignore[no-any-return]
+    apply: Callable[..., Tensor] = _Convolution.apply
+    return apply(images_bchw, layer.weight, layer.bias, *numbers)
 
 
 def _group_norm(layer: nn.GroupNorm, images_bchw: Tensor) -> Tensor:
@@ -79,9 +81,13 @@ def _silu(values: Tensor) -> Tensor:
     if normed_from is None:
         return F.silu(values)
     layer, before = normed_from
-    return _NormedSilu.apply(  # type: ignore[no-any-return]
-        values, before.detach(), layer.num_groups, layer.weight, layer.bias, layer.eps
-    )
+    apply: Callable[..., Tensor] = _NormedSilu.apply
+    return apply(values, before.detach(), layer.num_groups, layer.weight, layer.bias, layer.eps)
+
+
+def _gated_gelu(layer: Any, hidden: Tensor) -> Tensor:
+    apply: Callable[..., Tensor] = _GatedGelu.apply
+    return apply(layer.proj(hidden))
 
 
 class _Convolution(torch.autograd.Function):
@@ -98,7 +104,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (weight,) = ctx.saved_tensors
-        of_input = torch.nn.grad.conv2d_input(ctx.shape, weight, gradient, *ctx.numbers)
+        of_input = conv2d_input(ctx.shape, weight, gradient, *ctx.numbers)
         return of_input, *[None] * (2 + len(ctx.numbers))
 
 

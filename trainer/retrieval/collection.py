@@ -43,9 +43,9 @@ class Part:
         if not self.path.is_dir():
             status = self.path.stat()
             return f"{status.st_size}:{status.st_mtime_ns}"
-        files = [file for file in os.scandir(self.path) if file.is_file()]
-        newest = max((file.stat().st_mtime_ns for file in files), default=0)
-        return f"{len(files)}:{newest}"
+        with os.scandir(self.path) as files:
+            times = [file.stat().st_mtime_ns for file in files if file.is_file()]
+        return f"{len(times)}:{max(times, default=0)}"
 
     def entries(self) -> Iterator[Entry]:
         """All that have a caption. Raises DataError naming a file that cannot be read."""
@@ -75,15 +75,19 @@ class Part:
 def parts_of(collection: Path) -> list[Part]:
     """The parts of a collection, by path. Raises DataError when there are none."""
     parts = []
-    for folder, _, names in os.walk(collection):
-        files = {Path(folder) / name for name in names}
-        shards = {file for file in files if file.suffix == ".tar"}
-        tables = {file for file in files if file.suffix == ".parquet"}
-        parts += [Part(file) for file in shards]
+    for folder, _, files in os.walk(collection):
+        # Of separate files there may be millions: they are looked at by name, not as paths.
+        names = set(files)
+        shards = {name for name in names if name.endswith(".tar")}
         # Beside its shard a table says nothing that the shard does not.
-        parts += [Part(file) for file in tables if file.with_suffix(".tar") not in shards]
+        tables = {
+            name
+            for name in names
+            if name.endswith(".parquet") and f"{name.removesuffix('.parquet')}.tar" not in shards
+        }
+        parts += [Part(Path(folder, name)) for name in shards | tables]
         covered = Path(folder).with_suffix(".parquet").is_file()
-        if not covered and any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
+        if not covered and any(_is_picture(name) for name in names):
             parts.append(Part(Path(folder)))
     if not parts:
         raise DataError(
@@ -93,13 +97,18 @@ def parts_of(collection: Path) -> list[Part]:
     return sorted(parts, key=lambda part: part.path)
 
 
+def _is_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
 def _of_folder(folder: Path) -> Iterator[Entry]:
-    for file in sorted(folder.iterdir()):
-        text = file.with_suffix(".txt")
-        if file.suffix.lower() in IMAGE_SUFFIXES and text.is_file():
-            caption = _one_line(text.read_bytes())
+    names = set(os.listdir(folder))
+    for name in sorted(names):
+        text = f"{os.path.splitext(name)[0]}.txt"
+        if _is_picture(name) and text in names:
+            caption = _one_line((folder / text).read_bytes())
             if caption:
-                yield Entry(caption, file.name)
+                yield Entry(caption, name)
 
 
 def _of_shard(path: Path) -> Iterator[Entry]:

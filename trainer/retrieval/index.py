@@ -58,17 +58,16 @@ class CaptionIndex:
         """
         captions = 0
         for number, part in enumerate(self._parts):
-            done = self._done(part)
-            if not done.is_file():
+            files = self._files(part)
+            if not files.done.is_file():
                 rows = 0
-                entries = part.entries()
-                for chunk, path in zip(_chunks(entries), self._paths(part), strict=False):
+                for chunk, path in zip(_chunks(part.entries()), files.chunks(), strict=False):
                     on_progress(number, len(self._parts))
                     rows += len(chunk)
                     if not path.is_file():
                         _write_chunk(path, chunk, embed)
-                write_text_atomically(done, str(rows))
-            captions += int(done.read_text())
+                write_text_atomically(files.done, str(rows))
+            captions += int(files.done.read_text())
         on_progress(len(self._parts), len(self._parts))
         if not captions:
             raise DataError(
@@ -86,13 +85,13 @@ class CaptionIndex:
         best: list[tuple[float, Path, int, Part]] = []
         nearest = -1.0
         for part in self._parts:
-            done, rows = self._done(part), 0
-            if not done.is_file():
+            files, rows = self._files(part), 0
+            if not files.done.is_file():
                 raise DataError(
                     f"The captions of {part.path} were not read yet, or it has changed since. "
                     f"Search again: what is new is read first."
                 )
-            for path in self._paths(part):
+            for path in files.chunks():
                 if not path.is_file():
                     break
                 similarity = _features(path).astype(np.float32) @ wanted
@@ -101,10 +100,11 @@ class CaptionIndex:
                 top = np.argsort(-similarity, kind="stable")[:count]
                 found = [(float(similarity[row]), path, int(row), part) for row in top]
                 best += [item for item in found if item[0] >= least]
-            if rows != int(done.read_text()):
+            lost = int(files.done.read_text()) - rows
+            if lost:
                 raise DataError(
-                    f"The index {self._folder} has lost {int(done.read_text()) - rows} captions of "
-                    f"{part.path}. Delete it; it is made anew."
+                    f"The index {self._folder} has lost {lost} captions of {part.path}. Delete it; "
+                    f"it is made anew."
                 )
             best = sorted(best, key=lambda item: -item[0])[:count]
         if not best:
@@ -114,16 +114,27 @@ class CaptionIndex:
             )
         return [Found(similarity, part, _entry(path, row)) for similarity, path, row, part in best]
 
-    def _key(self, part: Part) -> str:
-        return _digest(str(part.path.relative_to(self._collection)), part.fingerprint())
+    def _files(self, part: Part) -> _Files:
+        """Looks at the part, and for a folder at every file in it: once a search is enough."""
+        key = _digest(str(part.path.relative_to(self._collection)), part.fingerprint())
+        return _Files(self._folder, key)
 
-    def _done(self, part: Part) -> Path:
-        """Says how many captions a part has, once all are there."""
-        return self._folder / f"{self._key(part)}.done"
 
-    def _paths(self, part: Part) -> Iterator[Path]:
-        key = self._key(part)
-        return (self._folder / f"{key}-{number:05}.npy" for number in count())
+@dataclass(frozen=True)
+class _Files:
+    """What an index holds of a part."""
+
+    folder: Path
+    key: str
+
+    @property
+    def done(self) -> Path:
+        """Says how many captions the part has, once all are there."""
+        return self.folder / f"{self.key}.done"
+
+    def chunks(self) -> Iterator[Path]:
+        """Where its features are, or will be; without an end."""
+        return (self.folder / f"{self.key}-{number:05}.npy" for number in count())
 
 
 def _chunks(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
