@@ -9,6 +9,7 @@ from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from ..concept.errors import ConfigError, IncompatibleModelError
 
@@ -47,6 +48,12 @@ class OpenClipText:
                 f"open_clip.list_pretrained() names, or a file of the model's weights."
             ) from error
         clip.visual = None  # pictures are not looked at
+        # A causal model does not look at what follows a word, and reads a caption at its end.
+        self._causal = (
+            isinstance(clip, open_clip.CLIP)
+            and clip.attn_mask is not None
+            and clip.text_pool_type == "argmax"
+        )
         self._clip, self._device = clip.eval().requires_grad_(False), device
         digest = hashlib.blake2b(digest_size=16)
         for name, tensor in sorted(self._clip.state_dict().items()):
@@ -57,8 +64,25 @@ class OpenClipText:
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Features (n, d) of length 1, on the CPU."""
-        parts = []
-        for start in range(0, len(captions), _BATCH_SIZE):
-            tokens = self._tokenize(list(captions[start : start + _BATCH_SIZE])).to(self._device)
-            parts.append(self._clip.encode_text(tokens, normalize=True).float().cpu())
-        return torch.cat(parts)
+        tokens = self._tokenize(list(captions))
+        count, longest = tokens.shape
+        # The token that ends a caption has the highest number.
+        lengths = tokens.argmax(dim=1) + 1 if self._causal else torch.full((count,), longest)
+        order = lengths.argsort()  # captions of about equal length share a batch
+        parts = [
+            self._encode(tokens[rows, : int(lengths[rows[-1]])]).float().cpu()
+            for rows in order.split(_BATCH_SIZE)
+        ]
+        return torch.cat(parts)[order.argsort()]
+
+    def _encode(self, tokens: Tensor) -> Tensor:
+        """Of captions without the padding that all of them have, if the model is causal."""
+        tokens, length = tokens.to(self._device), tokens.shape[1]
+        if not self._causal:
+            return self._clip.encode_text(tokens, normalize=True)  # type: ignore[no-any-return]
+        cut = {
+            "positional_embedding": self._clip.positional_embedding[:length],
+            "attn_mask": self._clip.attn_mask[:length, :length],
+        }
+        features: Tensor = functional_call(self._clip, cut, kwargs={"text": tokens})[1]
+        return features

@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import torch
 from custom_diffusion.concept.errors import IncompatibleModelError
+from custom_diffusion.host import open_clip_text
 from custom_diffusion.host.open_clip_text import MODEL, WEIGHTS, OpenClipText
 from open_clip.pretrained import get_pretrained_cfg
 from support.tiny_models import TINY_CLIP
@@ -38,6 +39,30 @@ def test_captions_are_embedded_as_by_the_whole_model(weights: Path) -> None:
     wanted = features / features.norm(dim=-1, keepdim=True)
     torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=0)
     assert ours.shape == (300, 16)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_captions_of_any_length_keep_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, causal: bool
+) -> None:
+    """Padding is left out where it changes nothing: not from a model that looks at it."""
+    monkeypatch.setattr(open_clip_text, "_BATCH_SIZE", 3)
+    name = f"tiny-test-clip-{'causal' if causal else 'both-ways'}"
+    text = {**TINY_CLIP["text_cfg"], "no_causal_mask": not causal}
+    (tmp_path / f"{name}.json").write_text(json.dumps({**TINY_CLIP, "text_cfg": text}))
+    open_clip.add_model_config(tmp_path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        whole = open_clip.create_model(name).eval()
+    torch.save(whole.state_dict(), tmp_path / "weights.pt")
+    captions = ["a cat on a red sofa", "", "cat", "a cat " * 100, "two dogs!", "snow", "a mug"]
+    read: list[int] = []
+    embed = OpenClipText(name, str(tmp_path / "weights.pt"))
+    embed._clip.transformer.register_forward_pre_hook(lambda _, x: read.append(x[0].shape[1]))
+    with torch.no_grad():
+        features = whole.encode_text(open_clip.get_tokenizer(name)(captions), normalize=True)
+    torch.testing.assert_close(embed(captions), features, atol=1e-5, rtol=0)
+    assert read == ([3, 8, 77] if causal else [77, 77, 77])
 
 
 def test_its_name_follows_the_weights(weights: Path) -> None:
