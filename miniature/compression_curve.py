@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +32,7 @@ WHOLE, EQUAL, GLOBAL = "whole", "one rank for all", "ranks by energy"
 _COLUMNS = {
     "file, kB": ("kilobytes", 0),
     "energy": ("energy_kept", 3),
+    "relative error": ("relative_error", 3),
     "text alignment": ("text_alignment", 3),
     "image alignment": ("image_alignment", 3),
 }
@@ -48,6 +50,11 @@ class Point:
     energy_kept: float
     text_alignment: float
     image_alignment: float
+
+    @property
+    def relative_error(self) -> float:
+        """‖ΔW − approximation‖ over ‖ΔW‖, of all layers together"""
+        return math.sqrt(1 - self.energy_kept)
 
     @property
     def name(self) -> str:
