@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -112,7 +112,11 @@ class CaptionIndex:
                 f"No caption of {self._collection} is as near as {least:g} to what was asked for; "
                 f"the nearest has {nearest:.2f}. Ask for less, or with other words."
             )
-        return [Found(similarity, part, _entry(path, row)) for similarity, path, row, part in best]
+        found_in: dict[Path, set[int]] = {}
+        for _, path, row, _ in best:
+            found_in.setdefault(path, set()).add(row)
+        entries = {path: _entries(path, numbers) for path, numbers in found_in.items()}
+        return [Found(similarity, part, entries[path][row]) for similarity, path, row, part in best]
 
     def _files(self, part: Part) -> _Files:
         """Looks at the part, and for a folder at every file in it: once a search is enough."""
@@ -165,9 +169,10 @@ def _features(path: Path) -> NDArray[np.float16]:
         ) from error
 
 
-def _entry(path: Path, row: int) -> Entry:
+def _entries(path: Path, rows: Set[int]) -> dict[int, Entry]:
+    """What these rows of a chunk are; its lines are read once for all of them."""
     with open(path.with_suffix(".jsonl"), encoding="utf-8") as lines:
-        return Entry(**json.loads(next(islice(lines, row, None))))
+        return {row: Entry(**json.loads(line)) for row, line in enumerate(lines) if row in rows}
 
 
 def _digest(*texts: str) -> str:
