@@ -126,7 +126,10 @@ def read_base(path: Path) -> BaseModel:
     for part in _shards(file) if file.name.endswith(_INDEX) else [file]:
         weights |= _cross_attention(part)
     base = BaseModel.of(weights.items())
-    _ = base.family  # a checkpoint without cross-attention is refused here
+    try:
+        _ = base.family  # a checkpoint without cross-attention is refused here
+    except IncompatibleModelError as error:
+        raise IncompatibleModelError(f"{file.name}: {error}") from error
     return base
 
 
@@ -160,9 +163,16 @@ def _cross_attention(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             names = [n for n in opened.keys() if layer_of(n.removesuffix(".weight"))]  # noqa: SIM118
-            return {name: opened.get_tensor(name) for name in names}
+            weights = {name: opened.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise ConceptFileError(
             f"{file.name} cannot be read as a .safetensors checkpoint ({error}). Copy it again, or "
             "convert it to .safetensors."
         ) from error
+    odd = next((name for name, weight in weights.items() if weight.ndim != 2), None)
+    if odd is not None:
+        raise ConceptFileError(
+            f"{file.name} holds {odd} of shape {tuple(weights[odd].shape)}; a matrix is needed. "
+            f"Give an ordinary checkpoint."
+        )
+    return weights

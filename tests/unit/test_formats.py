@@ -447,8 +447,12 @@ class TestBaseModel:
         for path in (tmp_path / "model", tmp_path / "sd.safetensors"):
             assert read_base(path).hash == base.hash
         save_file({"vae.x": torch.ones(2)}, tmp_path / "vae.safetensors")
-        with pytest.raises(IncompatibleModelError, match="no cross-attention"):
+        with pytest.raises(IncompatibleModelError, match=r"vae\.safetensors.*no cross-attention"):
             read_base(tmp_path / "vae.safetensors")
+        odd = {name: torch.ones(8) for name in checkpoint}
+        save_file(odd, tmp_path / "odd.safetensors")
+        with pytest.raises(ConceptFileError, match=r"odd\.safetensors.*a matrix is needed"):
+            read_base(tmp_path / "odd.safetensors")
 
     @pytest.mark.parametrize("nested", [True, False], ids=["pipeline", "unet"])
     def test_it_is_read_from_several_files(
