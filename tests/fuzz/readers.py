@@ -24,7 +24,7 @@ with atheris.instrument_imports(include=["custom_diffusion"]):
     from custom_diffusion.concept.errors import CustomDiffusionError
     from custom_diffusion.concept.file import FORMAT, read_concept, write_concept
     from custom_diffusion.concept.layers import FAMILIES
-    from custom_diffusion.formats.base import BaseModel
+    from custom_diffusion.formats.base import BaseModel, read_base
     from custom_diffusion.formats.exporting import FORMATS, export_concept
     from custom_diffusion.formats.importing import open_concept
 
@@ -48,9 +48,22 @@ MODULES = (
 PARTS = (
     *(".weight", ".diff", ".lora_up.weight", ".lora_down.weight", ".lora_A.weight"),
     *(".lora_B.weight", ".alpha", ".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b"),
-    *(".lokr_w1", ".lokr_w2", ".lokr_w2_a", ".lokr_w2_b", ".dora_scale", ".US", ".Vh", ""),
-    *(".string_to_param.*", ".clip_l", ".clip_g"),
+    *(".lokr_w1", ".lokr_w2", ".lokr_w2_a", ".lokr_w2_b", ".US", ".Vh", ""),
+    *(".dora_scale", ".lora_magnitude_vector", ".string_to_param.*", ".clip_l", ".clip_g"),
 )
+KINDS: tuple[dict[str, tuple[int, ...]], ...] = (
+    {".lora_up.weight": (OUT, 2), ".lora_down.weight": (2, WIDTH), ".alpha": ()},
+    {".lora_B.weight": (OUT, 2), ".lora_A.weight": (2, WIDTH)},
+    {".lokr_w1": (2, 2), ".lokr_w2": (OUT // 2, WIDTH // 2)},
+    {".diff": (OUT, WIDTH)},
+    {".weight": (OUT, WIDTH)},
+)
+"""Modules with all that they need"""
+MAGNITUDES = ((OUT,), (OUT, 1), (1, WIDTH), (WIDTH,), (WIDTH, 1), ())
+NUMBERS = (0.0, 0.01, 1.0, 2.5, 11.0, -1e30, math.inf, math.nan)
+"""Among them the norms of the base's columns and rows, nearly"""
+SHARD = "model-1.safetensors"
+SHARDS = (SHARD, SHARD, "file.safetensors", "missing.safetensors", "../up", "C:x", "", "..", "\x00")
 WHOLE = ("emb_params", "<new1>", "clip_l", "clip_g", "embed", "*")
 SIZES = (0, 1, 2, 3, OUT, WIDTH, 768, 1280, 2048)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
@@ -63,6 +76,7 @@ TEXTS = (
     '{"entries": {}}',
     "[[" * 5000,
     '{"unet.lora_alpha": 8}',
+    '{"unet.lora_alpha": 8, "unet.use_dora": true, "unet.use_rslora": true}',
     "\x00",
 )
 
@@ -91,7 +105,15 @@ def write_seeds(folder: Path) -> None:
 def described(data: atheris.FuzzedDataProvider, path: Path) -> None:
     """Writes the file that the bytes describe."""
     tensors: dict[str, Any] = {}
-    for _ in range(data.ConsumeIntInRange(1, 8)):
+    for layer in LAYERS:
+        if data.ConsumeBool():
+            parts = dict(data.PickValueInList(list(KINDS)))
+            if data.ConsumeBool():
+                names = [".dora_scale", ".lora_magnitude_vector"]
+                parts[data.PickValueInList(names)] = data.PickValueInList(list(MAGNITUDES))
+            for part, shape in parts.items():
+                tensors[layer + part] = torch.full(shape, data.PickValueInList(list(NUMBERS)))
+    for _ in range(data.ConsumeIntInRange(0 if tensors else 1, 8)):
         if data.ConsumeBool():
             name = data.PickValueInList(list(WHOLE))
         else:
@@ -99,7 +121,7 @@ def described(data: atheris.FuzzedDataProvider, path: Path) -> None:
             name = "".join(data.PickValueInList(list(piece)) for piece in pieces)
         shape = [data.PickValueInList(list(SIZES)) for _ in range(data.ConsumeIntInRange(0, 3))]
         if math.prod(shape) < 1 << 20:
-            number = data.PickValueInList([0.0, 1.0, -1e30, math.inf, math.nan])
+            number = data.PickValueInList(list(NUMBERS))
             dtype = data.PickValueInList(list(DTYPES))
             tensors[name] = torch.full(shape, number).to(dtype)
     if data.ConsumeBool():
@@ -119,8 +141,31 @@ def described(data: atheris.FuzzedDataProvider, path: Path) -> None:
     save_file(tensors, path, header)
 
 
+def described_index(data: atheris.FuzzedDataProvider) -> str:
+    """Names shards, of which one is there."""
+    shards = [*SHARDS, data.ConsumeUnicode(20), 3, None]
+    names = [data.PickValueInList(shards) for _ in range(data.ConsumeIntInRange(0, 4))]
+    weights: Any = {str(number): name for number, name in enumerate(names)}
+    return json.dumps({data.PickValueInList(["weight_map", "a"]): weights or names})
+
+
+def read_one_index(content: bytes) -> None:
+    path = FOLDER / "model.safetensors.index.json"
+    if content[:1] == b"\xff":
+        path.write_text(described_index(atheris.FuzzedDataProvider(content[1:])))
+    else:
+        path.write_bytes(content)
+    try:
+        assert len(read_base(path).weights) >= len(LAYERS)
+    except CustomDiffusionError as error:
+        assert ".safetensors" in str(error)
+
+
 def test_one_input(content: bytes) -> None:
     path = FOLDER / "file.safetensors"
+    if content[:1] == b"\xfe":
+        read_one_index(content[1:])
+        return
     if content[:1] == b"\xff":
         described(atheris.FuzzedDataProvider(content[1:]), path)
     else:
@@ -129,6 +174,7 @@ def test_one_input(content: bytes) -> None:
         lambda: open_concept(path, BASE),
         lambda: read_card(path),
         lambda: read_concept(path),
+        lambda: read_base(path),
     ):
         try:
             read()
@@ -141,6 +187,7 @@ if __name__ == "__main__":
     BASE = base()
     with tempfile.TemporaryDirectory() as folder:
         FOLDER = Path(folder)
+        save_file({f"{k}.weight": w for k, w in BASE.weights.items()}, FOLDER / SHARD)
         corpus = next((Path(a) for a in sys.argv[1:] if not a.startswith("-")), None)
         if corpus and not any(corpus.glob("*")):
             write_seeds(FOLDER / "seeds")
@@ -149,5 +196,8 @@ if __name__ == "__main__":
                 if file.is_file():
                     (corpus / f"{number:02}-{file.name}").write_bytes(file.read_bytes())
             (corpus / "described").write_bytes(b"\xff" + bytes(range(200)))
+            (corpus / "described-index").write_bytes(b"\xfe\xff" + bytes(range(200)))
+            index = json.dumps({"weight_map": {"a": SHARD}})
+            (corpus / "index").write_bytes(b"\xfe" + index.encode())
         atheris.Setup(sys.argv, test_one_input)
         atheris.Fuzz()
