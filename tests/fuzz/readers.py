@@ -156,7 +156,7 @@ def read_one_index(content: bytes) -> None:
     else:
         path.write_bytes(content)
     try:
-        assert len(read_base(path).weights) >= len(LAYERS)
+        read_base(path)
     except CustomDiffusionError as error:
         assert ".safetensors" in str(error)
 
