@@ -3,7 +3,7 @@
 32 dense float32 matrices with the shapes of SD 1.5's key and value projections. Their singular
 values fall by a power law for which the paper's rule (60 % of their sum) leaves about a fifth of
 the size, as the paper says of trained concepts; a second run has random matrices, whose singular
-values hardly fall, which is the hardest case.
+values hardly fall, which is the hardest case. Then size and error of both at several targets.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ FAMILY = FAMILIES["sd15"]
 SHARE = 0.6
 """Of the sum of singular values: the reference's default."""
 POWER = 0.85
+TARGETS: tuple[dict[str, Any], ...] = (
+    *({"rank": rank} for rank in (1, 4, 8, 16, 32, 64)),
+    {"nuclear_share": SHARE},
+    {"energy_share": 0.9},
+)
 MERGED_RANK = 24
 """Of a merge of two concepts with two prompts each."""
 
@@ -70,8 +75,7 @@ def reference(matrices: Matrices) -> Truncated:
 
 
 def ours(matrices: Matrices) -> Truncated:
-    deltas: dict[str, Delta] = {layer: DenseDelta(matrix) for layer, matrix in matrices.items()}
-    compressed, _ = compress(Concept(FAMILY, deltas), nuclear_share=SHARE)
+    compressed, _ = compress(dense_concept(matrices), nuclear_share=SHARE)
     return {
         layer: (delta.up, delta.down)
         for layer, delta in compressed.deltas.items()
@@ -79,14 +83,22 @@ def ours(matrices: Matrices) -> Truncated:
     }
 
 
-def error(matrices: Matrices, result: Truncated) -> float:
+def dense_concept(matrices: Matrices) -> Concept:
+    deltas: dict[str, Delta] = {layer: DenseDelta(matrix) for layer, matrix in matrices.items()}
+    return Concept(FAMILY, deltas)
+
+
+def error(matrices: Matrices, approximations: Matrices) -> float:
     """‖ΔW − approximation‖ over ‖ΔW‖ over all layers, in float64."""
     lost = total = 0.0
     for layer, matrix in matrices.items():
-        up, down = result[layer]
-        lost += float((matrix.double() - up.double() @ down.double()).square().sum())
+        lost += float((matrix.double() - approximations[layer]).square().sum())
         total += float(matrix.double().square().sum())
     return math.sqrt(lost / total)
+
+
+def products(result: Truncated) -> Matrices:
+    return {layer: up.double() @ down.double() for layer, (up, down) in result.items()}
 
 
 def measure(power: float, rounds: int) -> dict[str, Any]:
@@ -104,7 +116,7 @@ def measure(power: float, rounds: int) -> dict[str, Any]:
     return {
         "power": power,
         **{f"{name}_ms": times.median(name) * 1e3 for name in ways},
-        **{f"{name}_error": error(matrices, result) for name, result in results.items()},
+        **{f"{name}_error": error(matrices, products(result)) for name, result in results.items()},
         **{f"{name}_megabytes": 2e-6 * count for name, count in numbers.items()},
         "whole_megabytes": 2e-6 * sum(matrix.numel() for matrix in matrices.values()),
         "same_ranks": all(
@@ -113,6 +125,25 @@ def measure(power: float, rounds: int) -> dict[str, Any]:
         ),
         "reference_over_ours": times.ratio("reference", "ours"),
     }
+
+
+def measure_targets(power: float) -> list[dict[str, Any]]:
+    """Size of the file in half precision, and error of what is in it, at every target."""
+    matrices = draw_matrices(power)
+    rows = []
+    for target in TARGETS:
+        compressed, report = compress(dense_concept(matrices), **target)
+        half = {k: delta.to(torch.float16).dense() for k, delta in compressed.deltas.items()}
+        rows.append(
+            {
+                "power": power,
+                "target": " ".join(f"{name} {value:g}" for name, value in target.items()),
+                "ranks": sorted(report.ranks().values()),
+                "megabytes": 1e-6 * report.bytes_after,
+                "error": error(matrices, half),
+            }
+        )
+    return rows
 
 
 def measure_merged(rounds: int) -> dict[str, float]:
@@ -159,12 +190,18 @@ def main() -> None:
             ms, lost = result[f"{name}_ms"], result[f"{name}_error"]
             print(f"  {name:10} {ms:9.1f} ms   relative error {lost:.9f}")
         print(f"  ours: {result['reference_over_ours']:.2f} times the reference's speed")
+    targets = [row for power in (POWER, 0.0) for row in measure_targets(power)]
+    for row in targets:
+        print(
+            f"power {row['power']:g}, {row['target']}: ranks {row['ranks'][0]} to "
+            f"{row['ranks'][-1]}, {row['megabytes']:.2f} MB, relative error {row['error']:.3f}"
+        )
     merged = measure_merged(given.rounds)
     print(
         f"a merge of rank {MERGED_RANK} through its factors: {merged['merged_ms']:.1f} ms, "
         f"{merged['merged_reference_over_ours']:.0f} times the reference's speed"
     )
-    write_json(given.json, {"dense": results, "merged": merged})
+    write_json(given.json, {"dense": results, "targets": targets, "merged": merged})
 
 
 if __name__ == "__main__":
