@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 from custom_diffusion.concept.file import write_concept
+from custom_diffusion.formats.base import read_base
+from custom_diffusion.formats.exporting import export_concept
 from custom_diffusion.trainer.config import TrainConfig
 from PIL import Image
 from support.browser import page_of
@@ -25,6 +27,8 @@ WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 NOUNS = {"cat": "cat", "mug": "mug", "sketches": "art"}
 """Folder of pictures → class noun, after which the folder of ordinary ones is named."""
 SAVED, SAVED_WORDS = "my-cat.safetensors", "<new1> cat"
+OTHER = "delta.bin"
+"""Of another tool, with the same words"""
 # What makes a run small enough for a test; everything else stays as shipped.
 SMALL = {
     "CustomDiffusionTrain": {"method.steps": 2, "batch_size": 2, "resolution": 64},
@@ -33,6 +37,13 @@ SMALL = {
     "KSampler": {"steps": 2},
     "CheckpointLoaderSimple": {"ckpt_name": "sd15.safetensors"},
 }
+TOLD = {
+    "CompressConcept": "times smaller",
+    "InspectConcept": "fits the model: yes",
+    "SaveConcept": "MB",
+    "ExportConcept": "MB",
+}
+"""What nodes say after a run"""
 OPEN = """async workflow => {
     await app.loadGraphData(workflow);
     const boxes = app.graph._nodes.map(node => [node.title, ...node.getBounding()]);
@@ -66,7 +77,11 @@ def bench(
     server = ComfyServer(comfyui_path, base, checkpoints=[checkpoints / "sd15.safetensors"])
     layer = "input_blocks.1.1.transformer_blocks.0.attn2.to_k"
     saved = made_concept({layer: (320, 768)}, *SAVED_WORDS.split())
-    write_concept(saved, server.models / "custom_diffusion" / SAVED)
+    folder = server.models / "custom_diffusion"
+    write_concept(saved, folder / SAVED)
+    base_model = read_base(checkpoints / "sd15.safetensors")
+    small = made_concept({layer: (320, 768)}, *SAVED_WORDS.split(), scale=1e-3)
+    export_concept(small, folder / OTHER, "adobe", base_model)
     with server:
         yield server
 
@@ -108,6 +123,11 @@ def test_workflow_opens_and_runs(bench: ComfyServer, open_in_browser: Open, path
         assert image.shape == (64, 64, 3) and image.std() > 1
     for (sheet,) in sheets:
         assert sheet.shape[2] == 3 and sheet.std() > 1
+    for key, node in graph.items():
+        if node["class_type"] in TOLD:
+            assert TOLD[node["class_type"]] in str(entry["outputs"][key]["text"])
+    for inputs in inputs_of(graph, "ExportConcept"):
+        assert (bench.models / "loras" / f"{inputs['name']}.safetensors").is_file()
 
 
 @every_workflow
@@ -128,7 +148,12 @@ def test_new_words_are_used_where_they_are_known(open_in_browser: Open, path: Pa
     taught = inputs_of(graph, "CustomDiffusionConcept")
     loaded = inputs_of(graph, "LoadConcept")
     assert bool(taught) != bool(loaded)
-    assert all(inputs["concept_name"] == SAVED for inputs in loaded)
+    for inputs in loaded:
+        noun = SAVED_WORDS.split()[1]
+        assert (inputs["concept_name"], inputs.get("class_noun", "")) in (
+            (SAVED, ""),
+            (OTHER, noun),
+        )
     known = {SAVED_WORDS} if loaded else set()
     for inputs in taught:
         noun = inputs["class_noun"]
