@@ -15,6 +15,7 @@ from ..concept.inspection import aligned, inspect_concept
 from ..concept.layers import FAMILIES
 from ..concept.library import ORDERS, SORTS, Listing, list_concepts
 from ..formats.base import BaseModel
+from ..formats.card import read_any_card
 from ..formats.content import ENDINGS
 from ..formats.importing import open_concept
 from .models import base_model
@@ -28,7 +29,7 @@ def add_to(commands: Any) -> None:
     look.add_argument("--json", action="store_true", help="all of it, for a program")
     look.set_defaults(command=inspect_command)
 
-    many = commands.add_parser("list", help="the concept files of a folder")
+    many = commands.add_parser("list", help="the concept files of a folder, and other tools' files")
     many.add_argument("folder", type=Path)
     many.add_argument("--search", default="", metavar="TEXT", help="in file names and prompts")
     many.add_argument("--base", default="", choices=FAMILIES, help="family of the base model")
@@ -55,7 +56,7 @@ def list_command(options: argparse.Namespace) -> None:
     names = [path.relative_to(folder).as_posix() for path in files]
     listing = list_concepts(
         names,
-        folder.joinpath,
+        lambda name: read_any_card(folder / name),
         search=options.search,
         base=options.base,
         sort=options.sort,
@@ -73,14 +74,14 @@ def _lines(listing: Listing) -> list[str]:
     head = ("name", "prompts", "base", "MB", "date", "made by")
     rows = [_cells(name, card) for name, card in listing.cards.items()]
     found = aligned([head, *rows]) if rows else ["no concept found"]
-    found += [f"another tool's file: {name}" for name in listing.other]
     return [*found, *(f"cannot be read: {why}" for why in listing.unreadable.values())]
 
 
 def _cells(name: str, card: ConceptCard) -> tuple[str, ...]:
     steps = f", {card.steps} steps" if card.steps else ""
     size, date = f"{card.megabytes:.2f}", card.created[:10]
-    return name, ", ".join(card.prompts), card.base, size, date, f"{card.method}{steps}"
+    made_by = f"another tool ({card.other})" if card.other else f"{card.method}{steps}"
+    return name, ", ".join(card.prompts), card.base, size, date, made_by
 
 
 def _json(told: Any) -> str:

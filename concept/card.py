@@ -36,6 +36,9 @@ class ConceptCard:
     """ISO 8601, UTC"""
     thumbnail: bool
     """Whether there is a picture beside it"""
+    other: str = ""
+    """What kind of another tool's file it is; empty for a concept. Such a file has no method, its
+    date is that of its last change, and its base is empty where it does not tell."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

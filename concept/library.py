@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from .card import ConceptCard, read_card
-from .errors import ConceptFileError, OtherFileError
+from .card import ConceptCard
+from .errors import ConceptFileError
 from .layers import FAMILIES
 
 ORDERS = ("ascending", "descending")
-_FAMILIES = list(FAMILIES)
+_FAMILIES = [*FAMILIES, ""]
+"""Files that do not tell come last."""
 _SORTS: Mapping[str, Callable[[str, ConceptCard], Any]] = {
     "name": lambda name, card: name.casefold(),
     "date": lambda name, card: card.created,
@@ -32,24 +32,31 @@ class Listing:
     """By the name that the file was looked up by"""
     unreadable: Mapping[str, str]
     """Name → why, whatever was searched for"""
-    other: tuple[str, ...] = ()
-    """Files of other tools, which Load Concept can open"""
+    other: tuple[str, ...]
+    """Names of other tools' files, which Load Concept can open, whatever was searched for"""
+    bases: Mapping[str, str]
+    """Family → title, of all the files, whatever was searched for"""
 
     def as_json(self) -> dict[str, Any]:
         concepts = [{"name": name, **card.as_json()} for name, card in self.cards.items()]
-        return {"concepts": concepts, "unreadable": dict(self.unreadable), "other": self.other}
+        return {
+            "concepts": concepts,
+            "unreadable": dict(self.unreadable),
+            "other": self.other,
+            "bases": dict(self.bases),
+        }
 
 
 def list_concepts(
     names: Iterable[str],
-    path_of: Callable[[str], Path],
+    card_of: Callable[[str], ConceptCard],
     *,
     search: str = "",
     base: str = "",
     sort: str = "name",
     order: str = "",
 ) -> Listing:
-    """Reads the headers of concept files, `path_of` each of the names.
+    """Sorts the cards of files, `card_of` each of the names; it may raise ConceptFileError.
 
     `search` are words that the name or the concept's prompts all hold, in any case of letters;
     `base` is the name of a family, or empty for all. `order` is one of `ORDERS`; empty is the one
@@ -61,22 +68,26 @@ def list_concepts(
     _check("order", order, ("", *ORDERS))
     cards: dict[str, ConceptCard] = {}
     unreadable: dict[str, str] = {}
-    other: list[str] = []
     for name in sorted(names):
         try:
-            card = read_card(path_of(name))
-        except OtherFileError:
-            other.append(name)
-            continue
+            cards[name] = card_of(name)
         except ConceptFileError as error:
             unreadable[name] = str(error)
-            continue
-        if base in ("", card.base) and _holds(name, card, search):
-            cards[name] = card
+    found = [
+        (name, card)
+        for name, card in cards.items()
+        if base in ("", card.base) and _holds(name, card, search)
+    ]
     descending = order == "descending" or (not order and sort in _LARGEST_FIRST)
     key = _SORTS[sort]
-    found = sorted(cards.items(), key=lambda item: key(*item), reverse=descending)
-    return Listing(dict(found), unreadable, tuple(other))
+    found.sort(key=lambda item: key(*item), reverse=descending)
+    present = {card.base for card in cards.values()}
+    return Listing(
+        cards=dict(found),
+        unreadable=unreadable,
+        other=tuple(name for name, card in cards.items() if card.other),
+        bases={name: family.title for name, family in FAMILIES.items() if name in present},
+    )
 
 
 def _holds(name: str, card: ConceptCard, search: str) -> bool:

@@ -16,16 +16,16 @@ from typing import Any
 from aiohttp import web
 from server import PromptServer
 
-from ...concept.card import read_card, thumbnail
+from ...concept.card import ConceptCard, read_card, thumbnail
 from ...concept.errors import (
     CustomDiffusionError,
     JobError,
-    OtherFileError,
     UnknownConceptError,
     UnknownJobError,
 )
 from ...concept.inspection import inspect_concept
 from ...concept.library import list_concepts
+from ...formats.card import read_any_card
 from ...formats.importing import open_concept
 from ...trainer.jobs import Job
 from .jobs import delete_job, device_memory, training_service
@@ -98,15 +98,11 @@ def _delete(sent: Values) -> dict[str, Any]:
 
 def _concepts(sent: Values) -> dict[str, Any]:
     asked = {key: sent[key] for key in ("search", "base", "sort", "order") if key in sent}
-    return list_concepts(concept_files(), concept_path, **asked).as_json()
+    return list_concepts(concept_files(), _card, **asked).as_json()
 
 
 def _concept(sent: Values) -> dict[str, Any]:
-    name = sent["name"]
-    try:
-        return {"name": name, **read_card(concept_path(name)).as_json()}
-    except OtherFileError:
-        return {"name": name, "other": True}
+    return {"name": sent["name"], **_card(sent["name"]).as_json()}
 
 
 def _inspection(sent: Values) -> dict[str, Any]:
@@ -166,6 +162,10 @@ def _answering(handler: Handler) -> Callable[[web.Request], Awaitable[web.Stream
         return web.FileResponse(result) if isinstance(result, Path) else web.json_response(result)
 
     return answer
+
+
+def _card(name: str) -> ConceptCard:
+    return read_any_card(concept_path(name))
 
 
 def _job(sent: Values) -> Job:

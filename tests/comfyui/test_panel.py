@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from custom_diffusion.concept.file import write_concept
+from custom_diffusion.formats.exporting import export_concept
 from support.browser import (
     LONG_MS,
     TAB,
@@ -22,8 +25,10 @@ from support.browser import (
 )
 from support.comfy_server import PACK_FOLDER, ComfyServer
 from support.graphs import draw_pictures, teach
+from support.made_concepts import made_concept
 
 JOBS = "/custom_diffusion/jobs"
+LAYER = "input_blocks.1.1.transformer_blocks.0.attn2.to_k"
 MODULES = f"/extensions/{PACK_FOLDER}/js"
 
 
@@ -234,6 +239,65 @@ def test_a_part_of_the_chart_is_enlarged(bench: ComfyServer, page: Any) -> None:
     chart.hover(position={"x": 1, "y": 20})
     assert "loss at step 1:" in caption.inner_text()
     assert chart.locator(".cd-raw").get_attribute("d") == whole
+
+
+def test_files_of_other_tools_are_listed_and_the_list_is_filtered_by_base_model(
+    bench: ComfyServer, page: Any
+) -> None:
+    folder = bench.models / "custom_diffusion"
+    for path in folder.iterdir():  # of the tests before
+        path.unlink()
+    write_concept(made_concept({LAYER: (320, 768)}), folder / "cat.safetensors")
+    export_concept(
+        made_concept({LAYER.replace("1.1", "4.1"): (640, 2048)}, family="sdxl", rank=4),
+        folder / "a-lora-with-a-name-that-is-longer-than-a-line.safetensors",
+        "kohya-lora",
+    )
+    torch.save({"<toy>": torch.ones(768)}, folder / "toy.bin")
+    panel = open_panel(page)
+    library = panel.locator(".cd-library")
+    library.locator("summary").first.click()
+    items = library.get_by_role("listitem")
+    until(page, lambda: items.count() == 3)
+    assert "files: 3" in library.inner_text()
+    lora, toy = items.filter(has_text="a-lora"), items.filter(has_text="toy.bin")
+    told = lora.inner_text()
+    assert "LoRA of another tool: Load Concept opens it" in told
+    assert "Stable Diffusion XL, 0.0" in told and time.strftime("%Y") in told
+    assert "< 0.01 MB\nfile of another tool: Load Concept opens it" in toy.inner_text()
+    assert "of another tool" not in items.filter(has_text="cat.safetensors").inner_text()
+
+    for palette in ("dark", "light"):
+        page.evaluate(f"app.extensionManager.setting.set('Comfy.ColorPalette', '{palette}')")
+        page.wait_for_timeout(500)
+        for text in (".cd-name", ".cd-taught", ".cd-buttons button"):
+            assert contrast(toy.locator(text).first) > 4.5, (palette, text)
+        for width in (220, 600):
+            panel.evaluate("(panel, width) => { panel.style.width = `${width}px`; }", width)
+            assert panel.evaluate("panel => panel.scrollWidth <= panel.clientWidth")
+            screenshot(page, f"panel-other-files-{palette}-{width}px")
+        troubles = axe().run(page, context=".cd-panel").response["violations"]
+        assert not [(trouble["id"], trouble["help"]) for trouble in troubles]
+    page.evaluate("app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
+
+    base = library.get_by_role("combobox", name="Base model")
+    offered = base.get_by_role("option").all_inner_texts()
+    assert offered == ["all base models", "Stable Diffusion 1.x", "Stable Diffusion XL"]
+    base.focus()
+    page.keyboard.press("End")
+    until(page, lambda: items.count() == 1)
+    assert "a-lora" in items.inner_text()
+    library.get_by_role("searchbox", name="Search names and words").fill("cat.")
+    library.get_by_text("No concept matches").wait_for()
+    base.focus()
+    page.keyboard.press("Home")
+    until(page, lambda: items.count() == 1)
+    library.get_by_role("searchbox").fill("toy")
+    until(page, lambda: items.count() == 1 and "toy.bin" in items.inner_text())
+    press(items.first, "Add to graph")
+    until(page, lambda: page.evaluate("app.graph._nodes.length") == 2)
+    shown = page.locator(".cd-node .cd-concept")
+    shown.get_by_text("file of another tool: Load Concept opens it").wait_for()
 
 
 def axe() -> Any:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 import torch
 from custom_diffusion.cli import main
+from custom_diffusion.concept.card import ConceptCard
 from custom_diffusion.concept.concept import Concept, ModifierToken
 from custom_diffusion.concept.file import write_concept
 from custom_diffusion.concept.layers import FAMILIES
 from custom_diffusion.concept.library import Listing, list_concepts
+from custom_diffusion.formats.card import read_any_card
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -40,16 +45,20 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def cards_in(folder: Path) -> Callable[[str], ConceptCard]:
+    return lambda name: read_any_card(folder / name)
+
+
 NAMES = ["broken.safetensors", "mug.safetensors", "a/cat.safetensors", "Tom.safetensors"]
 A_CAT, MUG, TOM = "a/cat.safetensors", "mug.safetensors", "Tom.safetensors"
 
 
 def listed(folder: Path, **wanted: str) -> list[str]:
-    return list(list_concepts(NAMES, folder.joinpath, **wanted).cards)
+    return list(list_concepts(NAMES, cards_in(folder), **wanted).cards)
 
 
 def test_what_it_says_of_each(folder: Path) -> None:
-    found = list_concepts(NAMES, folder.joinpath)
+    found = list_concepts(NAMES, cards_in(folder))
     (card,) = (card for name, card in found.cards.items() if name == TOM)
     assert (card.base, card.prompts, card.thumbnail) == ("sdxl", ("<tom> cat",), False)
     told = found.as_json()
@@ -73,7 +82,7 @@ def test_searching(folder: Path, search: str, found: list[str]) -> None:
 
 
 def test_what_cannot_be_read_is_told_whatever_is_searched_for(folder: Path) -> None:
-    found = list_concepts(NAMES, folder.joinpath, search="dog", base="sd15")
+    found = list_concepts(NAMES, cards_in(folder), search="dog", base="sd15")
     assert list(found.unreadable) == ["broken.safetensors"]
 
 
@@ -109,11 +118,11 @@ def test_sorting(folder: Path, sort: str, order: str, found: list[str]) -> None:
 )
 def test_what_is_not_known_is_refused(folder: Path, wanted: dict[str, str], told: str) -> None:
     with pytest.raises(ValueError, match=re.escape(told)):
-        list_concepts(NAMES, folder.joinpath, **wanted)
+        list_concepts(NAMES, cards_in(folder), **wanted)
 
 
 def test_a_file_that_is_gone_is_one_that_cannot_be_read(folder: Path) -> None:
-    found: Listing = list_concepts(["gone.safetensors", MUG], folder.joinpath)
+    found: Listing = list_concepts(["gone.safetensors", MUG], cards_in(folder))
     assert list(found.cards) == [MUG]
     assert "There is no concept file" in found.unreadable["gone.safetensors"]
 
@@ -138,10 +147,45 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_files_of_other_tools_are_told_apart_from_broken_ones(folder: Path) -> None:
-    torch.save({"<toy>": torch.ones(768)}, folder / "toy.bin")
-    save_file({"emb_params": torch.ones(1, 768)}, folder / "style.safetensors")
+    put_other_files(folder)
     listing = list_concepts(
-        [*NAMES, "toy.bin", "style.safetensors"], folder.joinpath, search="nothing has this"
+        [*NAMES, *OTHER_NAMES], cards_in(folder), search="nothing has this", base="sd2"
     )
     assert listing.other == ("style.safetensors", "toy.bin")
     assert list(listing.unreadable) == ["broken.safetensors"] and not listing.cards
+
+
+def test_files_of_other_tools_are_listed_searched_and_sorted_with_the_concepts(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_other_files(folder)
+
+    def found(**wanted: str) -> list[str]:
+        return list(list_concepts([*NAMES, *OTHER_NAMES], cards_in(folder), **wanted).cards)
+
+    style, toy = OTHER_NAMES
+    assert found() == [A_CAT, MUG, style, TOM, toy]
+    assert found(sort="date")[:2] == [toy, MUG]
+    assert found(sort="base") == [A_CAT, MUG, style, TOM, toy]
+    assert found(search="toy") == [toy]
+    assert found(base="sd15") == [A_CAT, MUG, style]
+    assert found(base="sdxl") == [TOM]
+    bases = list_concepts([*NAMES, *OTHER_NAMES], cards_in(folder), search="toy").bases
+    assert bases == {"sd15": "Stable Diffusion 1.x", "sdxl": "Stable Diffusion XL"}
+
+    assert main(["list", str(folder)]) == 0
+    rows = {row.split()[0]: row for row in capsys.readouterr().out.splitlines()}
+    assert "another tool (embedding)" in rows[style] and "2024-01-01" in rows[style]
+    assert "another tool (unknown)" in rows[toy] and "2026-06-01" in rows[toy]
+
+
+OTHER_NAMES = ["style.safetensors", "toy.bin"]
+
+
+def put_other_files(folder: Path) -> None:
+    style, toy = (folder / name for name in OTHER_NAMES)
+    save_file({"emb_params": torch.ones(1, 768)}, style)
+    torch.save({"<toy>": torch.ones(768)}, toy)
+    for path, year, month in ((style, 2024, 1), (toy, 2026, 6)):
+        at = datetime(year, month, 1, 12, tzinfo=timezone.utc).timestamp()
+        os.utime(path, (at, at))

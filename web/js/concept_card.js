@@ -36,9 +36,10 @@ async function fill(card, name) {
 
 /** The picture of a concept, where it has one, and its facts. */
 export function conceptParts(concept) {
-  if (concept.other) return [element("p", "cd-taught", t("otherFile"))];
-  const lines = [t("card", { family: concept.family, size: concept.megabytes })];
+  const size = { family: concept.family, size: concept.megabytes || "< 0.01" };
+  const lines = [t(concept.family ? "card" : "cardSize", size)];
   if (concept.steps) lines.push(t("cardSteps", concept));
+  if (concept.other) lines.push(t("otherFile", { kind: t(`${concept.other}Kind`) }));
   const facts = element("div", "cd-facts", ...concept.prompts.map(copyButton));
   facts.append(...lines.map((line) => element("p", "cd-taught", line)));
   if (!concept.thumbnail) return [facts];

@@ -1,4 +1,5 @@
-/** The saved concepts below the jobs: found by name or word, sorted, put on the canvas. */
+/** The saved concepts below the jobs, and other tools' files: found by name, word or base model, sorted,
+ * put on the canvas. */
 
 import { conceptParts } from "./concept_card.js";
 import * as concepts from "./concepts.js";
@@ -21,9 +22,8 @@ export class ConceptLibrary {
       clearTimeout(this.typing);
       this.typing = setTimeout(() => this.refresh(), TYPING_MS);
     });
-    this.sort = element("select", "", ...SORTS.map((sort) => new Option(t(`${sort}Sort`), sort)));
-    this.sort.setAttribute("aria-label", t("librarySort"));
-    this.sort.addEventListener("change", () => this.refresh());
+    this.base = this.#choice("libraryBase", [new Option(t("allBases"), "")]);
+    this.sort = this.#choice("librarySort", SORTS.map((sort) => new Option(t(`${sort}Sort`), sort)));
     this.told = element("p", "cd-taught");
     this.told.setAttribute("role", "status");
     this.listing = element("ul");
@@ -34,7 +34,7 @@ export class ConceptLibrary {
     this.element = element(
       "details", "cd-library",
       element("summary", "cd-name", t("library")),
-      element("div", "cd-search", this.search, this.sort),
+      element("div", "cd-search", this.search, this.base, this.sort),
       this.told, this.listing, this.unreadable,
     );
     this.element.addEventListener("toggle", () => this.refresh());
@@ -45,17 +45,34 @@ export class ConceptLibrary {
     if (!this.element.open) return;
     const asked = (this.asked = {});
     try {
-      const found = await concepts.list({ search: this.search.value, sort: this.sort.value });
+      const [search, base, sort] = [this.search, this.base, this.sort].map(({ value }) => value);
+      const found = await concepts.list({ search, base, sort });
       if (this.asked === asked) this.#show(found); // else more was typed meanwhile
     } catch (error) {
       this.host.onError(error);
     }
   }
 
-  #show({ concepts: found, unreadable }) {
+  #choice(label, options) {
+    const choice = element("select", "", ...options);
+    choice.setAttribute("aria-label", t(label));
+    choice.addEventListener("change", () => this.refresh());
+    return choice;
+  }
+
+  /** Offers the base models that there are files of; one that was chosen stays. */
+  #offer(bases) {
+    const offered = [...this.base.options].map((option) => option.value);
+    const added = Object.entries(bases).filter(([base]) => !offered.includes(base));
+    this.base.append(...added.map(([base, title]) => new Option(title, base)));
+  }
+
+  #show({ concepts: found, unreadable, bases }) {
+    this.#offer(bases);
     const shown = found.slice(0, MOST);
     const more = found.length > MOST ? "libraryMore" : "libraryFound";
-    const nothing = this.search.value.trim() ? "libraryNoMatch" : "libraryEmpty";
+    const some = this.search.value.trim() || this.base.value;
+    const nothing = some ? "libraryNoMatch" : "libraryEmpty";
     this.told.textContent = t(found.length ? more : nothing, { count: found.length, shown: MOST });
     this.listing.replaceChildren(...shown.map((concept) => this.#item(concept)));
     const reasons = Object.values(unreadable);

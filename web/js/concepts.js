@@ -8,8 +8,8 @@ const CONCEPTS = "/custom_diffusion/concepts";
 const of = (name) => `${CONCEPTS}/${name.split("/").map(encodeURIComponent).join("/")}`;
 
 /**
- * @param {{search?: string, sort?: string}} wanted
- * @returns {Promise<{concepts: object[], unreadable: Object<string, string>}>}
+ * @param {{search?: string, base?: string, sort?: string}} wanted
+ * @returns {Promise<{concepts: object[], unreadable: Object<string, string>, bases: Object<string, string>}>}
  */
 export const list = (wanted = {}) => ask("GET", `${CONCEPTS}?${new URLSearchParams(wanted)}`);
 export const show = (name) => ask("GET", of(name));
