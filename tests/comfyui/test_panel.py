@@ -285,7 +285,7 @@ def test_files_of_other_tools_are_listed_and_the_list_is_filtered_by_base_model(
 
     base = library.get_by_role("combobox", name="Base model")
     offered = base.get_by_role("option").all_inner_texts()
-    assert offered == ["all base models", "Stable Diffusion 1.x", "Stable Diffusion XL"]
+    assert offered == ["all models", "Stable Diffusion 1.x", "Stable Diffusion XL"]
     base.focus()
     page.keyboard.press("End")
     until(page, lambda: items.count() == 1)
