@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from custom_diffusion.host.clip_text import ClipTextEncoder
 from custom_diffusion.host.open_clip_vocabulary import clip_tokenizer
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 VOCABULARY = 49408
@@ -14,6 +14,14 @@ HEAD_WIDTH = 64
 
 
 def random_text_encoder(width: int = 768, layers: int = 12, seed: int = 0) -> ClipTextEncoder:
+    """`random_text_model` as the pack sees it, with CLIP's vocabulary."""
+    tokenizer = clip_tokenizer()
+    name = "clip_l" if width == 768 else "clip_h"
+    model = random_text_model(width, layers, seed)
+    return ClipTextEncoder(name, model, tokenizer, pad_id=tokenizer.pad_token_id)
+
+
+def random_text_model(width: int = 768, layers: int = 12, seed: int = 0) -> CLIPTextModel:
     """CLIP's text model of this width, CLIP-L when not said otherwise.
 
     Weights are scaled by fan-in and norms are not trivial, so that words mix as in a taught model:
@@ -34,9 +42,7 @@ def random_text_encoder(width: int = 768, layers: int = 12, seed: int = 0) -> Cl
             weight.normal_(0, 1 if "embedding" in path else weight.shape[1] ** -0.5)
         elif "norm" in path:
             weight.add_(0.1 * torch.randn(weight.shape))
-    tokenizer = clip_tokenizer()
-    name = "clip_l" if width == 768 else "clip_h"
-    return ClipTextEncoder(name, model, tokenizer, pad_id=tokenizer.pad_token_id)
+    return model
 
 
 def random_unet(dtype: torch.dtype, seed: int = 0) -> Any:
@@ -49,3 +55,15 @@ def random_unet(dtype: torch.dtype, seed: int = 0) -> Any:
     finally:
         torch.set_default_dtype(before)
     return unet.eval().requires_grad_(False)
+
+
+def random_vae(seed: int = 0) -> Any:
+    """The autoencoder of every Stable Diffusion, float32."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+    )
+    return vae.eval().requires_grad_(False)

@@ -1,37 +1,49 @@
-"""What a training step keeps in memory, counted: no GPU is needed, and nothing is computed.
+"""What a training step keeps in memory, counted, and what of it fits on a GPU.
 
-Models are built on torch's meta device, where tensors have shapes and no contents. Counted are the
-frozen weights, what is trained with its gradients and Adam's two means, and what autograd keeps of
-one forward pass. With checkpointing that is the blocks' inputs and the inside of the largest block.
-Not counted: the scratch space of single operations, CUDA's own (about half a GB), the autoencoder,
-and the copy of the model that ComfyUI keeps for sampling.
+Models are built on torch's meta device, where tensors have shapes and no contents, so that no GPU
+is needed and nothing is computed. Counted are the frozen weights, what is trained with its
+gradients and Adam's two means, and what autograd keeps of a forward pass. With checkpointing that
+is the blocks' inputs and the inside of the largest block. Not counted: the scratch space of single
+operations, CUDA's own, the autoencoder, and the model that ComfyUI keeps for sampling.
+
+With --measured, steps of SD 1.5 at 512 px are made on the CPU as well, each in a process of its
+own, and what its resident memory grows by stands beside what was counted.
 """
 
+import argparse
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import _pack  # noqa: F401  (puts the pack on the path)
 import torch
 import torch.nn.functional as F
-from _measure import options
+from _measure import options, write_json
+from _models import random_text_encoder
 from custom_diffusion.host.diffusers import DiffusersDenoiser
 from custom_diffusion.trainer.backward import checkpointed
+from custom_diffusion.trainer.config import TrainConfig
 from custom_diffusion.trainer.frozen_layers import keeping_less
-from custom_diffusion.trainer.projections import (
-    DenseProjections,
-    KeyValueProjections,
-    LowRankProjections,
-)
+from custom_diffusion.trainer.methods import METHODS
+from custom_diffusion.trainer.projections import KeyValueProjections
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
+from training_step import Bench
 
-RANK = 16
 FROZEN = torch.bfloat16
-GB = 1e9
+GIB = 2**30
+CARDS_GIB = (6, 8, 12, 24)
+ASIDE_GIB = 1.0
+"""For CUDA and for the scratch space of single operations."""
+STATE_BYTES = {"adamw": 8, "adamw 8-bit": 2}
+"""Of Adam's two means, for each number that learns."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +51,8 @@ class Shape:
     """A model of true shape and the size it is trained at."""
 
     latent_edge: int
-    text_weights: float
-    """Parameters of its text encoders; they stay float32 and are not built here"""
+    text_parameters: float
+    """Of its text encoders; they are float32 and not built here."""
     unet: dict[str, Any]
 
 
@@ -67,18 +79,36 @@ MODELS = {
         },
     ),
 }
+LEAN = {"text_encoder_on_cpu": True}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "custom diffusion": {},
+    "with adamw 8-bit": {"optimizer": "adamw 8-bit"},
+    "text encoders on the CPU": LEAN,
+    "both": {**LEAN, "optimizer": "adamw 8-bit"},
+    "low-rank 16": {"method": "low-rank", "rank": 16},
+    "low-rank 16, text encoders on the CPU": {**LEAN, "method": "low-rank", "rank": 16},
+}
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes, the last two for one picture at a time."""
+    """GiB. What is kept grows with the pictures that are computed at once."""
 
-    model: str
-    method: str
     frozen: float
     trained: float
-    kept: float
-    kept_checkpointed: float
+    kept: tuple[float, float]
+    """For one picture, and for each further one."""
+    kept_checkpointed: tuple[float, float]
+
+    def all(self, pictures: int, checkpointing: bool = False) -> float:
+        first, further = self.kept_checkpointed if checkpointing else self.kept
+        return self.frozen + self.trained + first + (pictures - 1) * further
+
+    def fits(self, card_gib: float, checkpointing: bool) -> int:
+        """How many pictures at once."""
+        _, further = self.kept_checkpointed if checkpointing else self.kept
+        left = card_gib - ASIDE_GIB - self.all(1, checkpointing)
+        return 0 if left < 0 else 1 + int(left / further)
 
 
 class Kept:
@@ -96,82 +126,83 @@ class Kept:
         return tensor
 
 
-@contextmanager
-def counted(denoiser: DiffusersDenoiser, projections: KeyValueProjections) -> Iterator[Kept]:
-    kept = Kept([*denoiser.network.parameters(), *_tensors(projections)])
-    with (
-        mock.patch.object(F, "scaled_dot_product_attention", _fused_attention),
-        torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor),
-    ):
-        yield kept
+class Counted:
+    """A model on the meta device, and what a step on it keeps."""
 
+    def __init__(self, shape: Shape) -> None:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(FROZEN)
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(**shape.unet).eval().requires_grad_(False)
+        torch.set_default_dtype(before)
+        self._shape = shape
+        self._denoiser = DiffusersDenoiser(unet, DDPMScheduler(), vae=None)
 
-def measure(name: str, shape: Shape) -> Iterator[Memory]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(FROZEN)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**shape.unet).eval().requires_grad_(False)
-    torch.set_default_dtype(before)
-    denoiser = DiffusersDenoiser(unet, DDPMScheduler(), vae=None)
-    frozen = sum(p.nbytes for p in unet.parameters()) + 4 * shape.text_weights
-    methods: dict[str, Callable[[], KeyValueProjections]] = {
-        "custom diffusion": lambda: DenseProjections(denoiser, {}),
-        f"low-rank {RANK}": lambda: LowRankProjections(denoiser, {}, RANK, seed=0),
-    }
-    for method, make in methods.items():
-        projections = make()
-        learnt = 4 * sum(p.nbytes for p in projections.parameters())
-        trained = learnt + sum(t.nbytes for t in _tensors(projections) if not t.requires_grad)
-        inside = _inside_of_blocks(denoiser, projections, shape)
-        yield Memory(
-            name,
-            method,
-            frozen,
-            trained,
-            _kept(denoiser, projections, shape, checkpointing=False),
-            _kept(denoiser, projections, shape, checkpointing=True) + max(inside),
+    def memory(self, config: TrainConfig) -> Memory:
+        projections = METHODS[config.method].projections(self._denoiser, {}, config)
+        frozen = sum(weight.nbytes for weight in self._denoiser.network.parameters())
+        if not config.text_encoder_on_cpu:
+            frozen += int(4 * self._shape.text_parameters)
+        numbers = sum(parameter.numel() for parameter in projections.parameters())
+        trained = numbers * (4 + 4 + STATE_BYTES[config.optimizer])  # weights and gradients
+        trained += sum(t.nbytes for t in _tensors(projections) if not t.requires_grad)
+        return Memory(
+            frozen / GIB,
+            trained / GIB,
+            self._one_and_further(lambda n: self._kept(projections, n, ())),
+            self._one_and_further(
+                lambda n: (
+                    self._kept(projections, n, self._denoiser.blocks)
+                    + max(self._inside_of_blocks(projections, n))
+                )
+            ),
         )
 
+    def _one_and_further(self, kept: Any) -> tuple[float, float]:
+        one, two = kept(1) / GIB, kept(2) / GIB
+        return one, two - one
 
-def _kept(
-    denoiser: DiffusersDenoiser, projections: KeyValueProjections, shape: Shape, checkpointing: bool
-) -> int:
-    blocks = checkpointed(denoiser.network, denoiser.blocks) if checkpointing else nullcontext()
-    with blocks, counted(denoiser, projections) as kept:
-        _predict(denoiser, projections, shape)
-    return kept.bytes
+    def _kept(self, projections: KeyValueProjections, pictures: int, blocks: Any) -> int:
+        with checkpointed(self._denoiser.network, blocks), self._counted(projections) as kept:
+            self._predict(projections, pictures)
+        return kept.bytes
 
+    def _inside_of_blocks(self, projections: KeyValueProjections, pictures: int) -> list[int]:
+        """What each block keeps, when nothing is checkpointed."""
+        before: dict[Any, int] = {}
+        sizes: list[int] = []
+        with self._counted(projections) as kept, ExitStack() as hooks:
+            for path in self._denoiser.blocks:
+                block = self._denoiser.network.get_submodule(path)
+                begin = block.register_forward_pre_hook(lambda b, _: before.update({b: kept.bytes}))
+                end = block.register_forward_hook(
+                    lambda b, *_: sizes.append(kept.bytes - before[b])
+                )
+                hooks.callback(begin.remove)
+                hooks.callback(end.remove)
+            self._predict(projections, pictures)
+        return sizes
 
-def _inside_of_blocks(
-    denoiser: DiffusersDenoiser, projections: KeyValueProjections, shape: Shape
-) -> list[int]:
-    """What each block keeps, when nothing is checkpointed."""
-    before: dict[Any, int] = {}
-    sizes: list[int] = []
-    with counted(denoiser, projections) as kept:
-        hooks = []
-        for path in denoiser.blocks:
-            block = denoiser.network.get_submodule(path)
-            hooks += [
-                block.register_forward_pre_hook(lambda b, _: before.update({b: kept.bytes})),
-                block.register_forward_hook(lambda b, *_: sizes.append(kept.bytes - before[b])),
-            ]
-        _predict(denoiser, projections, shape)
-    for hook in hooks:
-        hook.remove()
-    return sizes
+    @contextmanager
+    def _counted(self, projections: KeyValueProjections) -> Iterator[Kept]:
+        kept = Kept([*self._denoiser.network.parameters(), *_tensors(projections)])
+        with (
+            mock.patch.object(F, "scaled_dot_product_attention", _fused_attention),
+            torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor),
+        ):
+            yield kept
 
-
-def _predict(denoiser: DiffusersDenoiser, projections: KeyValueProjections, shape: Shape) -> None:
-    """One picture, with a context that learns: the graph stays until the counting is over."""
-    latents = torch.empty(1, 4, shape.latent_edge, shape.latent_edge, device="meta")
-    timesteps = torch.empty(1, dtype=torch.long, device="meta")
-    family = denoiser.family
-    context = torch.empty(1, 77, family.context_width, device="meta", requires_grad=True)
-    pooled = torch.empty(1, family.pooled_width, device="meta", requires_grad=True)
-    sizes = torch.empty(1, 6, dtype=torch.long, device="meta")
-    with projections.installed(), keeping_less(denoiser.network):
-        projections.predict(latents, timesteps, context, pooled, sizes)
+    def _predict(self, projections: KeyValueProjections, pictures: int) -> None:
+        """With a context that learns: the graph stays until the counting is over."""
+        edge, family = self._shape.latent_edge, self._denoiser.family
+        with torch.device("meta"):
+            latents = torch.empty(pictures, 4, edge, edge)
+            timesteps = torch.empty(pictures, dtype=torch.long)
+            context = torch.empty(pictures, 77, family.context_width, requires_grad=True)
+            pooled = torch.empty(pictures, family.pooled_width, requires_grad=True)
+            sizes = torch.empty(pictures, 6, dtype=torch.long)
+        with projections.installed(), keeping_less(self._denoiser.network):
+            projections.predict(latents, timesteps, context, pooled, sizes)
 
 
 def _tensors(projections: KeyValueProjections) -> list[Tensor]:
@@ -184,18 +215,70 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Ten
     return fused(query, key, value)[0]  # type: ignore[no-any-return]
 
 
+def grown_gib(pictures: int, checkpointing: bool) -> float:
+    """What the resident memory of this process grows by in two steps of SD 1.5 at 512 px."""
+    bench = Bench(FROZEN, MODELS["SD 1.5, 512 px"].latent_edge, random_text_encoder(), pictures)
+    with open("/proc/self/statm") as file:
+        before = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    bench.steps(2, gradient_checkpointing=checkpointing)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / GIB
+
+
+def measured(pictures: int, checkpointing: bool, threads: int) -> float:
+    """The same, in a process of its own."""
+    command = [sys.executable, __file__, "--worker", str(pictures), "--threads", str(threads)]
+    command += ["--checkpointing"] if checkpointing else []
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return float(ended.stdout.splitlines()[-1])
+
+
 def main() -> None:
-    given = options(__doc__ or "", threads=1, rounds=1).parse_args()
-    rows = [row for name, shape in MODELS.items() for row in measure(name, shape)]
-    print("| model | method | frozen | trained | kept | all | kept | all |")
-    print("|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        fixed = row.frozen + row.trained
-        cells = (row.frozen, row.trained, row.kept, fixed + row.kept)
-        cells += (row.kept_checkpointed, fixed + row.kept_checkpointed)
-        print(f"| {row.model} | {row.method} | {' | '.join(f'{c / GB:.2f}' for c in cells)} |")
+    parser = options(__doc__ or "", threads=2, rounds=1)
+    parser.add_argument("--measured", action="store_true", help="and steps on the CPU (minutes)")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    if given.worker:
+        print(grown_gib(given.worker, given.checkpointing))
+        return
+    counted: dict[str, dict[str, Memory]] = {}
+    for model, shape in MODELS.items():
+        bench = Counted(shape)
+        counted[model] = {
+            name: bench.memory(TrainConfig(**settings)) for name, settings in SETTINGS.items()
+        }
+    print("GiB\n| model | | frozen | trained | kept, each picture | with checkpointing |")
+    print("|---|---|---|---|---|---|")
+    for model, rows in counted.items():
+        for name, m in rows.items():
+            cells = (m.frozen, m.trained, m.kept[1], m.kept_checkpointed[1])
+            print(f"| {model} | {name} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
+    print(f"\npictures at once, without / with checkpointing, {ASIDE_GIB} GiB aside")
+    print(
+        f"| model | | {' | '.join(f'{card} GB' for card in CARDS_GIB)} |\n|---|---|---|---|---|---|"
+    )
+    for model, rows in counted.items():
+        for name, m in rows.items():
+            fits = [f"{m.fits(card, False)} / {m.fits(card, True)}" for card in CARDS_GIB]
+            print(f"| {model} | {name} | {' | '.join(fits)} |")
+    results = {
+        f"{m}, {n}": vars(memory) for m, rows in counted.items() for n, memory in rows.items()
+    }
+    base = counted["SD 1.5, 512 px"]["custom diffusion"]
+    for checkpointing in (False, True):
+        print(
+            f"SD 1.5, 8 pictures, checkpointing {checkpointing}: {base.all(8, checkpointing):.2f}"
+        )
+    if given.measured:
+        for pictures, checkpointing in ((2, False), (8, False), (8, True)):
+            grown = measured(pictures, checkpointing, given.threads)
+            expected = base.all(pictures, checkpointing) - base.frozen
+            name = f"SD 1.5, {pictures} pictures, checkpointing {checkpointing}"
+            results[name] = {"grown": grown, "counted": expected}
+            print(f"{name}: grew by {grown:.2f}, counted {expected:.2f}: {grown / expected:.2f}")
     if given.json:
-        given.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        write_json(given.json, json.loads(json.dumps(results)))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ double the time of a step on the CPU. docs/performance.md has the settings that 
 import statistics
 import time
 from collections.abc import Callable
+from itertools import cycle, islice
+from typing import Any
 
 import _pack  # noqa: F401  (puts the pack on the path)
 import torch
@@ -23,6 +25,7 @@ from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
 from custom_diffusion.trainer.events import Event
 from custom_diffusion.trainer.latents import EncodedView, LatentBank
 from custom_diffusion.trainer.loop import train
+from custom_diffusion.trainer.protocols import whole_picture
 from diffusers import DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn
@@ -37,14 +40,17 @@ CAPTIONS = (f"photo of a {TOKEN} cat", f"far away photo of a {TOKEN} cat")
 class Bench:
     """The loop on given latents, and its parts alone, for one type of frozen weights."""
 
-    def __init__(self, dtype: torch.dtype, edge: int, text_encoder: TextEncoder) -> None:
+    def __init__(
+        self, dtype: torch.dtype, edge: int, text_encoder: TextEncoder, pictures: int = 2
+    ) -> None:
+        self._captions = list(islice(cycle(CAPTIONS), pictures))
         self._denoiser = DiffusersDenoiser(random_unet(dtype), DDPMScheduler(), vae=None)
         self._text_encoder = text_encoder
         self._edge = edge
-        self._latents = torch.randn(len(CAPTIONS), 4, edge, edge)
-        self._context = torch.randn(len(CAPTIONS), 77, text_encoder.context_width)
+        self._latents = torch.randn(pictures, 4, edge, edge)
+        self._context = torch.randn(pictures, 77, text_encoder.context_width)
 
-    def steps(self, count: int) -> list[float]:
+    def steps(self, count: int, **settings: Any) -> list[float]:
         """Seconds of each step after the first, which sets the optimiser up."""
         ends: list[float] = []
 
@@ -54,9 +60,10 @@ class Bench:
         concept, bank = self._given()
         config = TrainConfig(
             steps=count,
-            batch_size=len(CAPTIONS),
+            batch_size=len(self._captions),
             resolution=self._edge * LATENT_PIXELS,
             preview_every_steps=0,
+            **settings,
         )
         train(config, [concept], [bank], self._denoiser, self._text_encoder, on_event=on_event)
         return [end - start for start, end in zip(ends, ends[1:], strict=False)]
@@ -74,13 +81,14 @@ class Bench:
     def _given(self) -> tuple[TrainingConcept, LatentBank]:
         def view(mean: Tensor, caption: str) -> EncodedView:
             mask = torch.ones(self._edge, self._edge)
-            return EncodedView(mean, torch.full_like(mean, 0.1), mask, caption)
+            sizes = whole_picture(self._edge * LATENT_PIXELS)
+            return EncodedView(mean, torch.full_like(mean, 0.1), mask, caption, sizes)
 
         picture = Image.new("RGB", (8, 8))  # never looked at: the latents are given
-        pairs = zip(self._latents, CAPTIONS, strict=True)
+        pairs = zip(self._latents, self._captions, strict=True)
         return (
             TrainingConcept(
-                tuple(CaptionedImage(picture, text) for text in CAPTIONS), "cat", TOKEN
+                tuple(CaptionedImage(picture, text) for text in self._captions), "cat", TOKEN
             ),
             LatentBank(tuple((view(mean, text),) for mean, text in pairs), ()),
         )
