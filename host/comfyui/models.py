@@ -9,7 +9,7 @@ patches in them.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import comfy.latent_formats
@@ -82,7 +82,6 @@ class ComfyDenoiser:
         self._rgb_bias = torch.tensor(colours.latent_rgb_factors_bias or [0.0, 0.0, 0.0])
         with torch.inference_mode(False), torch.no_grad():
             self.alphas_cumprod = 1 / (1 + sampling.sigmas.float().cpu().clone().square())
-            weights = patched_weights(model, _UNET_PREFIX)
             self.network: nn.Module = _empty_unet(model, dtype)
             self.projections = _projections(self.network)
             self.blocks: Sequence[str] = [
@@ -90,7 +89,9 @@ class ComfyDenoiser:
             ]
             # The projections are trained from their own precision, everything else is cast.
             exact = {f"{path}.weight" for path in self.projections.values()}
-            weights = {k: w if k in exact else w.to(dtype) for k, w in weights.items()}
+            weights = patched_weights(
+                model, _UNET_PREFIX, lambda name: None if name in exact else dtype
+            )
             self.network.load_state_dict(weights, assign=True)
             self.network.requires_grad_(False).train(False)
 
@@ -183,8 +184,14 @@ def _one_encoder(clip: Any, name: str) -> ClipTextEncoder:
     )
 
 
-def patched_weights(patcher: Any, prefix: str) -> dict[str, Tensor]:
-    """Copies of the weights below `prefix`, on the CPU, with the patches (LoRAs) applied."""
+def patched_weights(
+    patcher: Any, prefix: str, dtype_of: Callable[[str], torch.dtype | None] = lambda name: None
+) -> dict[str, Tensor]:
+    """Copies of the weights below `prefix`, on the CPU, with the patches (LoRAs) applied.
+
+    `dtype_of` says by name what a weight is cast to, at once: two copies of a whole model would be
+    the peak of memory. None is its own type.
+    """
     weights = {}
     for key, (original, *patches) in patcher.get_key_patches(prefix).items():
         weight, convert = original
@@ -192,7 +199,8 @@ def patched_weights(patcher: Any, prefix: str) -> dict[str, Tensor]:
         if patches:
             exact = convert(copy.float(), inplace=True)
             copy = comfy.lora.calculate_weight(patches, exact, key).to(weight.dtype)
-        weights[key.removeprefix(prefix)] = copy
+        name = key.removeprefix(prefix)
+        weights[name] = copy.to(dtype_of(name) or copy.dtype)
     return weights
 
 
@@ -261,7 +269,7 @@ def _pytorch_attention(_chosen: Any, *args: Any, **kwargs: Any) -> Tensor:
 def _text_model(clip: Any, name: str) -> Any:
     with torch.inference_mode(False), torch.no_grad():
         prefix = f"{name}.transformer.text_model."
-        weights = {k: w.float() for k, w in patched_weights(clip.patcher, prefix).items()}
+        weights = patched_weights(clip.patcher, prefix, lambda name: torch.float32)
         vocabulary, width = weights["embeddings.token_embedding.weight"].shape
         config = CLIPTextConfig(
             vocab_size=vocabulary,
