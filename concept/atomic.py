@@ -28,7 +28,10 @@ def write_atomically(
     taken = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors' files are their owner's alone, whatever the umask says
         _flush_to_disk(temporary)
         if replace:
             os.replace(temporary, path)

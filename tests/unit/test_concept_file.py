@@ -630,6 +630,13 @@ class TestWriting:
             write_concept(random_concept(family=SD15), path)
         assert os.listdir(tmp_path) == []
 
+    @needs_posix
+    def test_others_may_read_it_as_any_file_of_the_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "other").touch()
+        write_concept(random_concept(), tmp_path / "concept.safetensors")
+        modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+        assert len(modes) == 1
+
     def test_a_failure_of_another_kind_leaves_no_temporary_file(self, tmp_path: Path) -> None:
         path = tmp_path / "cat.safetensors"
         path.write_bytes(OLD)
