@@ -44,7 +44,7 @@ class LoadConcept(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="Only for another tool's file that holds whole weights: the base "
+                    tooltip="Only for another tool's file with whole weights or DoRA: the base "
                     "model it was trained on, so that the change can be told.",
                 ),
             ],
