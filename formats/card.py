@@ -23,7 +23,7 @@ from .content import Content
 from .custom_diffusion import read_a1111_delta
 from .embeddings import read_embeddings
 from .found import Found
-from .importing import _family
+from .importing import family_of
 from .lora import read_lora
 from .names import layer_of_hugging_face
 
@@ -82,7 +82,7 @@ def _told(path: Path, changed_ns: int) -> tuple[str, Family | None, tuple[str, .
     if path.suffix != ".safetensors":
         return UNKNOWN, None, ()  # the header of an archive is a pickle
     kind, found = _judged(_header(path))
-    return (kind, _family_of(found), tuple(found.tokens)) if found else (kind, None, ())
+    return (kind, _family_told(found), tuple(found.tokens)) if found else (kind, None, ())
 
 
 def _header(path: Path) -> Content:
@@ -114,9 +114,9 @@ def _judged(content: Content) -> tuple[str, Found | None]:
     return UNKNOWN, None
 
 
-def _family_of(found: Found) -> Family | None:
+def _family_told(found: Found) -> Family | None:
     weights = {layer: DenseDelta(weight) for layer, weight in found.whole.items()} | found.deltas
     try:
-        return _family(found, {layer: weight.shape for layer, weight in weights.items()})
+        return family_of(found, {layer: weight.shape for layer, weight in weights.items()})
     except (ValueError, IndexError, IncompatibleModelError):
         return None  # nothing in the header tells

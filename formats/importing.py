@@ -89,7 +89,7 @@ def _concept(found: Found, base: BaseModel | None, class_noun: str) -> Concept:
         decomposed = base.decomposed(found.deltas, found.magnitudes)
         changes = base.changes(found.whole | decomposed)
         deltas |= {layer: DenseDelta(change) for layer, change in changes.items()}
-    family = _family(found, {layer: delta.shape for layer, delta in deltas.items()})
+    family = family_of(found, {layer: delta.shape for layer, delta in deltas.items()})
     if base is not None and base.family != family:
         raise IncompatibleModelError(
             f"The file is of {family.title} and the base model given is {base.family.title}. Give "
@@ -106,7 +106,7 @@ def _concept(found: Found, base: BaseModel | None, class_noun: str) -> Concept:
     return Concept(family, deltas, tokens, base_hash=known, constraint_prompts=tuple(prompts))
 
 
-def _family(found: Found, shapes: dict[str, tuple[int, int]]) -> Family:
+def family_of(found: Found, shapes: dict[str, tuple[int, int]]) -> Family:
     """From what the projections read, else from the widths of the embeddings."""
     widths = {shape[1] for layer, shape in shapes.items() if is_projection(layer)}
     if len(widths) == 1:

@@ -19,12 +19,12 @@ from typing import Any
 import atheris
 
 with atheris.instrument_imports(include=["custom_diffusion"]):
-    from custom_diffusion.concept.card import read_card
     from custom_diffusion.concept.concept import Concept, DenseDelta, LowRankDelta, ModifierToken
     from custom_diffusion.concept.errors import CustomDiffusionError
     from custom_diffusion.concept.file import FORMAT, read_concept, write_concept
     from custom_diffusion.concept.layers import FAMILIES
     from custom_diffusion.formats.base import BaseModel, read_base
+    from custom_diffusion.formats.card import read_any_card
     from custom_diffusion.formats.exporting import FORMATS, export_concept
     from custom_diffusion.formats.importing import open_concept
 
@@ -172,7 +172,7 @@ def test_one_input(content: bytes) -> None:
         path.write_bytes(content)
     for read in (
         lambda: open_concept(path, BASE),
-        lambda: read_card(path),
+        lambda: read_any_card(path),
         lambda: read_concept(path),
         lambda: read_base(path),
     ):
