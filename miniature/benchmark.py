@@ -22,13 +22,13 @@ ALL_WEIGHTS_RATE = 0.1
 
 Row = tuple[str, str, Score]
 """Table, method and score"""
-_COLUMNS = {
+COLUMNS = {
     "text alignment": ("text_alignment", 3),
     "image alignment": ("image_alignment", 3),
     "drift": ("drift", 0),
     "bare class": ("class_alignment", 3),
 }
-_PAIR_COLUMNS = {**_COLUMNS, "both present": ("both_present", 2), "bleed": ("bleed", 2)}
+_PAIR_COLUMNS = {**COLUMNS, "both present": ("both_present", 2), "bleed": ("bleed", 2)}
 
 
 def run_cell(number: int, seed: int) -> list[Row]:
@@ -77,7 +77,7 @@ def _cell(lab: Laboratory, number: int, seed: int) -> Iterator[Row]:
 
 def main() -> None:
     rows = run_command(options(__doc__, concept_seed=0, seeds=3), run_cell, Score)
-    for kind, columns in ((SINGLE, _COLUMNS), (PAIR, _PAIR_COLUMNS)):
+    for kind, columns in ((SINGLE, COLUMNS), (PAIR, _PAIR_COLUMNS)):
         part = [(method, score) for name, method, score in rows if name == kind]
         print(f"{markdown_table(kind, part, columns)}\n")
 
