@@ -172,6 +172,8 @@ def load_pipeline(
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
+    for model in _text_models(pipeline):  # transformers leaves them in the type of their file
+        model.float()
     exact = {path: module.weight.detach() for path, module in _projections(pipeline.unet)}
     pipeline.unet.to(dtype)
     if not text_family(pipeline).pooled_width:

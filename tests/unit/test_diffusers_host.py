@@ -40,6 +40,7 @@ from support.tiny_models import (
     same_state,
     sd_scheduler,
     state,
+    tiny_pipeline,
     tiny_unet_without_cross_attention,
     training_map,
 )
@@ -471,6 +472,14 @@ def test_a_pipeline_folder_is_loaded_and_trains_in_half_precision(
     assert same_state(weights, loaded.unet)
     assert np.isfinite(learnt.provenance["final_losses"]).all()
     assert all(d.dense().dtype == torch.float32 and d.dense().any() for d in learnt.deltas.values())
+
+
+def test_text_encoders_are_float32_whatever_the_type_of_their_files(tmp_path: Path) -> None:
+    """Most downloaded folders are in half precision."""
+    tiny_pipeline().to(torch.float16).save_pretrained(tmp_path)
+    loaded = load_pipeline(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.text_encoder.parameters()} == {torch.float32}
+    assert loaded.unet.conv_in.weight.dtype == torch.bfloat16
 
 
 def test_a_pipeline_in_half_precision_can_draw(concept: Concept, model_folder: Path) -> None:
