@@ -4,6 +4,9 @@ PyTorch keeps the input of a convolution for the gradient of its weight, even wh
 none; and both the result of a norm and that of the SiLU behind it, though the norm's input, kept
 anyway, gives them again at the cost of a few operations an element. A network that only hands
 gradients on needs a third less memory without. No convolution and no product is computed twice.
+
+Weights may lie in a smaller type than they compute in (float8, say). Their casts are made for each
+use and not kept either.
 """
 
 from __future__ import annotations
@@ -54,6 +57,8 @@ def _forward_of(module: nn.Module) -> Callable[..., Tensor] | None:
     if isinstance(module, nn.Conv2d):
         numbers = module.padding_mode == "zeros" and not isinstance(module.padding, str)
         return partial(_convolution, module) if numbers else None
+    if isinstance(module, nn.Linear):  # of other types torch keeps no more than the weight, too
+        return partial(_linear, module) if module.weight.dtype.itemsize == 1 else None
     if isinstance(module, nn.GroupNorm):
         return partial(_group_norm, module)
     if isinstance(module, nn.SiLU):
@@ -62,6 +67,16 @@ def _forward_of(module: nn.Module) -> Callable[..., Tensor] | None:
     if type(module).__name__ == "GEGLU":
         return partial(_gated_gelu, module)
     return None
+
+
+def cast_linear(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer in the type of its input; a bias stays as it is."""
+    apply: Callable[..., Tensor] = _Linear.apply
+    return apply(values, weight, bias)
+
+
+def _linear(layer: nn.Linear, values: Tensor) -> Tensor:
+    return cast_linear(values, layer.weight, layer.bias)
 
 
 def _convolution(layer: nn.Conv2d, images_bchw: Tensor) -> Tensor:
@@ -90,6 +105,24 @@ def _gated_gelu(layer: Any, hidden: Tensor) -> Tensor:
     return apply(layer.proj(hidden))
 
 
+class _Linear(torch.autograd.Function):
+    """Keeps its input only where the weight learns."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, values if weight.requires_grad else None)
+        return F.linear(values, weight.to(values.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        weight, values = ctx.saved_tensors
+        of_values = gradient @ weight.to(gradient.dtype) if ctx.needs_input_grad[0] else None
+        if values is None:
+            return of_values, None, None
+        of_weight = gradient.flatten(0, -2).T @ values.flatten(0, -2)
+        return of_values, of_weight.to(weight.dtype), None
+
+
 class _Convolution(torch.autograd.Function):
     """Keeps the weight alone."""
 
@@ -99,11 +132,12 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.shape, ctx.numbers = images.shape, numbers
-        return F.conv2d(images, weight, bias, *numbers)
+        return F.conv2d(images, weight.to(images.dtype), bias, *numbers)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (weight,) = ctx.saved_tensors
+        weight = weight.to(gradient.dtype)
         of_input = conv2d_input(ctx.shape, weight, gradient, *ctx.numbers)
         return of_input, *[None] * (2 + len(ctx.numbers))
 

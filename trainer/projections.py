@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from ..concept.concept import Delta, DenseDelta, LowRankDelta, hash_projections
 from ..concept.errors import ConfigError
 from ..concept.layers import sort_layers
+from .frozen_layers import cast_linear
 from .protocols import Denoiser
 
 
@@ -139,8 +139,7 @@ class DenseProjections(KeyValueProjections):
         }
 
     def _keys_values(self, context: Tensor) -> Tensor:
-        apply: Callable[..., Tensor] = _CastLinear.apply
-        return apply(context, self.weight)
+        return cast_linear(context, self.weight)
 
 
 class LowRankProjections(KeyValueProjections):
@@ -202,24 +201,6 @@ class FrozenProjections(KeyValueProjections):
 
     def _keys_values(self, context: Tensor) -> Tensor:
         return F.linear(context, self._base)
-
-
-class _CastLinear(torch.autograd.Function):
-    """A linear layer in the type of its input. The cast weight is made twice, and never kept: of
-    SDXL it has 0.6 GiB.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, context: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(context, weight)
-        return F.linear(context, weight.to(context.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        context, weight = ctx.saved_tensors
-        of_context = gradient @ weight.to(gradient.dtype) if ctx.needs_input_grad[0] else None
-        of_weight = gradient.flatten(0, -2).T @ context.flatten(0, -2)
-        return of_context, of_weight.to(weight.dtype)
 
 
 class _Slot(nn.Module):

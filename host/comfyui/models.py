@@ -36,6 +36,7 @@ from .tokenizer import known_tokens
 _UNET_PREFIX = "diffusion_model."
 _BLOCK = re.compile(r"(input_blocks\.\d+|middle_block|output_blocks\.\d+)\.\d+$")
 _HEAD_WIDTH = 64  # of every CLIP text model
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _TIMESTEPS = 1000  # of every Stable Diffusion
 _SIZES, _SIZE_WIDTH = 6, 256  # SDXL reads six sizes of a picture, each as so many waves
 
@@ -59,9 +60,13 @@ def unet_family(network: UNetModel) -> Family:
 
 
 class ComfyDenoiser:
-    """A private, frozen copy of a MODEL's UNet; fulfils `trainer.protocols.Denoiser`."""
+    """A private, frozen copy of a MODEL's UNet; fulfils `trainer.protocols.Denoiser`.
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+    It computes in `dtype`. With `keep_float8` matrices that are loaded in 8 bits stay so; a
+    training can use them as long as nothing of the network itself learns.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype, keep_float8: bool = False) -> None:
         network = cross_attention_unet(model)
         self.family = unet_family(network)
         pooled = self.family.pooled_width
@@ -89,9 +94,12 @@ class ComfyDenoiser:
             ]
             # The projections are trained from their own precision, everything else is cast.
             exact = {f"{path}.weight" for path in self.projections.values()}
-            weights = patched_weights(
-                model, _UNET_PREFIX, lambda name: None if name in exact else dtype
-            )
+
+            def dtype_of(name: str, weight: Tensor) -> torch.dtype:
+                small = keep_float8 and weight.dtype in _FLOAT8 and weight.ndim > 1
+                return weight.dtype if small or name in exact else dtype
+
+            weights = patched_weights(model, _UNET_PREFIX, dtype_of)
             self.network.load_state_dict(weights, assign=True)
             self.network.requires_grad_(False).train(False)
 
@@ -185,12 +193,14 @@ def _one_encoder(clip: Any, name: str) -> ClipTextEncoder:
 
 
 def patched_weights(
-    patcher: Any, prefix: str, dtype_of: Callable[[str], torch.dtype | None] = lambda name: None
+    patcher: Any,
+    prefix: str,
+    dtype_of: Callable[[str, Tensor], torch.dtype] = lambda name, weight: weight.dtype,
 ) -> dict[str, Tensor]:
     """Copies of the weights below `prefix`, on the CPU, with the patches (LoRAs) applied.
 
-    `dtype_of` says by name what a weight is cast to, at once: two copies of a whole model would be
-    the peak of memory. None is its own type.
+    `dtype_of` says what a weight is cast to, at once: two copies of a whole model would be the peak
+    of memory.
     """
     weights = {}
     for key, (original, *patches) in patcher.get_key_patches(prefix).items():
@@ -200,7 +210,7 @@ def patched_weights(
             exact = convert(copy.float(), inplace=True)
             copy = comfy.lora.calculate_weight(patches, exact, key).to(weight.dtype)
         name = key.removeprefix(prefix)
-        weights[name] = copy.to(dtype_of(name) or copy.dtype)
+        weights[name] = copy.to(dtype_of(name, copy))
     return weights
 
 
@@ -269,7 +279,7 @@ def _pytorch_attention(_chosen: Any, *args: Any, **kwargs: Any) -> Tensor:
 def _text_model(clip: Any, name: str) -> Any:
     with torch.inference_mode(False), torch.no_grad():
         prefix = f"{name}.transformer.text_model."
-        weights = patched_weights(clip.patcher, prefix, lambda name: torch.float32)
+        weights = patched_weights(clip.patcher, prefix, lambda name, weight: torch.float32)
         vocabulary, width = weights["embeddings.token_embedding.weight"].shape
         config = CLIPTextConfig(
             vocab_size=vocabulary,

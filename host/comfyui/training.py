@@ -59,7 +59,10 @@ def start_training(
     """
     service = training_service()
     device = comfy.model_management.get_torch_device()
-    denoiser = ComfyDenoiser(model, training_dtype(device))
+    method = METHODS[config.method]
+    denoiser = ComfyDenoiser(
+        model, training_dtype(device), keep_float8=method.leaves_network_frozen
+    )
     encoder = text_encoder(clip)
     check_text_width(encoder.context_width, denoiser.family)
     if start:  # before the time that encoding takes
@@ -100,7 +103,7 @@ def start_training(
                 torch.cuda.empty_cache()
 
     def save(result: Concept) -> Path:
-        if METHODS[config.method].whole_network:
+        if method.whole_network:
             result = fold_in(denoiser, result)
             network = write_new(
                 network_folder(), name, lambda path: write_network(denoiser.network, path)

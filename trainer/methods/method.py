@@ -31,3 +31,8 @@ class Method:
     """Other layers that learn and go into the concept → names of their weights in the network."""
     whole_network: bool = False
     """Whether everything else in the UNet learns too. That fits no concept and stays in it."""
+
+    @property
+    def leaves_network_frozen(self) -> bool:
+        """Whether nothing but keys, values and words learns."""
+        return not self.whole_network and self.further_layers is no_more
