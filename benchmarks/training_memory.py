@@ -79,15 +79,20 @@ MODELS = {
         },
     ),
 }
-LEAN = {"text_encoder_on_cpu": True}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "custom diffusion": {},
-    "with adamw 8-bit": {"optimizer": "adamw 8-bit"},
-    "text encoders on the CPU": LEAN,
-    "both": {**LEAN, "optimizer": "adamw 8-bit"},
-    "low-rank 16": {"method": "low-rank", "rank": 16},
-    "low-rank 16, text encoders on the CPU": {**LEAN, "method": "low-rank", "rank": 16},
+TEXT_ON_CPU = {"text_encoder_on_cpu": True}
+EIGHT_BIT = {"optimizer": "adamw 8-bit"}
+LOW_RANK = {"method": "low-rank", "rank": 16}
+SETTINGS: dict[str, tuple[dict[str, Any], bool]] = {
+    "custom diffusion": ({}, False),
+    "8-bit optimiser": (EIGHT_BIT, False),
+    "text encoders on the CPU": (TEXT_ON_CPU, False),
+    "UNet loaded in float8": ({}, True),
+    "all three": ({**EIGHT_BIT, **TEXT_ON_CPU}, True),
+    "low-rank 16": (LOW_RANK, False),
+    "low-rank 16, text encoders on the CPU": ({**LOW_RANK, **TEXT_ON_CPU}, False),
+    "and UNet loaded in float8": ({**LOW_RANK, **TEXT_ON_CPU}, True),
 }
+"""Of the training, and whether matrices of the UNet lie in 8 bits"""
 
 
 @dataclass(frozen=True)
@@ -138,9 +143,12 @@ class Counted:
         self._shape = shape
         self._denoiser = DiffusersDenoiser(unet, DDPMScheduler(), vae=None)
 
-    def memory(self, config: TrainConfig) -> Memory:
+    def memory(self, config: TrainConfig, float8: bool) -> Memory:
         projections = METHODS[config.method].projections(self._denoiser, {}, config)
-        frozen = sum(weight.nbytes for weight in self._denoiser.network.parameters())
+        frozen = sum(
+            weight.numel() if float8 and weight.ndim > 1 else weight.nbytes
+            for weight in self._denoiser.network.parameters()
+        )
         if not config.text_encoder_on_cpu:
             frozen += int(4 * self._shape.text_parameters)
         numbers = sum(parameter.numel() for parameter in projections.parameters())
@@ -246,7 +254,8 @@ def main() -> None:
     for model, shape in MODELS.items():
         bench = Counted(shape)
         counted[model] = {
-            name: bench.memory(TrainConfig(**settings)) for name, settings in SETTINGS.items()
+            name: bench.memory(TrainConfig(**settings), float8)
+            for name, (settings, float8) in SETTINGS.items()
         }
     print("GiB\n| model | | frozen | trained | kept, each picture | with checkpointing |")
     print("|---|---|---|---|---|---|")
