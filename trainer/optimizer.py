@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,10 +34,11 @@ def check_optimizer(config: TrainConfig) -> None:
 
 def _bitsandbytes() -> Any:
     try:
-        return importlib.import_module("bitsandbytes")
+        import bitsandbytes
     except ImportError as error:
         raise ConfigError(
             f"The optimizer 'adamw 8-bit' is that of the package bitsandbytes, which cannot be "
             f"imported ({error}). Run `pip install bitsandbytes` in the Python of this program, "
             f"or choose 'adamw'."
         ) from error
+    return bitsandbytes
