@@ -62,8 +62,8 @@ export class ConceptLibrary {
 
   /** Offers the base models that there are files of; one that was chosen stays. */
   #offer(bases) {
-    const offered = [...this.base.options].map((option) => option.value);
-    const added = Object.entries(bases).filter(([base]) => !offered.includes(base));
+    const offered = new Set([...this.base.options].map((option) => option.value));
+    const added = Object.entries(bases).filter(([base]) => !offered.has(base));
     this.base.append(...added.map(([base, title]) => new Option(title, base)));
   }
 
