@@ -28,8 +28,7 @@ def write_atomically(
     taken = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode
+        mode = _usual_mode(temporary)
         write(temporary)
         temporary.chmod(mode)  # safetensors' files are their owner's alone, whatever the umask says
         _flush_to_disk(temporary)
@@ -60,6 +59,14 @@ def write_text_atomically(path: Path, text: str) -> None:
 def write_bytes_atomically(path: Path, content: bytes) -> None:
     """`write_atomically` for bytes in memory."""
     write_atomically(path, lambda temporary: temporary.write_bytes(content), len(content))
+
+
+def _usual_mode(path: Path) -> int:
+    """Who may read and write a file that is made at this path in the ordinary way."""
+    path.touch()
+    mode = path.stat().st_mode
+    path.unlink()
+    return mode
 
 
 def _publish(temporary: Path, path: Path) -> bool:
