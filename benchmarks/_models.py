@@ -13,12 +13,16 @@ HEAD_WIDTH = 64
 """Of every CLIP text model."""
 
 
-def random_text_encoder(width: int = 768, layers: int = 12, seed: int = 0) -> ClipTextEncoder:
-    """`random_text_model` as the pack sees it, with CLIP's vocabulary."""
+def random_text_encoder(
+    width: int = 768, layers: int = 12, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> ClipTextEncoder:
+    """`random_text_model` as the pack sees it, with CLIP's vocabulary; its products in `dtype`."""
     tokenizer = clip_tokenizer()
     name = "clip_l" if width == 768 else "clip_h"
     model = random_text_model(width, layers, seed)
-    return ClipTextEncoder(name, model, tokenizer, pad_id=tokenizer.pad_token_id)
+    encoder = ClipTextEncoder(name, model, tokenizer, pad_id=tokenizer.pad_token_id)
+    encoder.to(torch.device("cpu"), dtype)
+    return encoder
 
 
 def random_text_model(width: int = 768, layers: int = 12, seed: int = 0) -> CLIPTextModel:
@@ -28,7 +32,17 @@ def random_text_model(width: int = 768, layers: int = 12, seed: int = 0) -> CLIP
     with the usual start of training a word's features would hardly depend on the words before it.
     """
     torch.manual_seed(seed)
-    config = CLIPTextConfig(
+    model = CLIPTextModel(text_config(width, layers)).eval().requires_grad_(False)
+    for path, weight in model.named_parameters():
+        if weight.dim() == 2:
+            weight.normal_(0, 1 if "embedding" in path else weight.shape[1] ** -0.5)
+        elif "norm" in path:
+            weight.add_(0.1 * torch.randn(weight.shape))
+    return model
+
+
+def text_config(width: int, layers: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
         vocab_size=VOCABULARY,
         hidden_size=width,
         intermediate_size=4 * width,
@@ -36,13 +50,6 @@ def random_text_model(width: int = 768, layers: int = 12, seed: int = 0) -> CLIP
         num_attention_heads=width // HEAD_WIDTH,
         hidden_act="quick_gelu" if width == 768 else "gelu",
     )
-    model = CLIPTextModel(config).eval().requires_grad_(False)
-    for path, weight in model.named_parameters():
-        if weight.dim() == 2:
-            weight.normal_(0, 1 if "embedding" in path else weight.shape[1] ** -0.5)
-        elif "norm" in path:
-            weight.add_(0.1 * torch.randn(weight.shape))
-    return model
 
 
 def random_unet(dtype: torch.dtype, seed: int = 0) -> Any:

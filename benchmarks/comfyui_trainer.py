@@ -129,6 +129,7 @@ def _ours(model: Any, clip: Any, batch: int, steps: int) -> Iterator[float]:
     config = TrainConfig(steps=steps, batch_size=batch, resolution=edge, preview_every_steps=0)
     ends: list[float] = []
     denoiser, encoder = ComfyDenoiser(model, torch.bfloat16), text_encoder(clip)
+    encoder.to(denoiser.device, denoiser.dtype)
     train(
         config,
         [TrainingConcept(pictures, "cat", "<new1>")],

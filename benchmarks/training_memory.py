@@ -1,10 +1,10 @@
-"""What a training step keeps in memory, counted, and what of it fits on a GPU.
+"""What a training step holds in memory, counted, and what of it fits on a GPU.
 
 Models are built on torch's meta device, where tensors have shapes and no contents, so that no GPU
-is needed and nothing is computed. Counted are the frozen weights, what is trained with its
-gradients and Adam's two means, and what autograd keeps of a forward pass. With checkpointing that
-is the blocks' inputs and the inside of the largest block. Not counted: the scratch space of single
-operations, CUDA's own, the autoencoder, and the model that ComfyUI keeps for sampling.
+is needed and nothing is computed. Counted are the frozen weights, what is trained with Adam's two
+means, what autograd keeps of the text encoders, and every tensor that lives while the UNet goes
+forward and backward, when they are most. Not counted: what a kernel takes inside itself, CUDA's
+own memory, the autoencoder, and the model that ComfyUI keeps for sampling.
 
 With --measured, steps of SD 1.5 at 512 px are made on the CPU as well, each in a process of its
 own, and its resident memory stands beside what was counted. On Linux with glibc, whose habit of
@@ -17,8 +17,8 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -27,16 +27,21 @@ import _pack  # noqa: F401  (puts the pack on the path)
 import torch
 import torch.nn.functional as F
 from _measure import options, write_json
-from _models import random_text_encoder
+from _models import VOCABULARY, text_config
+from custom_diffusion.host.clip_text import ClipTextEncoder
 from custom_diffusion.host.diffusers import DiffusersDenoiser
+from custom_diffusion.host.open_clip_vocabulary import clip_tokenizer
 from custom_diffusion.trainer.backward import checkpointed
 from custom_diffusion.trainer.config import TrainConfig
 from custom_diffusion.trainer.frozen_layers import keeping_less
 from custom_diffusion.trainer.methods import METHODS
 from custom_diffusion.trainer.projections import KeyValueProjections
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from training_step import Bench
+from transformers import CLIPTextModel
 
 FROZEN = torch.bfloat16
 GIB = 2**30
@@ -49,25 +54,33 @@ STATE_BYTES = {"adamw": 8, "adamw 8-bit": 2}
 """Of Adam's two means, for each number that learns."""
 
 
+CAPTIONS = 4
+"""With the word, in a step of eight pictures: half of them are of the class."""
+MANY = 64
+"""Pictures at once, up to which memory is taken to grow in a line: it grows at most so."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """A model of true shape and the size it is trained at."""
 
     latent_edge: int
-    text_parameters: float
-    """Of its text encoders; they are float32 and not built here."""
+    text: Sequence[tuple[int, int]]
+    """Width and layers of its text encoders"""
     unet: dict[str, Any]
 
 
 _WIDE = {"use_linear_projection": True}
 MODELS = {
-    "SD 1.5, 512 px": Shape(64, 123e6, {"cross_attention_dim": 768, "attention_head_dim": 8}),
+    "SD 1.5, 512 px": Shape(64, [(768, 12)], {"cross_attention_dim": 768, "attention_head_dim": 8}),
     "SD 2.1, 768 px": Shape(
-        96, 340e6, {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), **_WIDE}
+        96,
+        [(1024, 23)],
+        {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), **_WIDE},
     ),
     "SDXL, 1024 px": Shape(
         128,
-        817e6,
+        [(768, 12), (1280, 32)],
         {
             "block_out_channels": (320, 640, 1280),
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -100,42 +113,56 @@ SETTINGS: dict[str, tuple[dict[str, Any], bool]] = {
 
 @dataclass(frozen=True)
 class Memory:
-    """GiB. What is kept grows with the pictures that are computed at once."""
+    """GiB. What a step holds grows with the pictures that are computed at once."""
 
-    frozen: float
+    unet: float
+    text: float
+    """Weights of the text encoders"""
     trained: float
-    kept: tuple[float, float]
-    """For one picture, and for each further one."""
-    kept_checkpointed: tuple[float, float]
+    """With Adam's means; gradients are part of a step"""
+    caption: float
+    """What autograd keeps of the text encoders, for each that holds the word"""
+    step: tuple[float, float]
+    """One picture, and each further one."""
+    step_checkpointed: tuple[float, float]
 
-    def all(self, pictures: int, checkpointing: bool = False) -> float:
-        first, further = self.kept_checkpointed if checkpointing else self.kept
-        return self.frozen + self.trained + first + (pictures - 1) * further
+    def all(self, pictures: int, checkpointing: bool = False, captions: int = CAPTIONS) -> float:
+        first, further = self.step_checkpointed if checkpointing else self.step
+        standing = self.unet + self.text + self.trained + captions * self.caption
+        return standing + first + (pictures - 1) * further
 
     def fits(self, card_gib: float, checkpointing: bool) -> int:
         """How many pictures at once."""
-        _, further = self.kept_checkpointed if checkpointing else self.kept
+        _, further = self.step_checkpointed if checkpointing else self.step
         left = card_gib - ASIDE_GIB - self.all(1, checkpointing)
         return 0 if left < 0 else 1 + int(left / further)
 
 
-class Kept:
-    """What autograd keeps for the backward pass, each storage once, and no weight."""
+class Living(TorchDispatchMode):
+    """Bytes of all tensors that are made while this lasts and still live, and the most so far."""
 
-    def __init__(self, weights: Iterable[Tensor]) -> None:
-        self.bytes = 0
-        self._storages = {weight.untyped_storage()._cdata: weight for weight in weights}
+    def __init__(self, already: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.bytes = self.most_bytes = 0
+        self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in already)
 
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._storages:
-            self._storages[storage._cdata] = tensor  # held, so that no address comes twice
-            self.bytes += storage.nbytes()
-        return tensor
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self._seen:
+                storage = tensor.untyped_storage()
+                self._seen.add(storage)
+                self._change(storage.nbytes())
+                weakref.finalize(storage, self._change, -storage.nbytes())
+        return result
+
+    def _change(self, count: int) -> None:
+        self.bytes += count
+        self.most_bytes = max(self.most_bytes, self.bytes)
 
 
 class Counted:
-    """A model on the meta device, and what a step on it keeps."""
+    """A model on the meta device, and what a step on it holds."""
 
     def __init__(self, shape: Shape) -> None:
         before = torch.get_default_dtype()
@@ -148,63 +175,30 @@ class Counted:
 
     def memory(self, config: TrainConfig, float8: bool) -> Memory:
         projections = METHODS[config.method].projections(self._denoiser, {}, config)
-        frozen = sum(
+        unet = sum(
             weight.numel() if float8 and weight.ndim > 1 else weight.nbytes
             for weight in self._denoiser.network.parameters()
         )
-        if not config.text_encoder_on_cpu:
-            frozen += int(4 * self._shape.text_parameters)
         numbers = sum(parameter.numel() for parameter in projections.parameters())
-        trained = numbers * (4 + 4 + STATE_BYTES[config.optimizer])  # weights and gradients
+        trained = numbers * (4 + STATE_BYTES[config.optimizer])
         trained += sum(t.nbytes for t in _tensors(projections) if not t.requires_grad)
+        text = [] if config.text_encoder_on_cpu else [_text(*each) for each in self._shape.text]
         return Memory(
-            frozen / GIB,
+            unet / GIB,
+            sum(weights for weights, _ in text) / GIB,
             trained / GIB,
-            self._one_and_further(lambda n: self._kept(projections, n, ())),
-            self._one_and_further(
-                lambda n: (
-                    self._kept(projections, n, self._denoiser.blocks)
-                    + max(self._inside_of_blocks(projections, n))
-                )
-            ),
+            sum(kept for _, kept in text) / GIB,
+            self._one_and_further(projections, ()),
+            self._one_and_further(projections, self._denoiser.blocks),
         )
 
-    def _one_and_further(self, kept: Any) -> tuple[float, float]:
-        one, two = kept(1) / GIB, kept(2) / GIB
-        return one, two - one
+    def _one_and_further(
+        self, projections: KeyValueProjections, blocks: Sequence[str]
+    ) -> tuple[float, float]:
+        one, many = (self._most(projections, n, blocks) / GIB for n in (1, MANY))
+        return one, (many - one) / (MANY - 1)
 
-    def _kept(self, projections: KeyValueProjections, pictures: int, blocks: Any) -> int:
-        with checkpointed(self._denoiser.network, blocks), self._counted(projections) as kept:
-            self._predict(projections, pictures)
-        return kept.bytes
-
-    def _inside_of_blocks(self, projections: KeyValueProjections, pictures: int) -> list[int]:
-        """What each block keeps, when nothing is checkpointed."""
-        before: dict[Any, int] = {}
-        sizes: list[int] = []
-        with self._counted(projections) as kept, ExitStack() as hooks:
-            for path in self._denoiser.blocks:
-                block = self._denoiser.network.get_submodule(path)
-                begin = block.register_forward_pre_hook(lambda b, _: before.update({b: kept.bytes}))
-                end = block.register_forward_hook(
-                    lambda b, *_: sizes.append(kept.bytes - before[b])
-                )
-                hooks.callback(begin.remove)
-                hooks.callback(end.remove)
-            self._predict(projections, pictures)
-        return sizes
-
-    @contextmanager
-    def _counted(self, projections: KeyValueProjections) -> Iterator[Kept]:
-        kept = Kept([*self._denoiser.network.parameters(), *_tensors(projections)])
-        with (
-            mock.patch.object(F, "scaled_dot_product_attention", _fused_attention),
-            torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor),
-        ):
-            yield kept
-
-    def _predict(self, projections: KeyValueProjections, pictures: int) -> None:
-        """With a context that learns: the graph stays until the counting is over."""
+    def _most(self, projections: KeyValueProjections, pictures: int, blocks: Sequence[str]) -> int:
         edge, family = self._shape.latent_edge, self._denoiser.family
         with torch.device("meta"):
             latents = torch.empty(pictures, 4, edge, edge)
@@ -212,8 +206,39 @@ class Counted:
             context = torch.empty(pictures, 77, family.context_width, requires_grad=True)
             pooled = torch.empty(pictures, family.pooled_width, requires_grad=True)
             sizes = torch.empty(pictures, 6, dtype=torch.long)
-        with projections.installed(), keeping_less(self._denoiser.network):
-            projections.predict(latents, timesteps, context, pooled, sizes)
+        network = self._denoiser.network
+        with (
+            mock.patch.object(F, "scaled_dot_product_attention", _fused_attention),
+            projections.installed(),
+            keeping_less(network),
+            checkpointed(network, blocks),
+            Living([*network.parameters(), *_tensors(projections)]) as living,
+        ):
+            for _ in range(2):  # parts of a batch: the second meets the gradients of the first
+                projections.predict(latents, timesteps, context, pooled, sizes).mean().backward()
+        for parameter in projections.parameters():
+            parameter.grad = None
+        return living.most_bytes
+
+
+def _text(width: int, layers: int) -> tuple[int, int]:
+    """Bytes of a text encoder's weights, and of what autograd keeps for each caption."""
+    with torch.device("meta"):
+        model = CLIPTextModel(text_config(width, layers)).eval().requires_grad_(False)
+        word = {"clip": {"<new1>": nn.Parameter(torch.empty(1, width))}}
+        encoder = ClipTextEncoder(
+            "clip", model, clip_tokenizer(), pad_id=0, embeddings=word["clip"]
+        )
+        encoder.to(torch.device("meta"), FROZEN)
+        weights = list(model.parameters())
+        with (
+            mock.patch.object(F, "scaled_dot_product_attention", _fused_attention),
+            Living(weights) as living,
+        ):
+            features = encoder.encode(torch.full((1, 77), VOCABULARY))
+            kept = living.bytes
+            del features
+    return sum(weight.nbytes for weight in weights), kept
 
 
 def _tensors(projections: KeyValueProjections) -> list[Tensor]:
@@ -228,7 +253,7 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Ten
 
 def grown_gib(pictures: int, checkpointing: bool) -> float:
     """What the resident memory of this process grows by in two steps of SD 1.5 at 512 px."""
-    bench = Bench(FROZEN, MODELS["SD 1.5, 512 px"].latent_edge, random_text_encoder(), pictures)
+    bench = Bench(FROZEN, MODELS["SD 1.5, 512 px"].latent_edge, pictures)
     with open("/proc/self/statm") as file:
         before = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     bench.steps(2, gradient_checkpointing=checkpointing)
@@ -261,11 +286,11 @@ def main() -> None:
             name: bench.memory(TrainConfig(**settings), float8)
             for name, (settings, float8) in SETTINGS.items()
         }
-    print("GiB\n| model | | frozen | trained | kept, each picture | with checkpointing |")
-    print("|---|---|---|---|---|---|")
+    print("GiB\n| model | | UNet | text | trained | a caption | a picture | checkpointed |")
+    print("|---|---|---|---|---|---|---|---|")
     for model, rows in counted.items():
         for name, m in rows.items():
-            cells = (m.frozen, m.trained, m.kept[1], m.kept_checkpointed[1])
+            cells = (m.unet, m.text, m.trained, m.caption, m.step[1], m.step_checkpointed[1])
             print(f"| {model} | {name} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
     print(f"\npictures at once, without / with checkpointing, {ASIDE_GIB} GiB aside")
     print(
@@ -285,8 +310,9 @@ def main() -> None:
         )
     if given.measured:
         for pictures, checkpointing in ((2, False), (8, False), (8, True)):
-            found = base.frozen + measured(pictures, checkpointing, given.threads)
-            expected = base.all(pictures, checkpointing)
+            grown = measured(pictures, checkpointing, given.threads)
+            found = base.unet + base.text + grown
+            expected = base.all(pictures, checkpointing, captions=2)  # as `Bench` has them
             name = f"SD 1.5, {pictures} pictures, checkpointing {checkpointing}"
             results[name] = {"measured": found, "counted": expected}
             print(f"{name}: measured {found:.2f}, counted {expected:.2f}: {found / expected:.2f}")

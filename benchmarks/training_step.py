@@ -1,4 +1,4 @@
-"""How close a training step comes to the arithmetic it cannot avoid.
+"""How close a training step comes to the arithmetic it cannot avoid, and where its time goes.
 
 The yardstick is the UNet's forward pass alone, in the same type, in the same process: it needs no
 other program, and the least possible ratio follows from counting multiplications. Steps are those
@@ -10,21 +10,25 @@ double the time of a step on the CPU. docs/performance.md has the settings that 
 
 import statistics
 import time
-from collections.abc import Callable
-from itertools import cycle, islice
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import cycle, islice, pairwise
 from typing import Any
+from unittest import mock
 
 import _pack  # noqa: F401  (puts the pack on the path)
 import torch
 from _measure import Times, options, peak_memory_gib, write_json
-from _models import random_text_encoder, random_unet
-from custom_diffusion.concept.text import TextEncoder
-from custom_diffusion.host.diffusers import DiffusersDenoiser
+from _models import random_text_encoder, random_unet, random_vae
+from custom_diffusion.host.clip_text import ClipTextEncoder
+from custom_diffusion.host.diffusers import DiffusersDenoiser, DiffusersLatentEncoder
+from custom_diffusion.trainer import loop
 from custom_diffusion.trainer.config import LATENT_PIXELS, TrainConfig
 from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
-from custom_diffusion.trainer.events import Event
+from custom_diffusion.trainer.events import Event, StepDone
 from custom_diffusion.trainer.latents import EncodedView, LatentBank
 from custom_diffusion.trainer.loop import train
+from custom_diffusion.trainer.projections import DenseProjections
 from custom_diffusion.trainer.protocols import whole_picture
 from diffusers import DDPMScheduler
 from PIL import Image
@@ -35,38 +39,79 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOKEN = "<new1>"
 CAPTIONS = (f"photo of a {TOKEN} cat", f"far away photo of a {TOKEN} cat")
 """One each for the two images of a batch, so that the text encoder has to see both."""
+WARM_UP = 3
+OF_REGULARIZATION = ("two cats on a chair", "a tabby cat sleeps in the sun")
+
+
+class Stopwatch:
+    """Seconds of every call of the functions it is put on, by the name of a part."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    @contextmanager
+    def on(self, owner: Any, function: str, part: str) -> Iterator[None]:
+        own = getattr(owner, function)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = own(*args, **kwargs)
+            self.seconds.setdefault(part, []).append(time.perf_counter() - start)
+            return result
+
+        with mock.patch.object(owner, function, timed):
+            yield
 
 
 class Bench:
     """The loop on given latents, and its parts alone, for one type of frozen weights."""
 
     def __init__(
-        self, dtype: torch.dtype, edge: int, text_encoder: TextEncoder, pictures: int = 2
+        self, dtype: torch.dtype, edge: int, pictures: int = 2, regularized: bool = False
     ) -> None:
+        """`regularized`: as many pictures of the class as of the concept."""
         self._captions = list(islice(cycle(CAPTIONS), pictures))
+        self._regularized = regularized
         self._denoiser = DiffusersDenoiser(random_unet(dtype), DDPMScheduler(), vae=None)
-        self._text_encoder = text_encoder
+        self._text_encoder = random_text_encoder(dtype=dtype)
         self._edge = edge
         self._latents = torch.randn(pictures, 4, edge, edge)
-        self._context = torch.randn(pictures, 77, text_encoder.context_width)
+        self._context = torch.randn(pictures, 77, self._text_encoder.context_width)
 
     def steps(self, count: int, **settings: Any) -> list[float]:
         """Seconds of each step after the first, which sets the optimiser up."""
         ends: list[float] = []
 
         def on_event(event: Event) -> None:
-            ends.append(time.perf_counter())
+            if isinstance(event, StepDone):
+                ends.append(time.perf_counter())
 
         concept, bank = self._given()
         config = TrainConfig(
             steps=count,
-            batch_size=len(self._captions),
+            batch_size=len(self._captions) * (2 if self._regularized else 1),
             resolution=self._edge * LATENT_PIXELS,
             preview_every_steps=0,
             **settings,
         )
         train(config, [concept], [bank], self._denoiser, self._text_encoder, on_event=on_event)
-        return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+        return [end - start for start, end in pairwise(ends)]
+
+    def parts(self, count: int) -> dict[str, float]:
+        """Median seconds of a step and of its parts, the first steps not counted."""
+        clock = Stopwatch()
+        with (
+            clock.on(ClipTextEncoder, "encode_with_pooled", "text encoder, forward"),
+            clock.on(loop, "_pass_on", "text encoder, backward"),
+            clock.on(DenseProjections, "_keys_values", "keys and values, forward"),
+            clock.on(self._denoiser, "predict", "UNet, forward"),
+            clock.on(Tensor, "backward", "UNet, keys and values, backward"),
+            clock.on(nn.utils, "clip_grad_norm_", "clipping"),
+            clock.on(torch.optim.AdamW, "step", "update"),
+        ):
+            whole = statistics.median(self.steps(WARM_UP + count)[WARM_UP - 1 :])
+        medians = {part: statistics.median(t[WARM_UP:]) for part, t in clock.seconds.items()}
+        return {**medians, "all else": whole - sum(medians.values()), "step": whole}
 
     @torch.no_grad()
     def forward(self) -> None:
@@ -85,12 +130,16 @@ class Bench:
             return EncodedView(mean, torch.full_like(mean, 0.1), mask, caption, sizes)
 
         picture = Image.new("RGB", (8, 8))  # never looked at: the latents are given
+        captions = cycle(OF_REGULARIZATION) if self._regularized else ()
         pairs = zip(self._latents, self._captions, strict=True)
         return (
             TrainingConcept(
                 tuple(CaptionedImage(picture, text) for text in self._captions), "cat", TOKEN
             ),
-            LatentBank(tuple((view(mean, text),) for mean, text in pairs), ()),
+            LatentBank(
+                tuple((view(mean, text),) for mean, text in pairs),
+                tuple(view(*pair) for pair in zip(self._latents, captions, strict=False)),
+            ),
         )
 
 
@@ -138,8 +187,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
-    text_encoder = random_text_encoder()
-    benches = {name: Bench(dtype, given.edge, text_encoder) for name, dtype in DTYPES.items()}
+    benches = {name: Bench(dtype, given.edge) for name, dtype in DTYPES.items()}
     flop = count_flop(benches["float32"])
     times = measure(benches, given.rounds)
     print(f"SD 1.5, batch {len(CAPTIONS)}, latents {given.edge} x {given.edge}, latents given")
@@ -159,6 +207,15 @@ def main() -> None:
             f"  {name:9} forward {parts['forward']:.3f} s, step {parts['step']:.3f} s "
             f"(text encoder alone {parts['text']:.3f} s): step / forward {ratio:.2f}"
         )
+    picture = torch.rand(3, given.edge * LATENT_PIXELS, given.edge * LATENT_PIXELS) * 2 - 1
+    encoder = DiffusersLatentEncoder(random_vae())
+    encoder.moments(picture)
+    results["view_s"] = _seconds(lambda: encoder.moments(picture))
+    print(f"  before training, once for each view: autoencoder {results['view_s']:.3f} s (float32)")
+    parts = benches["bfloat16"].parts(2 * given.rounds)
+    for part, seconds in parts.items():
+        results[f"bfloat16, {part}, s"] = seconds
+        print(f"  bfloat16, {part:32} {1e3 * seconds:8.1f} ms {seconds / parts['step']:5.0%}")
     faster = times.ratio("float32_step", "bfloat16_step")
     results |= {"float32_over_bfloat16_step": faster, "peak_memory_gib": peak_memory_gib()}
     print(f"  bfloat16 step {faster:.2f} times as fast; peak memory {peak_memory_gib():.1f} GiB")

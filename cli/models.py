@@ -25,7 +25,19 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help=f"folder in diffusers' layout, or {MINIATURE!r}: the small one of the demo",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=DTYPES, default="float32", help="of frozen weights")
+    parser.add_argument(
+        "--precision",
+        choices=DTYPES,
+        help="of frozen weights; default: bfloat16 on a GPU that has it, else float32",
+    )
+
+
+def precision(given: str | None, device: str) -> torch.dtype:
+    """What frozen weights compute in: as given, or what suits the device."""
+    if given:
+        return DTYPES[given]
+    has_bf16 = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def load(model: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:

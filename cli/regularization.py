@@ -16,7 +16,7 @@ from ..trainer.projections import base_hash
 from ..trainer.retrieval.collection import parts_of
 from ..trainer.retrieval.index import CaptionIndex
 from ..trainer.retrieval.retrieve import COUNT, LEAST_SIMILARITY, retrieve
-from .models import DEFAULTS, DTYPES, add_model_options, load, recipe_for
+from .models import DEFAULTS, add_model_options, load, precision, recipe_for
 from .output import progress
 
 
@@ -65,7 +65,7 @@ def add_to(commands: Any) -> None:
 def regularize_command(options: argparse.Namespace) -> None:
     from ..host.diffusers import borrowed_models, sample
 
-    pipeline = load(options.model, options.device, DTYPES[options.precision])
+    pipeline = load(options.model, options.device, precision(options.precision, options.device))
     resolution = options.resolution or recipe_for(options.model).resolution
     caption = instance_caption("", options.class_noun)
     with borrowed_models(pipeline) as models:

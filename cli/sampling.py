@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..concept.file import read_concept
-from .models import DEFAULTS, DTYPES, add_model_options, load, recipe_for
+from .models import DEFAULTS, add_model_options, load, precision, recipe_for
 
 
 def add_to(commands: Any) -> None:
@@ -29,7 +29,7 @@ def add_to(commands: Any) -> None:
 def sample_command(options: argparse.Namespace) -> None:
     from ..host.diffusers import load_network, sample, side_by_side
 
-    pipeline = load(options.model, options.device, DTYPES[options.precision])
+    pipeline = load(options.model, options.device, precision(options.precision, options.device))
     if options.unet:
         load_network(pipeline, options.unet)
     concept = read_concept(options.concept) if options.concept else None

@@ -24,7 +24,7 @@ from ..trainer.methods import METHODS
 from ..trainer.network_file import fold_in, write_network
 from ..trainer.prepare import prepare
 from ..trainer.start import check_start
-from .models import DEFAULTS, DTYPES, add_model_options, load, recipe_for
+from .models import DEFAULTS, add_model_options, load, precision, recipe_for
 from .output import check_new, progress, save, stop_on_interrupt
 from .torchrun import Team, team
 from .training_job import run_as_job
@@ -141,10 +141,12 @@ def _train(
 ) -> None:
     from ..host.diffusers import borrowed_models
 
-    pipeline = load(options.model, together.device, DTYPES[options.precision])
+    pipeline = load(options.model, together.device, precision(options.precision, together.device))
     with borrowed_models(pipeline) as models:
         if config.text_encoder_on_cpu:
             models.text_encoder.to(torch.device("cpu"))
+        else:
+            models.text_encoder.to(models.denoiser.device, models.denoiser.dtype)
         if start:  # before the time that encoding takes
             check_start(start, models.denoiser, config)
         with tqdm(desc="encoding pictures", unit="view", disable=not together.leads) as bar:

@@ -31,10 +31,10 @@ class ClipTextEncoderPair:
         self.context_width = first.context_width + second.context_width
         self.context_length = min(first.context_length, second.context_length)
 
-    def to(self, device: torch.device) -> None:
-        """Moves both text models to the device that trains."""
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Both; see `ClipTextEncoder.to`."""
         for encoder in self._encoders:
-            encoder.to(device)
+            encoder.to(device, dtype)
 
     def tokenize(self, prompt: str) -> list[int]:
         return self._encoders[0].tokenize(prompt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -19,7 +20,7 @@ from .config import TrainConfig
 from .data import TrainingConcept
 from .data_parallel import DataParallel
 from .events import CheckpointDue, Event, MemoryShort, PreviewDrawn, StepDone, WordsMoved
-from .frozen_layers import keeping_less
+from .frozen_layers import channels_last, keeping_less
 from .latents import LatentBank, batch_of_step, step_randomness
 from .methods import METHODS
 from .network_weights import NetworkWeights
@@ -34,6 +35,7 @@ from .tokens import drift, words_to_teach
 
 _FINAL_LOSSES = 20
 _DRIFT_EVERY_STEPS = 10
+_CHANNELS_LAST_FROM = 256  # pixels
 
 
 def train(
@@ -107,7 +109,10 @@ def train(
         on_less=lambda *now: on_event(MemoryShort(len(losses) + 1, *now)),
     )
 
-    with projections.installed(), network.learning(), keeping_less(denoiser.network):
+    # Measured on a CPU: in float32, or with small latents, channels last are slower.
+    large = config.resolution >= _CHANNELS_LAST_FROM and denoiser.dtype != torch.float32
+    layout = channels_last(denoiser.network) if large else nullcontext()
+    with layout, projections.installed(), network.learning(), keeping_less(denoiser.network):
         if checkpoint:
             losses = checkpoint.restore(optimizer)
         while len(losses) < config.steps and not should_stop():

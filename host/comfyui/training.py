@@ -81,7 +81,7 @@ def start_training(
         try:
             denoiser.to(device)
             if not config.text_encoder_on_cpu:
-                encoder.to(device)
+                encoder.to(device, denoiser.dtype)
             return train(
                 config,
                 concepts,

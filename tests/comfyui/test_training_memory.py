@@ -54,6 +54,27 @@ def test_comfyuis_unet_keeps_less_for_the_same_numbers(sd15: Any) -> None:
     assert less[2] < 0.7 * whole[2]
 
 
+def test_half_precision_computes_what_float32_does_but_for_rounding(sd15: Any) -> None:
+    """As on a GPU with bfloat16: UNet, text encoder, and channels last, which 256 px bring."""
+    from custom_diffusion.host.comfyui.models import ComfyDenoiser, text_encoder
+
+    prompt = "photo of a cat in the rain"
+    ((wanted, _),) = sd15.clip.encode_from_tokens_scheduled(sd15.clip.tokenize(prompt))
+    concept = cat_concept(2)
+    config = TrainConfig(steps=3, batch_size=2, resolution=256, preview_every_steps=0)
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        denoiser, encoder = ComfyDenoiser(sd15.model, dtype), text_encoder(sd15.clip)
+        encoder.to(torch.device("cpu"), dtype)
+        features = encoder.encode(encoder.pad([encoder.tokenize(prompt)]))
+        most = 0.01 if dtype == torch.bfloat16 else 1e-5
+        assert (features - wanted).norm() < most * wanted.norm()
+        learnt = train(config, [concept], [random_bank(concept)], denoiser, encoder)
+        losses[dtype] = learnt.provenance["final_losses"]
+    assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.02)
+    assert losses[torch.bfloat16] != losses[torch.float32]
+
+
 def test_weights_in_eight_bits_stay_so_and_train_as_if_they_were_cast(float8_model: Any) -> None:
     from custom_diffusion.host.comfyui.models import ComfyDenoiser
 

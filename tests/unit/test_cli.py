@@ -16,7 +16,7 @@ import open_clip
 import pytest
 import torch
 from custom_diffusion.cli import main, parser
-from custom_diffusion.cli.models import recipe_for
+from custom_diffusion.cli.models import precision, recipe_for
 from custom_diffusion.cli.training import training_config
 from custom_diffusion.concept.file import read_concept
 from custom_diffusion.miniature import demo
@@ -246,6 +246,27 @@ def test_augmentation_is_the_models_recipe_unless_it_is_switched_off(
     command = ["train", "--model", model, "--images", "cat", "--class-noun", "cat", *given]
     config = training_config(parser().parse_args(command))
     assert (config.augment, config.flip) == (augment, flip)
+
+
+@pytest.mark.parametrize(
+    "given, device, has_bf16, wanted",
+    [
+        (None, "cpu", True, torch.float32),
+        (None, "cuda:1", True, torch.bfloat16),
+        (None, "cuda", False, torch.float32),
+        ("float32", "cuda", True, torch.float32),
+        ("bfloat16", "cpu", False, torch.bfloat16),
+    ],
+)
+def test_precision_suits_the_device_unless_it_is_given(
+    given: str | None,
+    device: str,
+    has_bf16: bool,
+    wanted: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bf16)
+    assert precision(given, device) == wanted
 
 
 def test_an_existing_file_is_not_replaced(model: Path, photos: Path, tmp_path: Path) -> None:

@@ -282,6 +282,49 @@ def test_the_model_is_the_same_after_encoding_failed(
     assert same_state(weights, model)
 
 
+# Products in half precision
+
+
+def test_products_in_bfloat16_are_nearer_to_float32_than_a_model_that_was_cast(
+    model: CLIPTextModel, tokenizer: CLIPTokenizer
+) -> None:
+    def features_and_gradient(own: CLIPTextModel, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        encoder = ClipTextEncoder("clip_l", own, tokenizer, pad_id=END)
+        encoder.to(torch.device("cpu"), dtype)
+        row = rows(1).requires_grad_(True)
+        known = encoder.with_tokens({"clip_l": {"<a>": row}})
+        features = known.encode(known.pad([known.tokenize("photo of a <a> cat")]))
+        (features * rows(77, seed=1)).sum().backward()
+        assert row.grad is not None
+        return features.detach(), row.grad
+
+    exact = features_and_gradient(copy.deepcopy(model), torch.float32)
+    ours = features_and_gradient(copy.deepcopy(model), torch.bfloat16)
+    cast = copy.deepcopy(model).to(torch.bfloat16)
+    theirs = features_and_gradient(cast, torch.bfloat16)
+    for right, own, other in zip(exact, ours, theirs, strict=True):
+        assert own.dtype == torch.float32
+        assert 0 < (own - right).norm() < 0.01 * right.norm()
+        assert (own - right).norm() < 0.8 * (other - right).norm()
+
+
+def test_only_the_weights_of_products_lose_precision(
+    model: CLIPTextModel, tokenizer: CLIPTokenizer
+) -> None:
+    own = copy.deepcopy(model)
+    encoder = ClipTextEncoder("clip_l", own, tokenizer, pad_id=END)
+    encoder.to(torch.device("cpu"), torch.bfloat16)
+    encoder.to(torch.device("cpu"))  # as a job that has to wait: what was cast stays so
+    for path, weight in own.named_parameters():
+        before = model.get_parameter(path)
+        product = ".mlp." in path or ".self_attn." in path
+        assert weight.dtype == (torch.bfloat16 if product else torch.float32)
+        assert torch.equal(weight, before.to(weight.dtype))
+    assert torch.equal(
+        encoder.vocabulary_row(7)["clip_l"][0], model.get_input_embeddings().weight[7]
+    )
+
+
 # Fingerprints
 
 

@@ -225,6 +225,31 @@ def test_no_weight_of_the_models_changes_by_a_bit(
     assert all(p.grad is None for module in modules for p in module.parameters())
 
 
+def test_large_pictures_in_half_precision_are_computed_with_channels_last(
+    pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = copy.copy(pipeline)
+    half.unet = copy.deepcopy(pipeline.unet).to(torch.bfloat16)
+    weight = half.unet.conv_in.weight
+    seen = []
+    with borrowed_models(half) as models:
+        own = models.denoiser.predict
+
+        def predict(*given: Any) -> Tensor:
+            seen.append(weight.is_contiguous(memory_format=torch.channels_last))
+            return own(*given)
+
+        monkeypatch.setattr(models.denoiser, "predict", predict)
+        before = state(half.unet)
+        large = trained(models, config(resolution=256))
+        small = trained(models, config(resolution=248))
+    assert seen == [True] * 3 + [False] * 3
+    assert same_state(before, half.unet)
+    assert all(p.is_contiguous() for p in half.unet.parameters())
+    losses = [concept.provenance["final_losses"] for concept in (large, small)]
+    np.testing.assert_allclose(*losses, rtol=0.02)
+
+
 @pytest.mark.parametrize("fails_in", ["should_stop", "on_event"])
 def test_the_models_are_as_before_when_a_callback_fails(
     pipeline: StableDiffusionPipeline, models: DiffusersModels, fails_in: str

@@ -171,6 +171,27 @@ def test_gradients_of_both_features_reach_the_words_of_both_encoders(
         assert all(rows[name].grad.any() for name in reached)  # type: ignore[union-attr]
 
 
+def test_both_encoders_compute_products_in_half_precision(
+    xl_pipeline: StableDiffusionXLPipeline,
+) -> None:
+    with borrowed_models(copy.deepcopy(xl_pipeline)) as models:
+        encoder = models.text_encoder
+        ids = encoder.pad([encoder.tokenize(prompt) for prompt in PROMPTS])
+        exact = encoder.encode_with_pooled(ids)
+        encoder.to(torch.device("cpu"), torch.bfloat16)
+        ours = encoder.encode_with_pooled(ids)
+    assert exact.pooled is not None
+    assert ours.pooled is not None
+    width = models.denoiser.family.context_width - XL_POOLED_WIDTH
+    for right, own in (
+        (exact.context[..., :width], ours.context[..., :width]),
+        (exact.context[..., width:], ours.context[..., width:]),
+        (exact.pooled, ours.pooled),
+    ):
+        assert own.dtype == torch.float32
+        assert 0 < (own - right).norm() < 0.01 * right.norm()
+
+
 def test_encoders_with_different_words_are_no_pair(encoder: ClipTextEncoderPair) -> None:
     embeddings = word()
     embeddings["clip_g"]["<new1>"] = torch.zeros(2, XL_POOLED_WIDTH)
