@@ -183,7 +183,8 @@ def _loss_of(
 ) -> Tensor:
     """What some samples add to the loss of a step."""
     prediction = projections.predict(noisy, timesteps, context, pooled, sizes, keep=keep)
-    return weights @ sample_losses(prediction, wanted, masks)
+    # Not as a product of vectors: where weights of the network learn, autocast would round it.
+    return (weights * sample_losses(prediction, wanted, masks)).sum()
 
 
 def _leaf(features: Tensor | None) -> Tensor | None:

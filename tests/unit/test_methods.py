@@ -161,10 +161,12 @@ def test_methods_that_leave_only_words_in_a_concept_need_one(models: DiffusersMo
 def test_half_precision_weights_learn_small_steps(
     own_pipeline: StableDiffusionPipeline,
 ) -> None:
-    """A step of 1e-5 would be lost in bfloat16; three of them must not be."""
+    """A step of 1e-5 would be lost in bfloat16; three of them must not be. Nor is the loss one."""
     own_pipeline.unet.to(torch.bfloat16)
     with borrowed_models(own_pipeline) as models:
         learnt = trained(models, config("cross-attention", learning_rate=1e-5))
+    losses = torch.tensor(learnt.provenance["final_losses"])
+    assert not torch.equal(losses, losses.bfloat16().float())
     queries = [d.dense() for layer, d in learnt.deltas.items() if layer.endswith("to_q")]
     assert queries
     for delta in queries:
