@@ -24,7 +24,7 @@ from custom_diffusion.trainer.optimizer import make_optimizer
 from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
 from torch import nn
-from training_step import CAPTIONS, Bench
+from training_step import CAPTIONS, WARM_UP, Bench
 
 TOKEN_ID = VOCABULARY - 3
 """The row of the table that stands for the new word: the last two mark start and end."""
@@ -139,10 +139,12 @@ def main() -> None:
     parser.add_argument(
         "--warm-up",
         type=int,
-        default=3,
-        help="its steps before: until memory is where later steps find it again",
+        default=WARM_UP,
+        help="its steps before, at least 1: until memory is where later steps find it again",
     )
     given = parser.parse_args()
+    if given.warm_up < 1:
+        parser.error(f"--warm-up {given.warm_up}: the first step sets the optimiser up; give 1")
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
     vae = random_vae()
