@@ -17,6 +17,7 @@ from ..concept.text import TextEncoder
 from .backward import Backward
 from .checkpoint import Checkpoint
 from .config import TrainConfig
+from .cpu_attention import CpuAttention
 from .data import TrainingConcept
 from .data_parallel import DataParallel
 from .events import CheckpointDue, Event, MemoryShort, PreviewDrawn, StepDone, WordsMoved
@@ -35,7 +36,7 @@ from .tokens import drift, words_to_teach
 
 _FINAL_LOSSES = 20
 _DRIFT_EVERY_STEPS = 10
-_CHANNELS_LAST_FROM = 256  # pixels
+_LARGE_FROM = 256  # pixels
 
 
 def train(
@@ -109,10 +110,17 @@ def train(
         on_less=lambda *now: on_event(MemoryShort(len(losses) + 1, *now)),
     )
 
-    # Measured on a CPU: in float32, or with small latents, channels last are slower.
-    large = config.resolution >= _CHANNELS_LAST_FROM and denoiser.dtype != torch.float32
+    # Measured on a CPU: in float32, or with small latents, both are slower.
+    large = config.resolution >= _LARGE_FROM and denoiser.dtype != torch.float32
     layout = channels_last(denoiser.network) if large else nullcontext()
-    with layout, projections.installed(), network.learning(), keeping_less(denoiser.network):
+    attention = CpuAttention() if large and denoiser.device.type == "cpu" else nullcontext()
+    with (
+        layout,
+        attention,
+        projections.installed(),
+        network.learning(),
+        keeping_less(denoiser.network),
+    ):
         if checkpoint:
             losses = checkpoint.restore(optimizer)
         while len(losses) < config.steps and not should_stop():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from custom_diffusion.trainer.config import TrainConfig
+from custom_diffusion.trainer.cpu_attention import CpuAttention
 from custom_diffusion.trainer.frozen_layers import keeping_less
 from custom_diffusion.trainer.loop import train
 from custom_diffusion.trainer.projections import DenseProjections
@@ -28,11 +29,11 @@ def float8_model(comfy: Any, checkpoint_file: Callable[[str], Path]) -> Any:
         )[0]
 
 
-def prediction_and_gradient(denoiser: Any) -> tuple[Tensor, Tensor, int]:
+def prediction_and_gradient(denoiser: Any, edge: int = 8) -> tuple[Tensor, Tensor, int]:
     """Of two latents, with the gradient of all keys and values; and what was kept."""
     projections = DenseProjections(denoiser, {})
     draw = torch.Generator().manual_seed(0)
-    latents = torch.randn(2, 4, 8, 8, generator=draw)
+    latents = torch.randn(2, 4, edge, edge, generator=draw)
     context = torch.randn(2, 77, 768, generator=draw)
     weights = [*denoiser.network.parameters(), projections.weight]
     with projections.installed(), kept_bytes(weights) as kept:
@@ -52,6 +53,20 @@ def test_comfyuis_unet_keeps_less_for_the_same_numbers(sd15: Any) -> None:
     assert torch.equal(less[0], whole[0])
     assert torch.equal(less[1], whole[1])
     assert less[2] < 0.7 * whole[2]
+
+
+def test_our_attention_in_comfyuis_unet_is_nearly_as_exact_and_keeps_no_more(sd15: Any) -> None:
+    from custom_diffusion.host.comfyui.models import ComfyDenoiser
+
+    exact = prediction_and_gradient(ComfyDenoiser(sd15.model, torch.float32), edge=32)
+    denoiser = ComfyDenoiser(sd15.model, torch.bfloat16)
+    pytorchs = prediction_and_gradient(denoiser, edge=32)
+    with CpuAttention():
+        ours = prediction_and_gradient(denoiser, edge=32)
+    for found, other, wanted in zip(ours[:2], pytorchs[:2], exact[:2], strict=True):
+        assert not torch.equal(found, other)
+        assert (found - wanted).norm() < 1.1 * (other - wanted).norm()
+    assert ours[2] <= pytorchs[2]
 
 
 def test_half_precision_computes_what_float32_does_but_for_rounding(sd15: Any) -> None:

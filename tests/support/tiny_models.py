@@ -242,10 +242,12 @@ def _plain_concept(
     )
 
 
-def random_bank(concept: TrainingConcept, views: int = 2, seed: int = 1) -> LatentBank:
+def random_bank(
+    concept: TrainingConcept, views: int = 2, seed: int = 1, edge: int = LATENT_EDGE
+) -> LatentBank:
     """Random latents for the pictures of a concept; every second view is a small one."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (4, LATENT_EDGE, LATENT_EDGE)
+    shape = (4, edge, edge)
 
     def view(prompt: str, number: int) -> EncodedView:
         small = number % 2 == 1

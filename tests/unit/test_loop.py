@@ -25,6 +25,7 @@ from custom_diffusion.host.diffusers import (
     borrowed_models,
 )
 from custom_diffusion.merge.compose import merge_concepts
+from custom_diffusion.trainer import cpu_attention
 from custom_diffusion.trainer.config import GradientCut, TrainConfig
 from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
 from custom_diffusion.trainer.events import Event, PreviewDrawn, StepDone, WordsMoved
@@ -248,6 +249,33 @@ def test_large_pictures_in_half_precision_are_computed_with_channels_last(
     assert all(p.is_contiguous() for p in half.unet.parameters())
     losses = [concept.provenance["final_losses"] for concept in (large, small)]
     np.testing.assert_allclose(*losses, rtol=0.02)
+
+
+def test_large_pictures_in_half_precision_have_our_attention_on_a_cpu(
+    pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    concept = cat_concept()
+    bank = random_bank(concept, edge=32)
+    half = copy.copy(pipeline)
+    half.unet = copy.deepcopy(pipeline.unet).to(torch.bfloat16)
+    seen = []
+    own = cpu_attention.attention
+
+    def attention(*given: Tensor) -> Tensor:
+        seen.append(given[1].shape[-2])
+        return own(*given)
+
+    monkeypatch.setattr(cpu_attention, "attention", attention)
+    losses = []
+    for models_of, resolution in ((half, 256), (half, 248), (pipeline, 256)):
+        with borrowed_models(models_of) as models:
+            learnt = trained(models, config(resolution=resolution), concept, bank)
+        losses.append(learnt.provenance["final_losses"])
+        assert set(seen) == ({1024} if len(losses) == 1 else set())
+        seen.clear()
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0.01)
+    np.testing.assert_allclose(losses[0], losses[2], rtol=0.02)
+    assert losses[0] != losses[1]
 
 
 @pytest.mark.parametrize("fails_in", ["should_stop", "on_event"])
