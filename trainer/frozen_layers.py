@@ -81,14 +81,9 @@ def _forward_of(module: nn.Module) -> Callable[..., Tensor] | None:
     return None
 
 
-def cast_linear(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A linear layer in the type of its input; a bias stays as it is."""
-    apply: Callable[..., Tensor] = _Linear.apply
-    return apply(values, weight, bias)
-
-
 def _linear(layer: nn.Linear, values: Tensor) -> Tensor:
-    return cast_linear(values, layer.weight, layer.bias)
+    apply: Callable[..., Tensor] = _Linear.apply
+    return apply(values, layer.weight, layer.bias)
 
 
 def _convolution(layer: nn.Conv2d, images_bchw: Tensor) -> Tensor:
@@ -118,21 +113,17 @@ def _gated_gelu(layer: Any, hidden: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps its input only where the weight learns."""
+    """Keeps the weight alone, and not its cast."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight, values if weight.requires_grad else None)
+        ctx.save_for_backward(weight)
         return F.linear(values, weight.to(values.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        weight, values = ctx.saved_tensors
-        of_values = gradient @ weight.to(gradient.dtype) if ctx.needs_input_grad[0] else None
-        if values is None:
-            return of_values, None, None
-        of_weight = gradient.flatten(0, -2).T @ values.flatten(0, -2)
-        return of_values, of_weight.to(weight.dtype), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return gradient @ weight.to(gradient.dtype), None, None
 
 
 class _Convolution(torch.autograd.Function):

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from ..concept.concept import Delta, DenseDelta, LowRankDelta, hash_projections
 from ..concept.errors import ConfigError
 from ..concept.layers import sort_layers
-from .frozen_layers import cast_linear
 from .protocols import Denoiser
+
+_BLOCK = 2**24  # numbers; all of SD 1.5 are 19 million
 
 
 def base_hash(denoiser: Denoiser) -> str:
@@ -139,7 +141,7 @@ class DenseProjections(KeyValueProjections):
         }
 
     def _keys_values(self, context: Tensor) -> Tensor:
-        return cast_linear(context, self.weight)
+        return _StackedLinear.apply(context, self.weight)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class LowRankProjections(KeyValueProjections):
@@ -201,6 +203,40 @@ class FrozenProjections(KeyValueProjections):
 
     def _keys_values(self, context: Tensor) -> Tensor:
         return F.linear(context, self._base)
+
+
+class _StackedLinear(torch.autograd.Function):
+    """A product with a float32 matrix that learns, in the type of the other side.
+
+    The matrix of SDXL takes 1.3 GiB, and so does its gradient. Nothing else of its size is made:
+    casts last for a block of rows, and a further part of a step adds its gradient in place, which
+    autograd would only do after the whole of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: nn.Parameter) -> Tensor:
+        ctx.save_for_backward(values)
+        ctx.weight = weight  # itself, for its gradient
+        blocks = weight.split(_block_rows(weight))
+        return torch.cat([F.linear(values, rows.to(values.dtype)) for rows in blocks], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (values,) = ctx.saved_tensors
+        weight, count = ctx.weight, _block_rows(ctx.weight)
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        of_values = torch.zeros_like(values, dtype=torch.float32)
+        blocks = weight.split(count), weight.grad.split(count), gradient.split(count, -1)
+        for rows, of_rows, part in zip(*blocks, strict=True):
+            of_rows += part.flatten(0, -2).T @ values.flatten(0, -2)
+            if ctx.needs_input_grad[0]:
+                of_values += part @ rows.to(part.dtype)
+        return of_values.to(values.dtype), None
+
+
+def _block_rows(weight: Tensor) -> int:
+    return max(1, _BLOCK // weight.shape[1])
 
 
 class _Slot(nn.Module):

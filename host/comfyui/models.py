@@ -16,6 +16,7 @@ import comfy.latent_formats
 import comfy.ldm.modules.attention
 import comfy.lora
 import comfy.model_management
+import comfy.model_patcher
 import comfy.model_sampling
 import comfy.sd1_clip
 import comfy.sdxl_clip
@@ -199,16 +200,27 @@ def patched_weights(
 ) -> dict[str, Tensor]:
     """Copies of the weights below `prefix`, on the CPU, with the patches (LoRAs) applied.
 
-    `dtype_of` says what a weight is cast to, at once: two copies of a whole model would be the peak
-    of memory.
+    Numbers that are stored with a scale come as what they stand for. `dtype_of` says what a weight
+    is cast to, at once: two copies of a whole model would be the peak of memory.
+
+    ComfyUI's `get_key_patches` gives the same, but not of a model whose state has keys beside its
+    parameters, as scales are.
     """
     weights = {}
-    for key, (original, *patches) in patcher.get_key_patches(prefix).items():
-        weight, convert = original
+    for key, _ in patcher.model.named_parameters():
+        if not key.startswith(prefix):
+            continue
+        weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+        if key in patcher.backup:
+            weight = patcher.backup[key].weight
+        if key in patcher.hook_backup:
+            weight = patcher.hook_backup[key][0]
         copy = weight.detach().to("cpu", copy=True)
-        if patches:
-            exact = convert(copy.float(), inplace=True)
-            copy = comfy.lora.calculate_weight(patches, exact, key).to(weight.dtype)
+        if convert is not None:
+            copy = convert(copy, inplace=True)
+        if key in patcher.patches:
+            changed = comfy.lora.calculate_weight(patcher.patches[key], copy.float(), key)
+            copy = changed.to(weight.dtype)
         name = key.removeprefix(prefix)
         weights[name] = copy.to(dtype_of(name, copy))
     return weights

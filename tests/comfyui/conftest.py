@@ -21,6 +21,7 @@ NO_COMFYUI = "NO COMFYUI: set COMFYUI_PATH to a ComfyUI work tree to run this te
 
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "sd15": partial(builders.write_sd15, vae="kl"),
+    "sd15_scaled_float8": builders.write_sd15_scaled_float8,
     "sd2_eps": partial(builders.write_sd2, v_prediction=False, vae="kl"),
     "sd2_v": partial(builders.write_sd2, v_prediction=True, vae="kl"),
     "dit": builders.write_dit,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 VaeKind = Literal["kl", "tiny"]
@@ -49,6 +49,19 @@ def write_sd15(
         seed,
         dtype,
     )
+    return _save(path, tensors)
+
+
+def write_sd15_scaled_float8(path: Path) -> Path:
+    """Write the same with the matrices of the transformers in 8 bits, each with its scale."""
+    whole = load_file(write_sd15(path))
+    tensors = {f"{UNET_PREFIX}scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    for name, weight in whole.items():
+        tensors[name] = weight
+        if name.startswith(UNET_PREFIX) and "transformer_blocks" in name and weight.ndim == 2:
+            scale = weight.float().abs().max() / torch.finfo(torch.float8_e4m3fn).max
+            tensors[name] = (weight.float() / scale).to(torch.float8_e4m3fn)
+            tensors[f"{name.removesuffix('weight')}scale_weight"] = scale
     return _save(path, tensors)
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from custom_diffusion.concept.concept import hash_projections
 from custom_diffusion.host.diffusers import DiffusersDenoiser, DiffusersModels
+from custom_diffusion.trainer import projections as projections_file
 from custom_diffusion.trainer.projections import DenseProjections
 from support.tiny_models import CONTEXT_WIDTH, requires_grad_map, same_state, state, training_map
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -175,9 +179,14 @@ def test_trained_projections_predict_as_if_their_deltas_were_added(
     assert (ours - plain).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("numbers_in_a_block", [1, 1000, 2**24])
 def test_gradients_equal_those_of_one_cut_module_a_projection(
-    denoiser: DiffusersDenoiser, inputs: Inputs
+    denoiser: DiffusersDenoiser,
+    inputs: Inputs,
+    monkeypatch: pytest.MonkeyPatch,
+    numbers_in_a_block: int,
 ) -> None:
+    monkeypatch.setattr(projections_file, "_BLOCK", numbers_in_a_block)
     keep = torch.ones(2, 11)
     keep[:, 0] = 0
     keep[1, 6:] = 0
@@ -209,6 +218,40 @@ def test_a_cut_changes_the_gradient(denoiser: DiffusersDenoiser, inputs: Inputs)
     assert values
     for layer in values:
         assert (cut[layer] - whole[layer]).norm() > 0.05 * whole[layer].norm()
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that is made while this lasts, but for some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = op(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if torch.is_tensor(t)}
+        for tensor in tree_leaves(result):
+            if torch.is_tensor(tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+def test_a_second_part_adds_its_gradient_without_another_matrix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(projections_file, "_BLOCK", 2**14)
+    weight = nn.Parameter(torch.randn(2048, 64))
+    parts = torch.randn(2, 3, 5, 64).bfloat16().requires_grad_()
+    wanted = nn.Parameter(weight.detach().clone())
+    stacked = projections_file._StackedLinear.apply
+    stacked(parts[0], weight).square().sum().backward()
+    with Largest() as largest:
+        stacked(parts[1], weight).square().sum().backward()
+    assert largest.bytes < weight.nbytes / 4
+    F.linear(parts, wanted.bfloat16()).square().sum().backward()
+    assert weight.grad is not None
+    assert wanted.grad is not None
+    assert (weight.grad - wanted.grad).norm() < 0.01 * wanted.grad.norm()
 
 
 def test_the_frozen_network_receives_no_gradient(
