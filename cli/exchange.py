@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..concept.errors import ConfigError
-from ..concept.file import read_concept
+from ..concept.file import read_concept, size_of
 from ..formats.base import BaseModel
 from ..formats.exporting import FORMATS, bake, export_concept
 from ..formats.importing import open_concept
@@ -59,7 +59,7 @@ def export_command(options: argparse.Namespace) -> None:
         return
     dtype = torch.float32 if options.full else torch.float16
     for path in export_concept(concept, options.output, options.format, _base(options), dtype):
-        print(f"saved {path} ({path.stat().st_size / 1e6:.1f} MB)")
+        print(f"saved {path} ({size_of(path)})")
 
 
 def _base(options: argparse.Namespace) -> BaseModel | None:

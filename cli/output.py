@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..concept.concept import Concept
 from ..concept.errors import ConceptFileError
-from ..concept.file import write_concept
+from ..concept.file import size_of, write_concept
 
 
 def progress(bar: tqdm[None]) -> Callable[[int, int], None]:
@@ -33,7 +33,7 @@ def check_new(output: Path) -> None:
 
 def save(concept: Concept, path: Path) -> None:
     write_concept(concept, path)
-    print(f"saved {path} ({path.stat().st_size / 1e6:.1f} MB): {concept.describe()}")
+    print(f"saved {path} ({size_of(path)}): {concept.describe()}")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..concept.concept import Concept
 from ..concept.errors import ConfigError
-from ..concept.file import read_concept
+from ..concept.file import read_concept, size_of
 from ..concept.prompts import DEFAULT_TEMPLATE, STYLE_TEMPLATE
 from ..trainer.config import Fit, GradientCut, OptimizerName, TrainConfig
 from ..trainer.data import TrainingConcept, instance_caption, load_folder
@@ -201,7 +201,7 @@ def _keep(options: argparse.Namespace, denoiser: DiffusersDenoiser, result: Conc
         network = _network_file(options)
         result = fold_in(denoiser, result)
         write_network(denoiser.network, network)
-        print(f"saved {network} ({network.stat().st_size / 1e6:.1f} MB): the whole UNet")
+        print(f"saved {network} ({size_of(network)}): the whole UNet")
     save(result, options.output)
     return options.output  # type: ignore[no-any-return]
 

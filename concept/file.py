@@ -89,6 +89,12 @@ def safe_file_name(name: str) -> str:
     return kept.encode()[:100].decode(errors="ignore").rstrip(".-") or "concept"
 
 
+def size_of(path: Path) -> str:
+    """Of a file, for people: 38.3 MB, or 5 kB where it is less than a tenth of one."""
+    size = path.stat().st_size
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.0f} kB"
+
+
 def read_concept(path: str | os.PathLike[str]) -> Concept:
     """Reads a concept file. Raises ConceptFileError saying what is wrong with it."""
     path = Path(path)

@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import io
 
-from ..concept.file import safe_file_name, write_new_concept
+from ..concept.file import safe_file_name, size_of, write_new_concept
 from ..formats.exporting import FORMATS, export_concept
 from ..formats.importing import open_concept
 from ..host.comfyui.inputs import file_fingerprint
@@ -92,7 +92,7 @@ class SaveConcept(io.ComfyNode):
     @classmethod
     def execute(cls, concept, name: str, precision: str) -> io.NodeOutput:
         path = write_new_concept(concept, concept_folder(), name, PRECISIONS[precision])
-        return io.NodeOutput(ui=told(f"{path.name}, {path.stat().st_size / 1e6:.1f} MB"))
+        return io.NodeOutput(ui=told(f"{path.name}, {size_of(path)}"))
 
 
 class ExportConcept(io.ComfyNode):
@@ -128,7 +128,7 @@ class ExportConcept(io.ComfyNode):
         paths = export_concept(
             concept, path, format, base, PRECISIONS[precision], number_if_taken=True
         )
-        sizes = [f"{path}, {path.stat().st_size / 1e6:.1f} MB" for path in paths]
+        sizes = [f"{path}, {size_of(path)}" for path in paths]
         return io.NodeOutput(ui=told(FORMATS[format].title, *sizes))
 
 

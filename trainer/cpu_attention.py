@@ -10,24 +10,48 @@ rounds once. What is rounded most is what counts least, and the result is as exa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from .frozen_layers import replaced_forward
 
 _KEYS_FROM = 512  # measured: with fewer, PyTorch's own is as fast
 _SCORES = 2**21  # at a time: they stay in a CPU's cache
 _LOG2_E = math.log2(math.e)
 
 
-class CpuAttention(TorchFunctionMode):
-    """While the context lasts, this thread's attention in bfloat16 on a CPU is computed here.
+@contextmanager
+def cpu_attention(network: nn.Module) -> Iterator[None]:
+    """While the context lasts, the network's attention in bfloat16 on a CPU is computed here.
 
     Other types and devices, masks and short sequences of keys are left to PyTorch. Speed and errors
     beside its own are in docs/performance.md.
+    """
+    with ExitStack() as stack:
+        for module in network.modules():
+            # Both hosts name it so. Each layer by itself: checkpointing computes some once more.
+            if hasattr(module, "to_q"):
+                forward = partial(_with_ours, module.forward)
+                stack.enter_context(replaced_forward(module, forward))
+        yield
+
+
+def _with_ours(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with CpuAttention():
+        return forward(*args, **kwargs)
+
+
+class CpuAttention(TorchFunctionMode):
+    """While the context lasts, what this thread asks PyTorch's attention for may be computed here.
+
+    Not in a backward pass that begins in it: PyTorch suspends such contexts meanwhile.
     """
 
     def __torch_function__(
@@ -83,12 +107,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        queries, keys, values, *_ = ctx.saved_tensors
-        scale = queries.shape[-1] ** -0.5
-        found = [torch.empty_like(tensor) for tensor in (queries, keys, values)]
-        for q, k, v, high, total, g, of_q, of_k, of_v in _heads(
-            *ctx.saved_tensors, gradient, *found
-        ):
+        kept = ctx.saved_tensors  # asked for once: checkpointing computes them for it
+        scale = kept[0].shape[-1] ** -0.5
+        found = [torch.empty_like(tensor) for tensor in kept[:3]]
+        for q, k, v, high, total, g, of_q, of_k, of_v in _heads(*kept, gradient, *found):
             sum_k, sum_v = (torch.zeros(k.shape[::-1]) for _ in range(2))
             for q_, high_, total_, g_, of_q_ in _blocks(len(k), q, high, total, g, of_q):
                 scores = torch.addmm(high_, q_, k.T, beta=-1, alpha=scale * _LOG2_E)

@@ -17,7 +17,7 @@ from ..concept.text import TextEncoder
 from .backward import Backward
 from .checkpoint import Checkpoint
 from .config import TrainConfig
-from .cpu_attention import CpuAttention
+from .cpu_attention import cpu_attention
 from .data import TrainingConcept
 from .data_parallel import DataParallel
 from .events import CheckpointDue, Event, MemoryShort, PreviewDrawn, StepDone, WordsMoved
@@ -113,7 +113,8 @@ def train(
     # Measured on a CPU: in float32, or with small latents, both are slower.
     large = config.resolution >= _LARGE_FROM and denoiser.dtype != torch.float32
     layout = channels_last(denoiser.network) if large else nullcontext()
-    attention = CpuAttention() if large and denoiser.device.type == "cpu" else nullcontext()
+    on_cpu = large and denoiser.device.type == "cpu"
+    attention = cpu_attention(denoiser.network) if on_cpu else nullcontext()
     with (
         layout,
         attention,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from custom_diffusion.trainer.config import TrainConfig
-from custom_diffusion.trainer.cpu_attention import CpuAttention
+from custom_diffusion.trainer.cpu_attention import cpu_attention
 from custom_diffusion.trainer.frozen_layers import keeping_less
 from custom_diffusion.trainer.loop import train
 from custom_diffusion.trainer.projections import DenseProjections
@@ -61,7 +61,7 @@ def test_our_attention_in_comfyuis_unet_is_nearly_as_exact_and_keeps_no_more(sd1
     exact = prediction_and_gradient(ComfyDenoiser(sd15.model, torch.float32), edge=32)
     denoiser = ComfyDenoiser(sd15.model, torch.bfloat16)
     pytorchs = prediction_and_gradient(denoiser, edge=32)
-    with CpuAttention():
+    with cpu_attention(denoiser.network):
         ours = prediction_and_gradient(denoiser, edge=32)
     for found, other, wanted in zip(ours[:2], pytorchs[:2], exact[:2], strict=True):
         assert not torch.equal(found, other)

@@ -21,7 +21,7 @@ import torch
 from custom_diffusion.concept.atomic import write_atomically, write_text_atomically
 from custom_diffusion.concept.concept import Concept, DenseDelta, LowRankDelta, ModifierToken
 from custom_diffusion.concept.errors import ConceptFileError, TokenError
-from custom_diffusion.concept.file import read_concept, write_concept, write_new_concept
+from custom_diffusion.concept.file import read_concept, size_of, write_concept, write_new_concept
 from custom_diffusion.concept.layers import FAMILIES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -769,6 +769,17 @@ class TestRenaming:
             concept = replace(concept, tokens=(*concept.tokens, *other))
         with pytest.raises(TokenError, match="one modifier token"):
             concept.with_token("<tom>")
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [(0, "0 kB"), (5400, "5 kB"), (99_400, "99 kB"), (100_000, "0.1 MB"), (38_340_000, "38.3 MB")],
+)
+def test_a_size_is_said_in_a_unit_that_shows_it(tmp_path: Path, size: int, said: str) -> None:
+    file = tmp_path / "file"
+    with file.open("wb") as opened:
+        opened.truncate(size)
+    assert size_of(file) == said
 
 
 def test_the_output_width_of_a_layer_is_free(tmp_path: Path) -> None:

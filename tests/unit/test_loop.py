@@ -258,24 +258,33 @@ def test_large_pictures_in_half_precision_have_our_attention_on_a_cpu(
     bank = random_bank(concept, edge=32)
     half = copy.copy(pipeline)
     half.unet = copy.deepcopy(pipeline.unet).to(torch.bfloat16)
-    seen = []
+    keys = []
     own = cpu_attention.attention
 
     def attention(*given: Tensor) -> Tensor:
-        seen.append(given[1].shape[-2])
+        keys.append(given[1].shape[-2])
         return own(*given)
 
     monkeypatch.setattr(cpu_attention, "attention", attention)
-    losses = []
-    for models_of, resolution in ((half, 256), (half, 248), (pipeline, 256)):
-        with borrowed_models(models_of) as models:
-            learnt = trained(models, config(resolution=resolution), concept, bank)
-        losses.append(learnt.provenance["final_losses"])
-        assert set(seen) == ({1024} if len(losses) == 1 else set())
-        seen.clear()
-    np.testing.assert_allclose(losses[0], losses[1], rtol=0.01)
-    np.testing.assert_allclose(losses[0], losses[2], rtol=0.02)
-    assert losses[0] != losses[1]
+
+    def losses(of: StableDiffusionPipeline, **settings: Any) -> list[float]:
+        keys.clear()
+        with borrowed_models(of) as models:
+            learnt = trained(models, config(**settings), concept, bank)
+        return learnt.provenance["final_losses"]  # type: ignore[no-any-return]
+
+    large = losses(half, resolution=256)
+    assert set(keys) == {1024}
+    calls = len(keys)
+    assert losses(half, resolution=256, gradient_checkpointing=True) == large
+    assert len(keys) == 2 * calls
+    small = losses(half, resolution=248)
+    assert not keys
+    exact = losses(pipeline, resolution=256)
+    assert not keys
+    assert large != small
+    np.testing.assert_allclose(large, small, rtol=0.01)
+    np.testing.assert_allclose(large, exact, rtol=0.02)
 
 
 @pytest.mark.parametrize("fails_in", ["should_stop", "on_event"])
