@@ -111,7 +111,7 @@ class _Attention(torch.autograd.Function):
         scale = kept[0].shape[-1] ** -0.5
         found = [torch.empty_like(tensor) for tensor in kept[:3]]
         for q, k, v, high, total, g, of_q, of_k, of_v in _heads(*kept, gradient, *found):
-            sum_k, sum_v = (torch.zeros(k.shape[::-1]) for _ in range(2))
+            sum_k, sum_v = (torch.zeros(k.shape[::-1], dtype=torch.float32) for _ in range(2))
             for q_, high_, total_, g_, of_q_ in _blocks(len(k), q, high, total, g, of_q):
                 scores = torch.addmm(high_, q_, k.T, beta=-1, alpha=scale * _LOG2_E)
                 weights = scores.exp2_().div_(total_)

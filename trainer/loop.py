@@ -110,7 +110,7 @@ def train(
         on_less=lambda *now: on_event(MemoryShort(len(losses) + 1, *now)),
     )
 
-    # Measured on a CPU: in float32, or with small latents, both are slower.
+    # Measured on a CPU: neither helps with small latents, nor channels last in float32.
     large = config.resolution >= _LARGE_FROM and denoiser.dtype != torch.float32
     layout = channels_last(denoiser.network) if large else nullcontext()
     on_cpu = large and denoiser.device.type == "cpu"

@@ -40,8 +40,8 @@ SMALL = {
 TOLD = {
     "CompressConcept": "times smaller",
     "InspectConcept": "fits the model: yes",
-    "SaveConcept": "MB",
-    "ExportConcept": "MB",
+    "SaveConcept": ".safetensors, ",
+    "ExportConcept": ".safetensors, ",
 }
 """What nodes say after a run"""
 OPEN = """async workflow => {

@@ -21,7 +21,7 @@ from support.websocket import watch
 
 JOBS = "/custom_diffusion/jobs"
 LONG_S = 120.0
-RESTARTED_STEPS = 8
+RESTARTED_STEPS = 6
 ENDED = ("finished", "stopped", "failed")
 TOO_MUCH = """
 import torch
