@@ -27,7 +27,7 @@ import _pack  # noqa: F401  (puts the pack on the path)
 import torch
 import torch.nn.functional as F
 from _measure import options, write_json
-from _models import VOCABULARY, text_config
+from _models import text_config
 from custom_diffusion.host.clip_text import ClipTextEncoder
 from custom_diffusion.host.diffusers import DiffusersDenoiser
 from custom_diffusion.host.open_clip_vocabulary import clip_tokenizer
@@ -36,10 +36,12 @@ from custom_diffusion.trainer.config import TrainConfig
 from custom_diffusion.trainer.frozen_layers import keeping_less
 from custom_diffusion.trainer.methods import METHODS
 from custom_diffusion.trainer.projections import KeyValueProjections
+from custom_diffusion.trainer.prompt_features import PromptFeatures
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from training_step import CAPTIONS as WORDED
 from training_step import Bench
 from transformers import CLIPTextModel
 
@@ -56,6 +58,7 @@ STATE_BYTES = {"adamw": 8, "adamw 8-bit": 2}
 
 CAPTIONS = 4
 """With the word, in a step of eight pictures: half of them are of the class."""
+LONGEST_CAPTION = max(WORDED, key=len)
 MANY = 64
 """Pictures at once, up to which memory is taken to grow in a line: it grows at most so."""
 
@@ -230,12 +233,13 @@ def _text(width: int, layers: int) -> tuple[int, int]:
             "clip", model, clip_tokenizer(), pad_id=0, embeddings=word["clip"]
         )
         encoder.to(torch.device("meta"), FROZEN)
+        prompts = PromptFeatures(encoder, word, TrainConfig().gradient_cut)
         weights = list(model.parameters())
         with (
             mock.patch.object(F, "scaled_dot_product_attention", _fused_attention),
             Living(weights) as living,
         ):
-            features = encoder.encode(torch.full((1, 77), VOCABULARY))
+            features = prompts.encode([LONGEST_CAPTION])
             kept = living.bytes
             del features
     return sum(weight.nbytes for weight in weights), kept

@@ -37,10 +37,27 @@ class PromptFeatures:
 
     def _features(self, prompts: Sequence[str]) -> dict[str, TextFeatures]:
         """Of each prompt: context (n, d), pooled (w,)."""
-        ids = self._encoder.pad([self._encoder.tokenize(prompt) for prompt in prompts])
-        context, pooled = self._encoder.encode_with_pooled(ids)
+        token_ids = [self._encoder.tokenize(prompt) for prompt in prompts]
+        ids = self._encoder.pad(token_ids)
+        if torch.is_grad_enabled() and self._cut == "start and padding":
+            context, pooled = self._passing_before(max(map(len, token_ids)), ids)
+        else:
+            context, pooled = self._encoder.encode_with_pooled(ids)
         rows = [None] * len(prompts) if pooled is None else list(pooled)
         return dict(zip(prompts, map(TextFeatures, context, rows), strict=True))
+
+    def _passing_before(self, length: int, ids: Tensor) -> TextFeatures:
+        """Features that pass gradients on before the padding alone, which is most of a prompt.
+
+        None come back from padding, and what stands before it does not see it.
+        """
+        with torch.no_grad():
+            context, pooled = self._encoder.encode_with_pooled(ids)
+        words, pooled_words = self._encoder.encode_with_pooled(ids[..., :length])
+        context[:, :length] = _passing(context[:, :length], words)
+        if pooled is not None and pooled_words is not None:
+            pooled = _passing(pooled, pooled_words)
+        return TextFeatures(context, pooled)
 
     def _keep(self, prompts: Sequence[str], context: Tensor) -> Tensor | None:
         if self._cut == "none":
@@ -51,3 +68,8 @@ class PromptFeatures:
             for row, prompt in zip(keep, prompts, strict=True):
                 row[len(self._encoder.tokenize(prompt)) :] = 0
         return keep
+
+
+def _passing(numbers: Tensor, to: Tensor) -> Tensor:
+    """The same numbers to the bit; their gradients go to `to`, which differs by rounding."""
+    return numbers + (to - to.detach())
