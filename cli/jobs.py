@@ -101,7 +101,7 @@ class JobFolders:
 
     def show(self, job_id: str) -> dict[str, Any]:
         job = self._service.job(job_id)
-        return {**job.folder.description, **job.snapshot().as_json()}
+        return {**job.folder.description.content, **job.snapshot().as_json()}
 
     def losses(self, job_id: str) -> list[float]:
         return self._service.job(job_id).losses()
@@ -126,4 +126,9 @@ class JobFolders:
 
 def _line(job: Mapping[str, Any]) -> str:
     told = f"{job['state']:9} {job['step']:6} of {job['steps']:6} steps"
-    return f"{job['id']}  {told}  {job['error']}".rstrip()
+    return _one_line(f"{job['id']}  {told}  {job['error']}")
+
+
+def _one_line(text: str) -> str:
+    """What a job's files say, which anybody may have written, without codes for the terminal."""
+    return "".join(c if c.isprintable() else " " for c in text).rstrip()

@@ -24,7 +24,8 @@ def write_atomically(
     file is left. Raises ConceptFileError when the disk is full or the folder cannot be written, and
     FileExistsError when `path` exists and must not be replaced.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    # Without the name of the file, which may be as long as a name can be.
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     taken = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,11 +3,10 @@
 docs/concept-format.md describes it for other tools. Reading never unpickles.
 """
 
-import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,6 +21,7 @@ from .atomic import write_atomically
 from .concept import Concept, Delta, DenseDelta, LowRankDelta, ModifierToken
 from .errors import ConceptFileError, CustomDiffusionError, OtherFileError
 from .layers import FAMILIES, is_cross_attention, is_projection
+from .naming import write_new
 
 FORMAT = "custom-diffusion-concept"
 FORMAT_VERSION = "1.0"
@@ -64,29 +64,6 @@ def write_new_concept(
 ) -> Path:
     """`write_concept` to `folder/name.safetensors`, or with a number where that exists already."""
     return write_new(folder, name, lambda path: write_concept(concept, path, dtype, replace=False))
-
-
-def write_new(folder: Path, name: str, write: Callable[[Path], Path]) -> Path:
-    """Lets `write` write the first of `folder/name.safetensors`, `name-2` and so on that is free.
-
-    `write` must raise FileExistsError where somebody else was quicker.
-    """
-    stem = safe_file_name(name)
-    for number in itertools.count(1):
-        path = folder / f"{stem}{'' if number == 1 else f'-{number}'}.safetensors"
-        if path.exists():
-            continue
-        try:
-            return write(path)
-        except FileExistsError:
-            continue
-    raise AssertionError("unreachable")
-
-
-def safe_file_name(name: str) -> str:
-    """The name with everything but letters, digits, '.', '-' and '_' replaced; never empty."""
-    kept = "".join(c if c.isalnum() or c in ".-_" else "-" for c in name.strip()).strip(".-")
-    return kept.encode()[:100].decode(errors="ignore").rstrip(".-") or "concept"
 
 
 def size_of(path: Path) -> str:

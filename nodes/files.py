@@ -3,7 +3,8 @@
 import torch
 from comfy_api.latest import io
 
-from ..concept.file import safe_file_name, size_of, write_new_concept
+from ..concept.file import size_of, write_new_concept
+from ..concept.naming import safe_file_name
 from ..formats.exporting import FORMATS, export_concept
 from ..formats.importing import open_concept
 from ..host.comfyui.inputs import file_fingerprint

@@ -25,7 +25,7 @@ FORMAT_VERSION = "1"
 _PARAMETER, _LOSSES = "parameter", "losses"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checkpoint:
     """A run after so many steps."""
 
@@ -58,7 +58,9 @@ class Checkpoint:
     def restore(self, optimizer: torch.optim.Optimizer) -> list[float]:
         """Puts everything back where it was, and returns the losses until then.
 
-        Raises CheckpointError when something else learns now than did then.
+        Afterwards only the losses are left here: whoever began the run still holds the checkpoint,
+        and it is as large as what learns. Raises CheckpointError when something else learns now
+        than did then.
         """
         parameters = _parameters(optimizer)
         then, now = ([tuple(p.shape) for p in all_] for all_ in (self.parameters, parameters))
@@ -77,6 +79,7 @@ class Checkpoint:
             if moments
         }
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        self.parameters, self.moments = (), ()
         return list(self.losses)
 
 
@@ -102,12 +105,13 @@ def write_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Raises CheckpointError unless every byte is as it was written."""
+    """Raises CheckpointError unless every byte is as it was written.
+
+    The file is closed, and no tensor maps it: Windows removes no file that is mapped.
+    """
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, ValueError) as error:
+        metadata, tensors = _read(path)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"The checkpoint {path} cannot be read ({error}).") from error
     if (metadata.get("format"), metadata.get("format_version")) != (FORMAT, FORMAT_VERSION):
         raise CheckpointError(
@@ -115,15 +119,46 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{metadata.get('format')!r}, {metadata.get('format_version')!r}; needed: {FORMAT!r}, "
             f"{FORMAT_VERSION!r}."
         )
-    if metadata.pop("digest", "") != _digest(metadata, tensors):
-        raise CheckpointError(
-            f"The checkpoint {path} is damaged: its content is not what was written."
-        )
-    losses = tensors.pop(_LOSSES)
-    states: list[dict[str, Tensor]] = [{} for _ in range(int(metadata["parameters"]))]
+    try:
+        if metadata.pop("digest", "") == _digest(metadata, tensors):
+            return _checkpoint_of(metadata, tensors)
+        reason: object = "its content is not what was written"
+    except (LookupError, ValueError, TypeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise CheckpointError(f"The checkpoint {path} is damaged: {reason}.")
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The header and every tensor in memory of its own.
+
+    The file is opened for each tensor, so that no more than one is there twice, mapped and copied.
+    """
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise OSError("it is no file")
+    with safe_open(path, framework="pt", device="cpu") as file:
+        metadata, names = file.metadata() or {}, list(file.keys())
+    tensors = {}
+    for name in names:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors[name] = file.get_tensor(name).clone()
+    return dict(metadata), tensors
+
+
+def _checkpoint_of(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Checkpoint:
+    """Raises LookupError, ValueError or TypeError where a part is missing or makes no sense."""
+    losses = tensors[_LOSSES]
+    if losses.dtype != torch.float64 or losses.ndim != 1:
+        raise TypeError(f"the losses are {losses.dtype} {tuple(losses.shape)}")
+    if not losses.float().isfinite().all():
+        raise ValueError("a loss is not finite")
+    count = int(metadata["parameters"])
+    if not 0 <= count < len(tensors):
+        raise ValueError(f"it has {len(tensors)} tensors for {count} parameters")
+    states: list[dict[str, Tensor]] = [{} for _ in range(count)]
     for name, tensor in tensors.items():
         part, _, index = name.rpartition(".")
-        states[int(index)][part] = tensor
+        if part:
+            states[int(index)][part] = tensor
     return Checkpoint(
         losses=tuple(losses.tolist()),
         parameters=tuple(state.pop(_PARAMETER) for state in states),

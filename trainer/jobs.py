@@ -27,6 +27,7 @@ from ..concept.errors import CustomDiffusionError, JobError
 from .checkpoint import Checkpoint
 from .events import CheckpointDue, Event, MemoryShort, PreviewDrawn, StepDone, WordsMoved
 from .job_folder import JobFolder
+from .job_records import MOST_NOTES, Outcome, text_that_fits
 
 log = logging.getLogger("custom_diffusion")
 _POLL_S = 0.05
@@ -125,7 +126,7 @@ class Job:
     ) -> None:
         """Without `work` the job is one that another process left, or runs: it can be looked at."""
         self.folder = folder
-        self._work = work
+        self._work: Work | None = None
         self._on_change = on_change
         self._lock = threading.RLock()
         self._asked: JobState | None = None
@@ -134,11 +135,14 @@ class Job:
         self._losses: list[float] = []
         self._ended = threading.Event()
         self._last_step_s = 0.0
-        self._snapshot = _on_disk(folder)
+        self._snapshot: Snapshot
+        self._outcome: Outcome | None = None
+        """As the folder had it when it was looked at last"""
+        self._look()
         if work:
+            folder.claim()
+            self._work = work
             self._snapshot = replace(self._snapshot, state=JobState.QUEUED)
-        elif self._snapshot.ended:
-            self._ended.set()
 
     @property
     def id(self) -> str:
@@ -157,9 +161,28 @@ class Job:
 
     def snapshot(self) -> Snapshot:
         with self._lock:
-            if self._work is None and not self._snapshot.ended:  # another process may work on it
-                self._snapshot = _on_disk(self.folder)
+            if self._may_be_elsewhere():
+                self._look()
             return self._snapshot
+
+    def _may_be_elsewhere(self) -> bool:
+        """Whether another process may have changed what is known of the job."""
+        if self.runs_here or not self.folder.path.is_dir():
+            return False
+        if self.folder.outcome() is not self._outcome:
+            return True
+        if self._work:  # paused: who queues it first has it
+            return self.folder.is_claimed() or self.folder.is_locked()
+        return not self._snapshot.ended
+
+    def _look(self) -> None:
+        """Knows of the job what its folder says."""
+        self._outcome, self._snapshot = self.folder.outcome(), _on_disk(self.folder)
+        self._work, self._losses = None, []
+        if self._snapshot.ended:
+            self._ended.set()
+        else:
+            self._ended.clear()
 
     def losses(self, after_step: int = 0) -> list[float]:
         """Of the steps done after that one."""
@@ -198,6 +221,7 @@ class Job:
             if self._work is not None:
                 self._ask(JobState.STOPPED)
             elif state is JobState.PAUSED:
+                self.folder.claim()
                 file = self.folder.newest_concept()
                 self._end_at_once(state=JobState.STOPPED, concept_file=file)
             else:
@@ -216,29 +240,41 @@ class Job:
                 if self._asked is JobState.PAUSED:  # it has not come to that
                     self._asked = None
                 return
-            self._work = work or self._work
-            if self._work is None and state is JobState.FINISHED:
+            work = work or self._work
+            if self.folder.description.fault:
+                raise JobError(self.folder.description.fault)
+            if work is None and state is JobState.FINISHED:
                 raise self._not_now(state)
-            if self._work is None:
+            if work is None:
                 raise JobError(
                     f"The training job {self.id} is {state.value} at step "
                     f"{self._snapshot.step} of {self._snapshot.steps}, and its models are not "
                     f"loaded. Queue the graph again that it came from: it goes on from there."
                 )
-            self._asked = None
+            self.folder.claim()
+            self._work, self._asked = work, None
             self._ended.clear()
             self._update(state=JobState.QUEUED, error="", log="", concept_file=None)
 
     def delete(self) -> None:
-        """Removes the job's folder, and ends it for those who wait. Raises JobError while it is at
-        work.
+        """Removes the job's folder, and ends it for those who wait.
+
+        Raises JobError while it is at work, here or in another process, and where something is left
+        of the folder; it is no job any more when its path is free.
         """
         with self._lock:
-            state = self.snapshot().state
-            if state in ACTIVE:
+            if self.runs_here:
                 raise JobError(f"The training job {self.id} is at work. Stop or pause it first.")
-            self.folder.delete()
-            if state not in ENDED:
+            try:
+                self.folder.delete()
+            finally:
+                if not self.folder.path.exists():
+                    self.forget()
+
+    def forget(self) -> None:
+        """Ends a job whose folder is gone, for those who wait."""
+        with self._lock:
+            if not self._snapshot.ended:
                 self._become({"state": JobState.STOPPED})
 
     def run(self) -> None:
@@ -263,7 +299,7 @@ class Job:
         """What becomes of the snapshot."""
         try:
             return self._train_and_save(work)
-        except Exception as error:
+        except BaseException as error:  # also SystemExit, which would end the thread without a word
             log.exception("training job %s failed", self.id)
             return _failed(error, traceback.format_exc())
 
@@ -271,6 +307,7 @@ class Job:
         checkpoint, problems = self.folder.newest_checkpoint()
         self.folder.clear_outcome()
         with self._lock:
+            self._outcome = None
             self._losses = list(checkpoint.losses) if checkpoint else []
             self._update(step=len(self._losses))
         for problem in problems:
@@ -278,6 +315,7 @@ class Job:
         self._last_step_s = time.monotonic()
         with self.folder.metrics_after(self._losses):
             concept = work.train(checkpoint, lambda: self._should_leave(work), self._record)
+        self._note_troubles(self.folder.prune())
         done, steps = len(self._losses), self._snapshot.steps
         if self._leaves_to is JobState.PAUSED and done < steps:
             return {"state": JobState.PAUSED}
@@ -318,9 +356,10 @@ class Job:
             self.folder.write_sample(event.image_hwc, event.step)
             self._update(preview_hwc=event.image_hwc, preview_step=event.step)
         elif isinstance(event, CheckpointDue):
-            self.folder.write_checkpoint(event.checkpoint)
+            self._note_troubles(self.folder.write_checkpoint(event.checkpoint))
             if event.concept:
-                self.folder.write_concept(event.concept, event.checkpoint.step)
+                step = event.checkpoint.step
+                self._note_troubles(self.folder.write_concept(event.concept, step))
         elif isinstance(event, MemoryShort):
             self._note(event.text())
 
@@ -329,6 +368,12 @@ class Job:
             self.folder.write_thumbnail(concept_file)
         except CustomDiffusionError as error:  # what was learnt is saved: a picture is no reason
             self._note(f"The concept has no thumbnail: {error}")
+
+    def _note_troubles(self, troubles: list[str]) -> None:
+        """Once each: they come again until they are over."""
+        for trouble in troubles:
+            if trouble not in self._snapshot.notes:
+                self._note(trouble)
 
     def _note(self, trouble: str) -> None:
         log.warning("training job %s: %s", self.id, trouble)
@@ -358,7 +403,7 @@ class Job:
 
     def _become(self, changes: dict[str, Any]) -> None:
         with self._lock:
-            self._asked = None
+            self._asked, self._outcome = None, self.folder.outcome()
             if changes["state"] in ENDED:
                 self._work = None  # the models that it holds are free to go
             self._update(waiting=False, **changes)
@@ -368,23 +413,26 @@ class Job:
     def _write_outcome(self, changes: dict[str, Any]) -> None:
         if changes["state"] is JobState.PAUSED:
             return
-        told = replace(self._snapshot, **changes)
-        outcome = {
-            "state": told.state.value,
-            "step": told.step,
-            "concept_file": str(told.concept_file or ""),
-            "error": told.error,
-            "log": told.log,
-            "notes": told.notes,
-        }
+        last = replace(self._snapshot, **changes)
         try:
+            outcome = Outcome(
+                state=last.state.value,
+                step=last.step,
+                concept_file=str(last.concept_file or ""),
+                error=text_that_fits(last.error),
+                log=text_that_fits(last.log),
+                notes=tuple(map(text_that_fits, last.notes[-MOST_NOTES:])),
+            )
             self.folder.write_outcome(outcome)
-        except CustomDiffusionError as error:  # on disk it stays paused, and can be gone on with
+        except (CustomDiffusionError, ValueError) as error:
+            # On disk it stays paused, and can be gone on with.
             log.error("how the training job %s ended is not on disk: %s", self.id, error)
 
     def _update(self, **changes: Any) -> None:
         with self._lock:
             self._snapshot = replace(self._snapshot, **changes)
+            if self._snapshot.state not in ACTIVE:
+                self.folder.release()  # others may have it
         self._on_change(self)
 
     def _not_now(self, state: JobState) -> JobError:
@@ -397,20 +445,29 @@ def _failed(error: object, log: str = "") -> dict[str, Any]:
 
 
 def _on_disk(folder: JobFolder) -> Snapshot:
-    """A job as its folder tells: running when somebody works on it, else as it ended, or paused."""
-    description, outcome = folder.description, folder.outcome() or {}
-    state = JobState(outcome.get("state", JobState.PAUSED))
+    """A job as its folder tells: running when somebody works on it, queued when somebody has it,
+    else as it ended, or paused; and failed where the folder cannot tell.
+    """
+    description = folder.description
+    if description.fault:
+        return Snapshot(folder.id, folder.id, JobState.FAILED, 0, 0, error=description.fault)
+    state = None
     if folder.is_locked():
         state = JobState.RUNNING
-    file = outcome.get("concept_file")
+    elif folder.is_claimed():
+        state = JobState.QUEUED
+    outcome = None if state else folder.outcome()
+    if outcome is None:
+        state, step = state or JobState.PAUSED, folder.newest_step()
+        return Snapshot(folder.id, description.name, state, step, description.steps)
     return Snapshot(
         id=folder.id,
-        name=description["name"],
-        state=state,
-        step=outcome.get("step", folder.newest_step()),
-        steps=description["steps"],
-        notes=tuple(outcome.get("notes", ())),
-        error=outcome.get("error", ""),
-        log=outcome.get("log", ""),
-        concept_file=Path(file) if file else None,
+        name=description.name,
+        state=JobState(outcome.state),
+        step=folder.newest_step() if outcome.step is None else outcome.step,
+        steps=description.steps,
+        notes=outcome.notes,
+        error=outcome.error,
+        log=outcome.log,
+        concept_file=Path(outcome.concept_file) if outcome.concept_file else None,
     )

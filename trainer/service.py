@@ -10,6 +10,7 @@ from typing import Any
 
 from ..concept.errors import CustomDiffusionError, JobError, UnknownJobError
 from .job_folder import JobFolder
+from .job_trash import clear_trash
 from .jobs import Job, JobState, Work
 
 log = logging.getLogger("custom_diffusion")
@@ -30,12 +31,11 @@ class TrainingService:
         self._folder = folder
         self._listener = on_change
         self._jobs: dict[str, Job] = {}
-        self._no_jobs: set[str] = set()
-        """Folders whose job.json cannot be read: that is said once."""
         self._queue: list[Job] = []
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._closed = False
+        clear_trash(folder)
 
     def submit(
         self,
@@ -93,21 +93,19 @@ class TrainingService:
     def _like(self, fingerprint: str) -> list[Job]:
         """The jobs of that fingerprint, the oldest first."""
         jobs = self.jobs() if fingerprint else []
-        return [job for job in jobs if job.folder.description.get("fingerprint") == fingerprint]
+        return [job for job in jobs if job.folder.description.fingerprint == fingerprint]
 
     def jobs(self) -> list[Job]:
-        """All of the folder, the oldest first."""
+        """All of the folder, the oldest first. Those that cannot be read are failed ones, and say
+        why.
+        """
         with self._lock:
             folders = {folder.id: folder for folder in JobFolder.all_in(self._folder)}
             for job_id in self._jobs.keys() - folders.keys():
                 if not self._jobs[job_id].runs_here:  # somebody has removed its folder
-                    del self._jobs[job_id]
-            for job_id in folders.keys() - self._jobs.keys() - self._no_jobs:
-                try:
-                    self._jobs[job_id] = Job(folders[job_id], on_change=self._tell)
-                except JobError as error:
-                    log.warning("%s", error)
-                    self._no_jobs.add(job_id)
+                    self._jobs.pop(job_id).forget()
+            for job_id in folders.keys() - self._jobs.keys():
+                self._jobs[job_id] = Job(folders[job_id], on_change=self._tell)
             return sorted(self._jobs.values(), key=_age)
 
     def job(self, job_id: str) -> Job:
@@ -155,11 +153,18 @@ class TrainingService:
             self._enqueue(self.job(job_id), position)
 
     def delete(self, job_id: str) -> None:
-        """Removes a job and its folder, not the concept that it saved."""
+        """Removes a job and its folder, not the concept that it saved.
+
+        Raises JobError while somebody has the job or one of its files, and where files are left.
+        """
         with self._lock:
-            self.job(job_id).delete()
-            del self._jobs[job_id]
-            self.deleted += 1
+            job = self.job(job_id)
+            try:
+                job.delete()
+            finally:  # it is gone also where some of its files are left
+                if not job.folder.path.exists():
+                    del self._jobs[job_id]
+                    self.deleted += 1
 
     def close(self, timeout_s: float) -> None:
         """Pauses whatever runs, which writes a checkpoint; waits that long for it."""
@@ -180,7 +185,11 @@ class TrainingService:
             return
         self._queue = [other for other in self._queue if other is not job]
         self._queue.insert(len(self._queue) if position is None else position, job)
-        if self._thread is None and not self._closed:
+        self._see_to_it()
+
+    def _see_to_it(self) -> None:
+        """Starts the thread where there is something to do and none that does it."""
+        if self._queue and self._thread is None and not self._closed:
             self._thread = threading.Thread(
                 target=self._work, name="custom-diffusion-trainer", daemon=True
             )
@@ -188,13 +197,17 @@ class TrainingService:
 
     def _work(self) -> None:
         """Ends when there is nothing left to do."""
-        while True:
+        try:
+            while job := self._next():
+                job.run()
+        finally:  # whatever a job has done to this thread, the next one has its turn
             with self._lock:
-                if self._closed or not self._queue:
-                    self._thread = None
-                    return
-                job = self._queue.pop(0)
-            job.run()
+                self._thread = None
+                self._see_to_it()
+
+    def _next(self) -> Job | None:
+        with self._lock:
+            return self._queue.pop(0) if self._queue and not self._closed else None
 
     def _tell(self, job: Job) -> None:
         try:
@@ -204,4 +217,4 @@ class TrainingService:
 
 
 def _age(job: Job) -> tuple[float, str]:
-    return job.folder.description.get("created", 0.0), job.id
+    return job.folder.description.created, job.id

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...concept.concept import hash_projections
 from ...concept.errors import DataError
+from ...concept.naming import safe_file_name
 from ...concept.prompts import DEFAULT_TEMPLATE
 from ...trainer.config import LATENT_PIXELS
 from ...trainer.data import CaptionedImage
@@ -140,5 +141,5 @@ def collection_fingerprint(collection: str) -> str:
 
 
 def _folder(class_noun: str, settings: Mapping[str, Any]) -> Path:
-    name = "".join(c if c.isalnum() else "-" for c in class_noun)
-    return regularization_folder() / f"{name}-{settings_hash(settings)}"
+    name = f"{safe_file_name(class_noun)}-{settings_hash(settings)}"
+    return regularization_folder() / name

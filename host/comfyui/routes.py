@@ -44,7 +44,9 @@ def _list(sent: Values) -> dict[str, Any]:
 
 def _show(sent: Values) -> dict[str, Any]:
     job = _job(sent)
-    described = {k: v for k, v in job.folder.description.items() if k not in ("graph", "name")}
+    described = {
+        k: v for k, v in job.folder.description.content.items() if k not in ("graph", "name")
+    }
     return {
         **described,
         **job.snapshot().as_json(),
@@ -65,7 +67,7 @@ def _metrics(sent: Values) -> dict[str, Any]:
 
 def _graph(sent: Values) -> dict[str, Any]:
     job = _job(sent)
-    graph = job.folder.description.get("graph")
+    graph = job.folder.description.graph
     if not graph:
         raise JobError(f"The training job {job.id} has no graph to queue again.")
     return graph  # type: ignore[no-any-return]

@@ -14,8 +14,9 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ...concept.concept import Concept
 from ...concept.errors import TrainingError
-from ...concept.file import read_concept, write_new, write_new_concept
+from ...concept.file import read_concept, write_new_concept
 from ...concept.fit import check_text_width
+from ...concept.naming import write_new
 from ...concept.text import TextEncoder
 from ...trainer.checkpoint import Checkpoint
 from ...trainer.config import TrainConfig

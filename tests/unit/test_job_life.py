@@ -490,10 +490,14 @@ def _nothing_to_do(bench: Bench) -> Work:
     return Work(run, lambda concept: Path())
 
 
-def test_folders_that_are_no_jobs_are_left_alone(bench: Bench, tmp_path: Path) -> None:
+def test_folders_that_are_no_jobs_are_left_alone_and_broken_ones_say_why(
+    bench: Bench, tmp_path: Path
+) -> None:
     (tmp_path / "jobs" / "mine").mkdir(parents=True)
     broken = tmp_path / "jobs" / "broken"
     broken.mkdir()
     (broken / "job.json").write_text('{"name": 3}')
-    assert bench.service.jobs() == []
-    assert JobFolder.all_in(tmp_path / "jobs")[0].path == broken
+    (job,) = bench.service.jobs()
+    assert job.folder.path == broken
+    assert job.snapshot().state is JobState.FAILED
+    assert "its name is 3; needed: a text" in job.snapshot().error

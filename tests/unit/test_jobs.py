@@ -17,8 +17,8 @@ import pytest
 import torch
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import ConceptFileError, JobError, TrainingError
-from custom_diffusion.concept.file import safe_file_name
 from custom_diffusion.concept.layers import FAMILIES
+from custom_diffusion.concept.naming import safe_file_name
 from custom_diffusion.trainer.checkpoint import Checkpoint
 from custom_diffusion.trainer.events import Event, PreviewDrawn, StepDone
 from custom_diffusion.trainer.jobs import Job, JobState, Snapshot, Work
