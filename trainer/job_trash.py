@@ -4,9 +4,11 @@ then its files are removed. Windows removes no file that some program has open.
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from ..concept.errors import JobError
@@ -53,9 +55,12 @@ def clear_trash(jobs: Path) -> list[Path]:
     """Removes what deletions have left in the folder of all jobs; what is left of it then."""
     left: list[Path] = []
     for trash in sorted(jobs.glob(f"{TRASH}*")):
+        if trash.is_symlink():  # what it points at is somebody else's
+            with suppress(OSError):
+                trash.unlink()
         shutil.rmtree(trash, ignore_errors=True)
         files = [path for path in sorted(trash.rglob("*")) if not path.is_dir()]
-        left += files or ([trash] if trash.exists() else [])
+        left += files or ([trash] if os.path.lexists(trash) else [])
     return left
 
 

@@ -103,11 +103,16 @@ class _Teller:
 
 
 def delete_job(job_id: str) -> None:
-    """Removes a job, and tells the browsers. Raises JobError while it is at work."""
-    training_service().delete(job_id)
-    server = getattr(PromptServer, "instance", None)
-    if server:
-        server.send_sync(EVENT, {"id": job_id, "state": "deleted"})
+    """Removes a job, and tells the browsers. Raises JobError while it is at work, and where some of
+    its files are left.
+    """
+    service, server = training_service(), getattr(PromptServer, "instance", None)
+    before = service.deleted
+    try:
+        service.delete(job_id)
+    finally:
+        if server and service.deleted > before:
+            server.send_sync(EVENT, {"id": job_id, "state": "deleted"})
 
 
 def wait_for(job: Job, keep_on_interrupt: bool = False) -> Snapshot:
