@@ -2,8 +2,8 @@
 
 A real ComfyUI is started on the CPU with a random two-level Stable Diffusion 1.5, and asked over
 HTTP as a browser does: how much longer a picture takes while a job waits for it or shares the
-processor, how long pausing, stopping and going on take, and what 50 jobs in a row leave of memory
-and threads.
+processor, how long pausing, stopping and going on take, what 50 jobs in a row leave of memory and
+threads, and what ten that are queued take.
 """
 
 import statistics
@@ -27,6 +27,8 @@ JOBS = "/custom_diffusion/jobs"
 SAMPLING_STEPS = 20
 ROWS = 50
 STEPS_IN_A_ROW = 3
+QUEUED = 10
+ENDED = ("finished", "stopped", "failed")
 _POLL_S = 0.01
 
 
@@ -52,6 +54,18 @@ class Bench:
         self._server.run(teach("cat", "cat", "cat", "<new1>", wait=wait, **settings))
         if not wait:
             self._until(lambda job: job["step"] >= 3)
+
+    def queue(self) -> None:
+        """Adds a job that waits for its turn."""
+        self._trained += 1
+        settings = {"seed": self._trained, "steps": 100_000}
+        self._server.run(teach("cat", "cat", "cat", "<new1>", wait=False, **settings))
+
+    def drop_all(self) -> None:
+        """Stops those that wait, and then the one at work."""
+        for job in reversed(self._server.get(JOBS)["jobs"]):
+            self._server.post(f"{JOBS}/{job['id']}/stop")
+        self._until(lambda _: all(j["state"] in ENDED for j in self._server.get(JOBS)["jobs"]))
 
     def pause(self) -> float:
         return _seconds(lambda: (self._ask("pause"), self._until_state("paused")))
@@ -143,6 +157,17 @@ def in_a_row(bench: Bench) -> dict[str, float]:
     return results
 
 
+def queued(bench: Bench) -> dict[str, float]:
+    """Memory of the process beside one job at work, and with ten more of the same model queued."""
+    bench.begin()
+    results = {"alone_mb": bench.left_behind()["memory_mb"]}
+    for _ in range(QUEUED):
+        bench.queue()
+    results["queued_mb"] = bench.left_behind()["memory_mb"]
+    bench.drop_all()
+    return results
+
+
 def _seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
@@ -150,7 +175,9 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    given = options(__doc__ or "", threads=2, rounds=5).parse_args()
+    parser = options(__doc__ or "", threads=2, rounds=5)
+    parser.add_argument("--only", nargs="*", help="of prompts, life, 'in a row', queued")
+    given = parser.parse_args()
     comfyui = find_comfyui()
     if comfyui is None:
         raise SystemExit("Set COMFYUI_PATH to a ComfyUI work tree.")
@@ -165,7 +192,10 @@ def main() -> None:
                 ("prompts", lambda: prompts(bench, given.rounds)),
                 ("life", lambda: life(bench, given.rounds)),
                 ("in a row", lambda: in_a_row(bench)),
+                ("queued", lambda: queued(bench)),
             ):
+                if given.only and name not in given.only:
+                    continue
                 results[name] = measure()
                 told = ", ".join(f"{key} {value:.2f}" for key, value in results[name].items())
                 print(f"{name}: {told}", flush=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..host.open_clip_text import MODEL, WEIGHTS
+from ..host.open_clip_text import MODEL, MODELS
 from ..trainer.data import instance_caption
 from ..trainer.generated_set import generated_set
 from ..trainer.projections import base_hash
@@ -52,9 +52,15 @@ def add_to(commands: Any) -> None:
     find.add_argument("--prompt", help="default: 'photo of a' and the class noun")
     find.add_argument("--count", type=int, default=COUNT)
     find.add_argument("--similarity", type=float, default=LEAST_SIMILARITY, help="at least, 0..1")
-    find.add_argument("--clip", default=MODEL, help=f"open_clip's name of a model, default {MODEL}")
     find.add_argument(
-        "--clip-weights", default=WEIGHTS, help="a file, or open_clip's name: downloaded once"
+        "--clip", default=MODEL, choices=MODELS, metavar="MODEL", help=f"default {MODEL}"
+    )
+    find.add_argument(
+        "--clip-weights",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="its weights, open_clip_model.safetensors as a rule; nothing is downloaded",
     )
     find.add_argument("--index", type=Path, default=Path("caption-index"), metavar="FOLDER")
     find.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

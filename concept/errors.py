@@ -41,6 +41,10 @@ class TrainingError(CustomDiffusionError):
     """A training run cannot go on."""
 
 
+class ModelsGoneError(TrainingError):
+    """The models of a training that waited for its turn are not loaded any more."""
+
+
 class CheckpointError(CustomDiffusionError):
     """A checkpoint of a training cannot be used."""
 

@@ -2,15 +2,16 @@
 
 from comfy_api.latest import io
 
-from ..host.comfyui.paths import NO_FOLDER, input_folders
+from ..host.comfyui.paths import NO_FOLDER, clip_weight_files, input_folders
 from ..host.comfyui.regularization import (
     SAMPLERS,
     SCHEDULERS,
+    clip_problem,
     collection_fingerprint,
     draw_regularization,
     retrieve_regularization,
 )
-from ..host.open_clip_text import MODEL, WEIGHTS
+from ..host.open_clip_text import MODEL, MODELS
 from ..trainer.retrieval.retrieve import COUNT, LEAST_SIMILARITY
 from .types import CATEGORY, RegularizationSet
 
@@ -82,14 +83,19 @@ class RetrieveRegularization(io.ComfyNode):
                     step=0.01,
                     tooltip="Captions that are less near to 'photo of a cat' are not taken.",
                 ),
-                io.String.Input(
-                    "clip_model", default=MODEL, advanced=True, tooltip="open_clip's name of it."
-                ),
-                io.String.Input(
-                    "clip_weights",
-                    default=WEIGHTS,
+                io.Combo.Input(
+                    "clip_model",
+                    options=[*MODELS],
+                    default=MODEL,
                     advanced=True,
-                    tooltip="open_clip's name of its weights, downloaded once, or a file.",
+                    tooltip="The CLIP model that the weights belong to, as open_clip calls it. "
+                    "OpenAI's weights need a name that ends with -quickgelu.",
+                ),
+                io.Combo.Input(
+                    "clip_weights",
+                    options=clip_weight_files(),
+                    tooltip="A .safetensors of an open_clip model in models/text_encoders. "
+                    "Nothing is downloaded.",
                 ),
             ],
             outputs=[RegularizationSet.Output(display_name="regularization set")],
@@ -98,6 +104,10 @@ class RetrieveRegularization(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, collection: str, **inputs: object) -> str:
         return collection_fingerprint(collection)
+
+    @classmethod
+    def validate_inputs(cls, clip_model: str, clip_weights: str) -> bool | str:
+        return clip_problem(clip_model, clip_weights) or True
 
     @classmethod
     def execute(cls, collection, **settings) -> io.NodeOutput:

@@ -46,15 +46,28 @@ def training_fingerprint(
                 digest.update(image.caption.encode())
                 for source in (image.source, image.mask):
                     digest.update(_content(source))
+    _update_with_models(digest, encoder, networks)
+    for name, tensor in sorted(concept_tensors(start).items()) if start else ():
+        _update(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def models_fingerprint(encoder: TextEncoder, networks: Iterable[nn.Module]) -> str:
+    """Of models alone: equal for two that nothing of a training can tell apart."""
+    digest = hashlib.sha256()
+    _update_with_models(digest, encoder, networks)
+    return digest.hexdigest()
+
+
+def _update_with_models(
+    digest: hashlib._Hash, encoder: TextEncoder, networks: Iterable[nn.Module]
+) -> None:
     ids = encoder.pad([encoder.tokenize(_PROBE)])
     with torch.no_grad():
         _update(digest, "text", encoder.encode_with_pooled(ids).context)
     for network in networks:
         for name, tensor in network.state_dict().items():
             _update(digest, name, tensor)
-    for name, tensor in sorted(concept_tensors(start).items()) if start else ():
-        _update(digest, name, tensor)
-    return digest.hexdigest()
 
 
 def _update(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:

@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from ..concept.concept import Concept
-from ..concept.errors import CustomDiffusionError, JobError
+from ..concept.errors import CustomDiffusionError, JobError, ModelsGoneError
 from .checkpoint import Checkpoint
 from .events import CheckpointDue, Event, MemoryShort, PreviewDrawn, StepDone, WordsMoved
 from .job_folder import JobFolder
@@ -102,17 +103,30 @@ def never() -> bool:
     return False
 
 
+def always() -> bool:
+    return True
+
+
+def _at_once(should_leave: Callable[[], bool]) -> AbstractContextManager[bool]:
+    return nullcontext(True)
+
+
 @dataclass(frozen=True)
 class Work:
-    """What a job does. It holds the models, so it is let go of at the end."""
+    """What a job does when its turn comes, all of it on the trainer thread."""
 
     train: Callable[[Checkpoint | None, Callable[[], bool], Callable[[Event], None]], Concept]
-    """(checkpoint to go on from, should_stop, on_event) → what was learnt; on the trainer thread.
-    When it returns or raises it has left the device.
-    """
+    """(checkpoint to go on from, should_stop, on_event) → what was learnt"""
     save: Callable[[Concept], Path]
     is_busy: Callable[[], bool] = never
     """Whether somebody else should have the device; asked between steps."""
+    turn: Callable[[Callable[[], bool]], AbstractContextManager[bool]] = _at_once
+    """While the context lasts the models are there, for `train` and `save`; afterwards the job
+    holds none and has left the device. False where they were not waited for, because the job was
+    to leave before. Raises ModelsGoneError where there is nothing to make them from any more.
+    """
+    has_models: Callable[[], bool] = always
+    """Whether they could be there now"""
 
 
 class Job:
@@ -150,14 +164,14 @@ class Job:
 
     @property
     def is_loaded(self) -> bool:
-        """Whether it can go on in this process: its models are here."""
+        """Whether it can go on in this process: its models are here, or can be made again."""
         with self._lock:
-            return self._work is not None
+            return self._work is not None and self._work.has_models()
 
     @property
     def runs_here(self) -> bool:
         with self._lock:
-            return self.is_loaded and self._snapshot.state in ACTIVE
+            return self._work is not None and self._snapshot.state in ACTIVE
 
     def snapshot(self) -> Snapshot:
         with self._lock:
@@ -218,7 +232,7 @@ class Job:
             state = self.snapshot().state
             if state in ENDED:
                 return
-            if self._work is not None:
+            if self.is_loaded or self.runs_here:
                 self._ask(JobState.STOPPED)
             elif state is JobState.PAUSED:
                 self.folder.claim()
@@ -240,7 +254,7 @@ class Job:
                 if self._asked is JobState.PAUSED:  # it has not come to that
                     self._asked = None
                 return
-            work = work or self._work
+            work = work or (self._work if self.is_loaded else None)
             if self.folder.description.fault:
                 raise JobError(self.folder.description.fault)
             if work is None and state is JobState.FINISHED:
@@ -299,6 +313,9 @@ class Job:
         """What becomes of the snapshot."""
         try:
             return self._train_and_save(work)
+        except ModelsGoneError as error:
+            self._note(str(error))
+            return self._left_before_its_turn()
         except BaseException as error:  # also SystemExit, which would end the thread without a word
             log.exception("training job %s failed", self.id)
             return _failed(error, traceback.format_exc())
@@ -313,19 +330,28 @@ class Job:
         for problem in problems:
             self._note(f"{problem} So the training goes on from step {len(self._losses)}.")
         self._last_step_s = time.monotonic()
-        with self.folder.metrics_after(self._losses):
-            concept = work.train(checkpoint, lambda: self._should_leave(work), self._record)
-        self._note_troubles(self.folder.prune())
-        done, steps = len(self._losses), self._snapshot.steps
-        if self._leaves_to is JobState.PAUSED and done < steps:
-            return {"state": JobState.PAUSED}
-        if done == 0:  # stopped before the first step: there is nothing to save
-            return {"state": JobState.STOPPED}
-        path = work.save(concept)
+        with work.turn(lambda: self._should_leave(work)) as ready:
+            if not ready:
+                return self._left_before_its_turn()
+            with self.folder.metrics_after(self._losses):
+                concept = work.train(checkpoint, lambda: self._should_leave(work), self._record)
+            self._note_troubles(self.folder.prune())
+            done, steps = len(self._losses), self._snapshot.steps
+            if self._leaves_to is JobState.PAUSED and done < steps:
+                return {"state": JobState.PAUSED}
+            if done == 0:  # stopped before the first step: there is nothing to save
+                return {"state": JobState.STOPPED}
+            path = work.save(concept)
         self._leave_thumbnail(path)
         state = JobState.FINISHED if done == steps else JobState.STOPPED
         log.info("training job %s %s after %d steps: %s", self.id, state.value, done, path)
         return {"state": state, "concept_file": path}
+
+    def _left_before_its_turn(self) -> dict[str, Any]:
+        """Without models nothing can be learnt: what was learnt before is in the folder."""
+        if self._asked is JobState.STOPPED:
+            return {"state": JobState.STOPPED, "concept_file": self.folder.newest_concept()}
+        return {"state": JobState.PAUSED}
 
     def _should_leave(self, work: Work) -> bool:
         """Asked between steps; waits here for others."""

@@ -22,14 +22,19 @@ class TrainingService:
     Jobs that other processes left there, or run, are among them.
     """
 
-    def __init__(self, folder: Path, on_change: Callable[[Job], None] = lambda job: None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        on_change: Callable[[Job], None] = lambda job: None,
+        on_idle: Callable[[], None] = lambda: None,
+    ) -> None:
         """`on_change` is called on any thread when a job's snapshot is another; it may look at the
-        job, but must not come back to the service.
+        job, but must not come back to the service. `on_idle` is called when no job is left to run.
         """
         self.deleted = 0
         """How many jobs were deleted"""
         self._folder = folder
-        self._listener = on_change
+        self._listener, self._on_idle = on_change, on_idle
         self._jobs: dict[str, Job] = {}
         self._queue: list[Job] = []
         self._lock = threading.RLock()
@@ -44,8 +49,10 @@ class TrainingService:
         description: dict[str, Any],
         work: Work,
         fingerprint: str = "",
+        on_next: Callable[[], None] = lambda: None,
     ) -> Job:
-        """Queues a job and returns it. Its `description` is written to its folder.
+        """Queues a job and returns it. Its `description` is written to its folder. `on_next` is
+        called before where no other job has its turn earlier.
 
         A job with the same fingerprint, which says what goes into each step, and as many steps goes
         on from where it is. A new job begins where one with the same fingerprint has come to.
@@ -63,6 +70,8 @@ class TrainingService:
                 if before:
                     self._begin_where(folder, before, steps)
                 job = self._jobs[folder.id] = Job(folder, work, self._tell)
+            if not any(other.runs_here for other in self._jobs.values() if other is not job):
+                on_next()
             self._enqueue(job)
             return job
 
@@ -204,6 +213,8 @@ class TrainingService:
             with self._lock:
                 self._thread = None
                 self._see_to_it()
+                if self._thread is None:
+                    self._on_idle()
 
     def _next(self) -> Job | None:
         with self._lock:

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,9 @@ from ...concept.file import read_concept
 from ...trainer.job_folder import SAMPLE_EDGE, sample_picture
 from ...trainer.jobs import Job, JobState, Snapshot
 from ...trainer.service import TrainingService
+from .job_models import shared_copy
 from .paths import jobs_folder
+from .prompts import waiting_nodes
 
 EVENT = "custom_diffusion.job"
 NODE_EVENT = "custom_diffusion.node"
@@ -37,32 +37,9 @@ _CLOSE_S = 30.0
 @cache
 def training_service() -> TrainingService:
     """The one service of this process. Ctrl-C lets the running job write a checkpoint."""
-    service = TrainingService(jobs_folder(), _Teller())
+    service = TrainingService(jobs_folder(), _Teller(), shared_copy.drop)
     atexit.register(service.close, _CLOSE_S)
     return service
-
-
-class _Waiting:
-    """How many nodes wait for a job at this moment: the prompt they are in makes no room for it."""
-
-    count = 0
-
-    @contextmanager
-    def one_more(self) -> Iterator[None]:
-        self.count += 1
-        try:
-            yield
-        finally:
-            self.count -= 1
-
-
-_waiting = _Waiting()
-
-
-def prompt_is_running() -> bool:
-    """Whether ComfyUI executes a prompt that does not itself wait for a training."""
-    server = getattr(PromptServer, "instance", None)
-    return bool(server and server.prompt_queue.currently_running) and not _waiting.count
 
 
 def tell_node(node_id: str, job: Job) -> None:
@@ -124,7 +101,7 @@ def wait_for(job: Job, keep_on_interrupt: bool = False) -> Snapshot:
     steps = job.snapshot().steps
     progress = comfy.utils.ProgressBar(steps)
     shown = 0
-    with _waiting.one_more():
+    with waiting_nodes.one_more():
         try:
             while not job.wait(_POLL_S):
                 comfy.model_management.throw_exception_if_processing_interrupted()

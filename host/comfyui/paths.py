@@ -7,12 +7,13 @@ from pathlib import Path
 
 import folder_paths
 
-from ...concept.errors import DataError, UnknownConceptError
+from ...concept.errors import DataError, IncompatibleModelError, UnknownConceptError
 from ...formats.content import ENDINGS
 
 MODEL_FOLDER = "custom_diffusion"
 JOBS_FOLDER = "custom_diffusion_jobs"
-NO_FOLDER = "none"
+NO_FOLDER = NO_FILE = "none"
+_TEXT_MODELS = "text_encoders"
 
 
 def register_model_folder() -> None:
@@ -57,6 +58,24 @@ def concept_path(name: str) -> Path:
             "there and press R to refresh the list."
         )
     return Path(path)
+
+
+def clip_weight_files() -> list[str]:
+    """Files of weights in `models/text_encoders` and `models/clip`, for a drop-down; first none."""
+    files = folder_paths.get_filename_list(_TEXT_MODELS)
+    return [NO_FILE, *(name for name in files if name.endswith(".safetensors"))]
+
+
+def clip_weights_path(name: str) -> Path:
+    """Raises IncompatibleModelError unless the name is one of `clip_weight_files`."""
+    if name == NO_FILE or name not in clip_weight_files():
+        chosen = "No CLIP weights are chosen" if name == NO_FILE else f"There are no {name[:100]!r}"
+        raise IncompatibleModelError(
+            f"{chosen} in ComfyUI's models folder. Put open_clip_model.safetensors of the CLIP "
+            f"model (for ViT-B-32-quickgelu that of 'openai') into models/text_encoders, press R, "
+            f"and choose it. Nothing is downloaded."
+        )
+    return Path(folder_paths.get_full_path(_TEXT_MODELS, name))
 
 
 def input_folders() -> list[str]:

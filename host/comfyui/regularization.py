@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...concept.concept import hash_projections
-from ...concept.errors import DataError
+from ...concept.errors import DataError, IncompatibleModelError
 from ...concept.naming import safe_file_name
 from ...concept.prompts import DEFAULT_TEMPLATE
 from ...trainer.config import LATENT_PIXELS
@@ -24,9 +24,15 @@ from ...trainer.generated_set import generated_set, settings_hash
 from ...trainer.retrieval.collection import parts_of
 from ...trainer.retrieval.index import CaptionIndex
 from ...trainer.retrieval.retrieve import retrieve
-from ..open_clip_text import OpenClipText
+from ..open_clip_text import OpenClipText, check_clip_model
 from .models import cross_attention_unet, patched_projections
-from .paths import NO_FOLDER, cache_folder, input_folder, regularization_folder
+from .paths import (
+    NO_FOLDER,
+    cache_folder,
+    clip_weights_path,
+    input_folder,
+    regularization_folder,
+)
 
 log = logging.getLogger("custom_diffusion")
 SAMPLERS: list[str] = comfy.samplers.KSampler.SAMPLERS
@@ -118,7 +124,7 @@ def retrieve_regularization(
         progress.update_absolute(done, total)
 
     device = comfy.model_management.text_encoder_device()
-    embed = OpenClipText(clip_model, clip_weights, str(device))
+    embed = OpenClipText(clip_model, clip_weights_path(clip_weights), str(device))
     index = CaptionIndex(input_folder(collection), cache_folder(), embed.name)
     captions = index.update(embed, show)
     prompt = DEFAULT_TEMPLATE.format(class_noun)
@@ -130,6 +136,20 @@ def retrieve_regularization(
         *(len(got.images), captions, prompt, got.least_similarity, got.broken, folder),
     )
     return got.images
+
+
+def clip_problem(clip_model: str | None, clip_weights: str | None) -> str:
+    """Why captions cannot be embedded with these; empty where they can be tried. A value that
+    another node makes is None until then.
+    """
+    try:
+        if clip_model is not None:
+            check_clip_model(clip_model)
+        if clip_weights is not None:
+            clip_weights_path(clip_weights)
+    except IncompatibleModelError as error:
+        return str(error)
+    return ""
 
 
 def collection_fingerprint(collection: str) -> str:

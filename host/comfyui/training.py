@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from ...concept.text import TextEncoder
 from ...trainer.checkpoint import Checkpoint
 from ...trainer.config import TrainConfig
 from ...trainer.data import TrainingConcept
+from ...trainer.events import Event
 from ...trainer.fingerprint import training_fingerprint
 from ...trainer.jobs import ACTIVE, Job, JobState, Work, never
 from ...trainer.latents import LatentBank
@@ -29,9 +32,11 @@ from ...trainer.methods import METHODS
 from ...trainer.network_file import fold_in, write_network
 from ...trainer.prepare import prepare
 from ...trainer.start import check_start
-from .jobs import prompt_is_running, training_service, wait_for
-from .models import ComfyDenoiser, ComfyLatentEncoder, text_encoder, training_dtype
+from .job_models import Base, Models, copy_models, shared_copy
+from .jobs import training_service, wait_for
+from .models import ComfyDenoiser, ComfyLatentEncoder
 from .paths import concept_folder, network_folder
+from .prompts import prompt_is_running
 
 log = logging.getLogger("custom_diffusion")
 
@@ -51,7 +56,7 @@ def start_training(
     prompt: Mapping[str, Any],
     node_id: str,
 ) -> Job:
-    """Encodes the pictures, copies the models and queues the job. Runs on the prompt thread.
+    """Encodes the pictures and queues the job. Runs on the prompt thread.
 
     Everything that needs ComfyUI's own models happens here; the job touches only its copies.
     A job that had the same to do is not begun anew: it goes on, or is handed out when it has
@@ -59,59 +64,23 @@ def start_training(
     in another process.
     """
     service = training_service()
-    device = comfy.model_management.get_torch_device()
-    method = METHODS[config.method]
-    denoiser = ComfyDenoiser(
-        model, training_dtype(device), keep_float8=method.leaves_network_frozen
-    )
-    encoder = text_encoder(clip)
-    check_text_width(encoder.context_width, denoiser.family)
+    models = copy_models(model, clip, config)
+    check_text_width(models.encoder.context_width, models.denoiser.family)
     if start:  # before the time that encoding takes
-        check_start(start, denoiser, config)
+        check_start(start, models.denoiser, config)
     latent_encoder = ComfyLatentEncoder(vae, model.model.latent_format.scale_factor)
-    networks = (denoiser.network, vae.first_stage_model)
-    fingerprint = f"{name} {training_fingerprint(config, concepts, encoder, networks, start)}"
+    networks = (models.denoiser.network, vae.first_stage_model)
+    fingerprint = (
+        f"{name} {training_fingerprint(config, concepts, models.encoder, networks, start)}"
+    )
     same = service.find(fingerprint, config.steps)
     if same and same.snapshot().state in (*ACTIVE, JobState.FINISHED):
         log.info("the training job %s had the same to do: it is not begun again", same.id)
         return same
-    banks = _encoded(concepts, config, latent_encoder, encoder)
-    _make_room(denoiser, device)
-
-    def run(checkpoint: Checkpoint | None, should_stop: Any, on_event: Any) -> Concept:
-        try:
-            denoiser.to(device)
-            if not config.text_encoder_on_cpu:
-                encoder.to(device, denoiser.dtype)
-            return train(
-                config,
-                concepts,
-                banks,
-                denoiser,
-                encoder,
-                start=start,
-                checkpoint=checkpoint,
-                checkpoint_every_steps=checkpoint_every_steps,
-                should_stop=should_stop,
-                on_event=on_event,
-            )
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(_out_of_memory(config, device, error)) from error
-        finally:  # what waits, or has ended, leaves the device to others
-            denoiser.to(torch.device("cpu"))
-            encoder.to(torch.device("cpu"))
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-
-    def save(result: Concept) -> Path:
-        if method.whole_network:
-            result = fold_in(denoiser, result)
-            network = write_new(
-                network_folder(), name, lambda path: write_network(denoiser.network, path)
-            )
-            log.info("saved the whole UNet: %s", network)
-        return write_new_concept(result, concept_folder(), name)
-
+    banks = _encoded(concepts, config, latent_encoder, models.encoder)
+    _make_room(models.denoiser)
+    base = Base(model, clip, config, models)
+    training = _Training(name, concepts, banks, config, start, checkpoint_every_steps, base)
     description = {
         "concepts": [{"token": c.token, "class_noun": c.class_noun} for c in concepts],
         "start": start.describe() if start else None,
@@ -120,15 +89,105 @@ def start_training(
         "node": node_id,
         "keep_best": keep_best,
     }
-    is_busy = never if share_device else prompt_is_running
-    work = Work(run, save, is_busy)
-    return service.submit(name, config.steps, description, work, fingerprint)
+    work = Work(
+        training.train,
+        training.save,
+        never if share_device else prompt_is_running,
+        training.turn,
+        lambda: base.is_loaded or shared_copy.has(base),
+    )
+    return service.submit(
+        name,
+        config.steps,
+        description,
+        work,
+        fingerprint,
+        on_next=lambda: shared_copy.keep(base, models),
+    )
 
 
-def _make_room(denoiser: ComfyDenoiser, device: torch.device) -> None:
+class _Training:
+    """A run, from the turn of its job on. Until then, and after it, it holds no models."""
+
+    def __init__(
+        self,
+        name: str,
+        concepts: Sequence[TrainingConcept],
+        banks: Sequence[LatentBank],
+        config: TrainConfig,
+        start: Concept | None,
+        checkpoint_every_steps: int,
+        base: Base,
+    ) -> None:
+        self._name, self._config, self._base = name, config, base
+        self._method = METHODS[config.method]
+        self._models: Models | None = None
+        self._train = partial(
+            train,
+            config,
+            concepts,
+            banks,
+            start=start,
+            checkpoint_every_steps=checkpoint_every_steps,
+        )
+
+    @contextmanager
+    def turn(self, should_leave: Callable[[], bool]) -> Iterator[bool]:
+        device = comfy.model_management.get_torch_device()
+        self._models = models = shared_copy.at_turn_of(self._base, should_leave)
+        if models is None:
+            yield False
+            return
+        try:
+            models.denoiser.to(device)
+            if not self._config.text_encoder_on_cpu:
+                models.encoder.to(device, models.denoiser.dtype)
+            yield True
+        finally:  # what waits, or has ended, leaves the device to others
+            self._models = None
+            if not self._method.leaves_network_frozen:
+                shared_copy.drop()
+            models.denoiser.to(torch.device("cpu"))
+            models.encoder.to(torch.device("cpu"))
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def train(
+        self,
+        checkpoint: Checkpoint | None,
+        should_stop: Callable[[], bool],
+        on_event: Callable[[Event], None],
+    ) -> Concept:
+        assert self._models is not None, "its turn has not come"
+        denoiser = self._models.denoiser
+        try:
+            return self._train(
+                denoiser,
+                self._models.encoder,
+                checkpoint=checkpoint,
+                should_stop=should_stop,
+                on_event=on_event,
+            )
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(_out_of_memory(self._config, denoiser.device, error)) from error
+
+    def save(self, result: Concept) -> Path:
+        assert self._models is not None, "its turn is over"
+        if self._method.whole_network:
+            denoiser = self._models.denoiser
+            result = fold_in(denoiser, result)
+            network = write_new(
+                network_folder(), self._name, lambda path: write_network(denoiser.network, path)
+            )
+            log.info("saved the whole UNet: %s", network)
+        return write_new_concept(result, concept_folder(), self._name)
+
+
+def _make_room(denoiser: ComfyDenoiser) -> None:
     """Lets ComfyUI unload what it holds on the device, as it would for a model of its own: enough
     for what of the network has to move there, and for what ComfyUI sets aside to draw.
     """
+    device = comfy.model_management.get_torch_device()
     tensors = denoiser.network.state_dict().values()
     needed = sum(tensor.nbytes for tensor in tensors if tensor.device.type != device.type)
     needed += comfy.model_management.minimum_inference_memory()

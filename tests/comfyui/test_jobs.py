@@ -30,9 +30,18 @@ class TooMuch:
     RETURN_TYPES, FUNCTION, OUTPUT_NODE, CATEGORY = (), "run", True, "test"
     def run(self):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 TiB")
-NODE_CLASS_MAPPINGS = {"TooMuch": TooMuch}
+class KeepLoaded:
+    kept = []
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",), "clip": ("CLIP",)}})
+    RETURN_TYPES, FUNCTION, OUTPUT_NODE, CATEGORY = (), "run", True, "test"
+    def run(self, model, clip):
+        self.kept[:] = [model, clip]
+        return ()
+NODE_CLASS_MAPPINGS = {"TooMuch": TooMuch, "KeepLoaded": KeepLoaded}
 """
-"""A node that wants more memory than there is: ComfyUI unloads all models then."""
+"""A node that wants more memory than there is: ComfyUI unloads all models then. And one that keeps
+its models loaded, as ComfyUI's own cache of results does where it is not off.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +77,10 @@ def bench(server_of_this_file: ComfyServer) -> ComfyServer:
 def train(name: str = "cat", steps: int = 10_000, **settings: Any) -> dict[str, Any]:
     settings = {"wait": False, "checkpoint_every_steps": 2, **settings}
     return teach(name, "cat", "cat", "<new1>", steps=steps, **settings)
+
+
+def kept_loaded(graph: dict[str, Any]) -> dict[str, Any]:
+    return {**graph, "keep": node("KeepLoaded", model=["checkpoint", 0], clip=["checkpoint", 1])}
 
 
 def jobs(server: ComfyServer) -> list[dict[str, Any]]:
@@ -116,7 +129,7 @@ def refused(server: ComfyServer, call: Callable[[], Any]) -> tuple[int | None, s
 
 
 def test_a_job_is_watched_paused_resumed_and_stopped_over_http(bench: ComfyServer) -> None:
-    bench.run(train(preview_every_steps=2))
+    bench.run(kept_loaded(train(preview_every_steps=2)))
     first = until_step(bench, 5)
     path = f"{JOBS}/{first['id']}"
     told = shown(bench, first)
@@ -127,7 +140,7 @@ def test_a_job_is_watched_paused_resumed_and_stopped_over_http(bench: ComfyServe
     assert bench.get(f"{path}/metrics?after=3")["losses"][: len(losses) - 3] == losses[3:]
     bench.post(f"{path}/pause")
     paused = until_state(bench, "paused")
-    time.sleep(1)
+    assert shown(bench, paused)["loaded"]
     assert job(bench) == paused
     bench.post(f"{path}/resume")
     assert until_step(bench, paused["step"] + 2)["state"] == "running"
@@ -136,6 +149,33 @@ def test_a_job_is_watched_paused_resumed_and_stopped_over_http(bench: ComfyServe
     taught = read_concept(concept(bench, "cat"))
     assert stopped["concept_file"] == "cat.safetensors"
     assert taught.provenance["steps"] == stopped["step"]
+
+
+def test_a_job_whose_model_is_gone_says_so_and_waits_for_its_graph(bench: ComfyServer) -> None:
+    """Once while it is paused, and once while it is queued behind one of another model."""
+    bench.run(train(steps=8))
+    first = until_step(bench, 2)
+    path = f"{JOBS}/{first['id']}"
+    bench.post(f"{path}/pause")
+    until_state(bench, "paused")
+    until(lambda: not shown(bench, first)["loaded"], "the model is gone")
+    status, error = refused(bench, lambda: bench.post(f"{path}/resume"))
+    assert status == 409 and "Queue the graph again that it came from" in error
+    bench.run(train("other", steps=10_000, seed=1))
+    until(lambda: jobs(bench)[-1]["step"] >= 2, "the other's steps")
+    graph = bench.get(f"{path}/graph")
+    graph["skip"] = node("CLIPSetLastLayer", clip=["checkpoint", 1], stop_at_clip_layer=-2)
+    graph["cat"]["inputs"] |= {"clip": ["skip", 0], "name": "of another"}
+    bench.run(graph)
+    behind = jobs(bench)[-1]
+    assert behind["state"] == "queued"
+    bench.post(f"{JOBS}/{jobs(bench)[1]['id']}/stop")
+    until(lambda: jobs(bench)[-1]["state"] == "paused", "its turn")
+    (note,) = jobs(bench)[-1]["notes"]
+    assert "not loaded any more" in note and "Queue its graph again" in note
+    bench.run(bench.get(f"{path}/graph"))
+    until(lambda: jobs(bench)[0]["state"] == "finished", "the end")
+    assert read_concept(concept(bench, "cat")).provenance["steps"] == 8
 
 
 def test_what_cannot_be_done_is_answered_and_why(bench: ComfyServer) -> None:

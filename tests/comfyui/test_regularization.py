@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import pytest
 from custom_diffusion.concept.file import read_concept
+from custom_diffusion.host.open_clip_text import MODEL
 from PIL import Image
-from safetensors.torch import save_file
+from support.clip_weights import write_text_half
 from support.comfy_server import ComfyPromptError, ComfyServer
 from support.graphs import Graph, draw, draw_pictures, node, teach
-from support.tiny_models import TINY_CLIP
 
 COUNT = 3
 
@@ -34,19 +32,11 @@ def bench(
         draw_pictures(base / "input" / "collection" / folder)
         for picture in (base / "input" / "collection" / folder).glob("*.png"):
             picture.with_suffix(".txt").write_text(caption)
-    write_clip(base / "clip")
+    write_text_half(base / "models" / "text_encoders" / "clip.safetensors")
     with ComfyServer(
         comfyui_path, base, checkpoints=[checkpoint_file("sd15")], arguments=["--cache-none"]
     ) as running:
         yield running
-
-
-def write_clip(folder: Path) -> None:
-    """A random model in the layout that open_clip reads from a local folder."""
-    folder.mkdir()
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY_CLIP}))
-    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
 
 
 def drawn_set(count: int = COUNT, **changes: Any) -> dict[str, Any]:
@@ -136,21 +126,20 @@ def test_interrupted_it_keeps_what_is_drawn_and_goes_on(bench: ComfyServer) -> N
     assert kept.items() <= after.items() and len(after) == fewer
 
 
-def retrieved_set(server: ComfyServer, **changes: Any) -> dict[str, Any]:
-    clip = server.input.parent / "clip"
+def retrieved_set(**changes: Any) -> dict[str, Any]:
     settings = {
         "collection": "collection",
         "class_noun": "cat",
         "count": 200,
         "similarity": 0.999,
-        "clip_model": f"local-dir:{clip}",
-        "clip_weights": str(clip / "open_clip_model.safetensors"),
+        "clip_model": MODEL,
+        "clip_weights": "clip.safetensors",
     }
     return node("RetrieveRegularization", **{**settings, **changes})
 
 
 def test_a_set_is_retrieved_from_a_collection(bench: ComfyServer) -> None:
-    bench.run(taught("retrieved", retrieved_set(bench)))
+    bench.run(taught("retrieved", retrieved_set()))
     concept = read_concept(bench.models / "custom_diffusion" / "retrieved.safetensors")
     assert concept.provenance["regularization_images"] == 3, "those of cats"
 
@@ -160,14 +149,20 @@ def test_a_set_is_retrieved_from_a_collection(bench: ComfyServer) -> None:
     [
         ({"class_noun": "mug"}, "No caption .* is as near as 0.999"),
         ({"collection": "none"}, "No collection was chosen"),
-        ({"clip_model": "no-such-model"}, "open_clip has no model"),
+        ({"clip_model": "no-such-model"}, "is not known"),
+        ({"clip_model": "hf-hub:owner/repo"}, "nothing is looked up"),
+        ({"clip_model": "local-dir:/tmp"}, "nothing is looked up"),
+        ({"clip_weights": "none"}, "Put open_clip_model.safetensors"),
+        ({"clip_weights": "openai"}, "There are no 'openai'"),
+        ({"clip_weights": "/etc/passwd"}, "There are no"),
+        ({"clip_weights": "../checkpoints/sd15.safetensors"}, "There are no"),
     ],
 )
 def test_what_cannot_be_retrieved_is_said(
     bench: ComfyServer, changes: dict[str, str], message: str
 ) -> None:
     with pytest.raises(ComfyPromptError, match=message):
-        bench.run(taught("none", retrieved_set(bench, **changes)))
+        bench.run(taught("none", retrieved_set(**changes)))
 
 
 def test_a_set_and_a_folder_together_are_refused(bench: ComfyServer) -> None:

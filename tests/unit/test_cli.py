@@ -12,7 +12,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import open_clip
 import pytest
 import torch
 from custom_diffusion.cli import main, parser
@@ -22,8 +21,9 @@ from custom_diffusion.concept.file import read_concept
 from custom_diffusion.miniature import demo
 from PIL import Image
 from safetensors.torch import load_file
+from support.clip_weights import write_text_half
 from support.graphs import draw_pictures
-from support.tiny_models import TINY_CLIP, tiny_pipeline
+from support.tiny_models import tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--steps", "2", "--batch-size", "2", "--resolution", "64", "--device", "cpu"]
@@ -101,20 +101,19 @@ def test_a_regularization_set_is_retrieved_from_a_collection(
         shutil.copytree(photos, collection / folder)
         for picture in (collection / folder).glob("*.png"):
             picture.with_suffix(".txt").write_text(caption)
-    clip = tmp_path / "clip"
-    clip.mkdir()
-    (clip / "cli-test-clip.json").write_text(json.dumps(TINY_CLIP))
-    open_clip.add_model_config(clip)
-    torch.save(open_clip.create_model("cli-test-clip").state_dict(), clip / "weights.pt")
+    weights = write_text_half(tmp_path / "clip" / "weights.safetensors")
 
     command = ["retrieve", "--collection", str(collection), "--class-noun", "cat"]
-    command += ["--clip", "cli-test-clip", "--clip-weights", str(clip / "weights.pt")]
+    command += ["--clip-weights", str(weights)]
     command += ["--index", str(tmp_path / "index"), "--device", "cpu", "--similarity", "0.999"]
     assert main([*command, "--output", str(tmp_path / "set")]) == 0
     assert "3 of 6 pictures" in capsys.readouterr().out
     assert {p.read_text() for p in (tmp_path / "set").glob("*.txt")} == {"photo of a cat"}
     assert main([*command, "--prompt", "a mug", "--output", str(tmp_path / "other")]) == 1
     assert "as near as 0.999" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--clip", "hf-hub:owner/repo", "--output", str(tmp_path / "none")])
+    assert "invalid choice: 'hf-hub:owner/repo'" in capsys.readouterr().err
 
 
 def test_methods_keep_their_proportions_on_the_miniature() -> None:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.pack import ROOT, pack_files
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "custom_diffusion"
 
 MAY_IMPORT = {
@@ -27,7 +27,6 @@ MAY_IMPORT = {
     "cli": {"concept", "merge", "trainer", "formats", "evaluation", "host", "miniature"},
 }
 """Folder → the other folders of ours it may import. Files beside them may import all."""
-OUTSIDE_THE_PACK = {"tests", "benchmarks", "docs", "web", "example_workflows", "locales"}
 PURE = {"concept", "merge", "trainer", "formats"}
 """Folders that know no model library and no user interface."""
 COMFYUI = {
@@ -114,18 +113,8 @@ def _relative(parts: tuple[str, ...], folder: str, level: int, module: str) -> I
         yield "only nodes import host/comfyui; all else runs without ComfyUI"
 
 
-def _pack_files() -> list[Path]:
-    return sorted(
-        path
-        for path in ROOT.rglob("*.py")
-        if (inside := path.relative_to(ROOT).parts)
-        and inside[0] not in OUTSIDE_THE_PACK
-        and not any(part.startswith(".") or part in ("build", "dist") for part in inside)
-    )
-
-
 def test_no_file_of_the_pack_imports_what_it_may_not() -> None:
-    files = _pack_files()
+    files = pack_files()
     assert len(files) > 30
     found = [
         violation
@@ -138,7 +127,7 @@ def test_no_file_of_the_pack_imports_what_it_may_not() -> None:
 
 
 def test_every_folder_with_python_files_has_a_rule() -> None:
-    folders = {path.relative_to(ROOT).parts[0] for path in _pack_files() if path.parent != ROOT}
+    folders = {path.relative_to(ROOT).parts[0] for path in pack_files() if path.parent != ROOT}
     assert folders <= set(MAY_IMPORT)
     assert {"concept", "merge", "trainer", "host", "nodes"} <= folders
 

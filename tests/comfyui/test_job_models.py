@@ -1,0 +1,159 @@
+"""The copies that trainings work on, beside ComfyUI's own models: who keeps what alive, and when a
+copy is made again.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from custom_diffusion.concept.errors import ModelsGoneError
+from custom_diffusion.trainer.config import TrainConfig
+
+CONFIG = TrainConfig()
+
+
+@pytest.fixture
+def lent(comfy: Any) -> Any:
+    """The module; it can be imported once ComfyUI is there."""
+    from custom_diffusion.host.comfyui import job_models
+
+    job_models.shared_copy.drop()
+    yield job_models
+    job_models.shared_copy.drop()
+
+
+@pytest.fixture
+def loaded(comfy: Any, checkpoint_file: Callable[[str], Path]) -> Any:
+    """MODEL and CLIP of its own, which a test may let go of."""
+    with torch.inference_mode():
+        model, clip, _, _ = comfy.sd.load_checkpoint_guess_config(str(checkpoint_file("sd15")))
+    return SimpleNamespace(model=model, clip=clip)
+
+
+@pytest.fixture
+def prompts(monkeypatch: pytest.MonkeyPatch, comfy: Any) -> Iterator[Any]:
+    """Stands in for ComfyUI's queue of prompts."""
+    from server import PromptServer
+
+    queue = SimpleNamespace(currently_running={}, task_counter=0)
+    monkeypatch.setattr(
+        PromptServer, "instance", SimpleNamespace(prompt_queue=queue), raising=False
+    )
+    yield queue
+
+
+def never() -> bool:
+    return False
+
+
+def weights(models: Any) -> dict[str, torch.Tensor]:
+    network, text = models.denoiser.network, models.encoder._model
+    return {**network.state_dict(), **{f"text.{k}": v for k, v in text.state_dict().items()}}
+
+
+def test_a_base_keeps_nothing_alive(lent: Any, loaded: Any, prompts: Any) -> None:
+    models = lent.copy_models(loaded.model, loaded.clip, CONFIG)
+    base = lent.Base(loaded.model, loaded.clip, CONFIG, models)
+    network = weakref.ref(loaded.model.model)
+    copy = weakref.ref(models.denoiser.network)
+    again = base.copy(never)
+    before, after = weights(models), weights(again)
+    assert before.keys() == after.keys() and len(before) > 500
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(before[name].data_ptr() == after[name].data_ptr() for name in before)
+    assert not any(tensor.is_inference() for tensor in after.values())
+    del models, again, before, after, loaded.model, loaded.clip
+    gc.collect()
+    assert network() is None and copy() is None and not base.is_loaded
+    with pytest.raises(ModelsGoneError, match="Queue its graph again"):
+        base.copy(never)
+
+
+def test_jobs_of_one_base_share_a_copy_and_others_do_not(
+    lent: Any, loaded: Any, prompts: Any
+) -> None:
+    first = lent.copy_models(loaded.model, loaded.clip, CONFIG)
+    base, same = (lent.Base(loaded.model, loaded.clip, CONFIG, first) for _ in range(2))
+    lent.shared_copy.keep(base, first)
+    assert lent.shared_copy.at_turn_of(base, never) is first
+    assert lent.shared_copy.at_turn_of(same, never) is first
+    kept = weakref.ref(first.denoiser.network)
+
+    skipped = loaded.clip.clone()
+    skipped.clip_layer(-2)
+    other = lent.copy_models(loaded.model, skipped, CONFIG)
+    another = lent.Base(loaded.model, skipped, CONFIG, other)
+    assert not lent.shared_copy.has(another)
+    del first, other
+    got = lent.shared_copy.at_turn_of(another, never)
+    gc.collect()
+    assert got is not None and kept() is None, "the first copy went before the second was made"
+    lent.shared_copy.drop()
+    assert not lent.shared_copy.has(another)
+
+
+def test_a_copy_is_made_between_prompts(lent: Any, loaded: Any, prompts: Any) -> None:
+    base = lent.Base(
+        loaded.model, loaded.clip, CONFIG, lent.copy_models(loaded.model, loaded.clip, CONFIG)
+    )
+    prompts.currently_running = {0: "a prompt"}
+    asked = 0
+
+    def leave_at_last() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == 3
+
+    assert base.copy(leave_at_last) is None and asked == 3
+
+    def end_the_prompt() -> bool:
+        prompts.currently_running = {}
+        return False
+
+    assert base.copy(end_the_prompt) is not None
+
+
+def test_a_copy_that_a_prompt_has_come_into_is_made_again(
+    lent: Any, loaded: Any, prompts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = lent.Base(
+        loaded.model, loaded.clip, CONFIG, lent.copy_models(loaded.model, loaded.clip, CONFIG)
+    )
+    copies = 0
+    whole = lent.copy_models
+
+    def copy_beside_a_prompt(*arguments: Any) -> Any:
+        nonlocal copies
+        copies += 1
+        made = whole(*arguments)
+        if copies == 1:  # a prompt begins, changes a weight of the copy, and ends
+            prompts.task_counter += 1
+            next(made.denoiser.network.parameters()).zero_()
+        if copies == 2:
+            prompts.task_counter += 1
+            raise RuntimeError("a weight has moved")
+        return made
+
+    monkeypatch.setattr(lent, "copy_models", copy_beside_a_prompt)
+    got = base.copy(never)
+    assert copies == 3
+    assert next(got.denoiser.network.parameters()).abs().sum() > 0
+
+
+def test_a_model_that_has_changed_since_is_not_the_one_that_was_queued(
+    lent: Any, loaded: Any, prompts: Any
+) -> None:
+    base = lent.Base(
+        loaded.model, loaded.clip, CONFIG, lent.copy_models(loaded.model, loaded.clip, CONFIG)
+    )
+    with torch.inference_mode():
+        loaded.model.model.diffusion_model.out[2].weight.add_(1)
+    with pytest.raises(ModelsGoneError):
+        base.copy(never)
