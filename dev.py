@@ -25,6 +25,7 @@ STRICTLY_TYPED = [
     "host.clip_text",
     "host.clip_pair",
     "host.diffusers",
+    "host.pipeline_folder",
     "host.open_clip_text",
     "host.open_clip_vocabulary",
     "miniature",
