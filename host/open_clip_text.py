@@ -84,5 +84,5 @@ class OpenClipText:
             "positional_embedding": self._clip.positional_embedding[:length],
             "attn_mask": self._clip.attn_mask[:length, :length],
         }
-        features: Tensor = functional_call(self._clip, cut, kwargs={"text": tokens})[1]
+        features: Tensor = functional_call(self._clip, cut, (), {"text": tokens})[1]
         return features

@@ -120,7 +120,7 @@ def _network(kind: Any, folder: Path) -> Any:
         network = kind.from_config(_known(settings, inspect.signature(kind.__init__).parameters))
     renamed = {_OLD_ATTENTION.sub(_attention_name, name): w for name, w in weights.items()}
     network.load_state_dict(renamed, assign=True)
-    return network.eval()
+    return network.train(False)
 
 
 def _attention_name(match: re.Match[str]) -> str:
