@@ -1,19 +1,25 @@
 """Sets the project up in `.venv` and runs it: `python3 dev.py demo` or `python3 dev.py test`.
 
+`python3 dev.py test --lowest` runs the unit tests in `.venv-lowest`, on the lowest versions that
+pyproject.toml allows, of Python too where it is found.
+
 Needs nothing but Python 3.10 or newer. When a ComfyUI is found (COMFYUI_PATH, an enclosing one, or
 ~/comfy/ComfyUI) its requirements are installed too and the tests run against it.
 """
 
+import ast
 import hashlib
 import os
+import re
+import shutil
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-VENV = ROOT / ".venv"
-BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
+VENV, VENV_LOWEST = ROOT / ".venv", ROOT / ".venv-lowest"
+BIN = Path("Scripts" if os.name == "nt" else "bin")  # in either
+PYPROJECT = ROOT / "pyproject.toml"
 CONSTRAINTS = ROOT / "tests" / "constraints.txt"
 # Everything but the ComfyUI glue, whose types ComfyUI does not publish.
 STRICTLY_TYPED = [
@@ -25,55 +31,117 @@ STRICTLY_TYPED = [
     "host.clip_text",
     "host.clip_pair",
     "host.diffusers",
+    "host.pipeline_folder",
     "host.open_clip_text",
     "host.open_clip_vocabulary",
     "miniature",
     "cli",
 ]
 TWO_AT_A_TIME = ["-n2", "--dist=loadfile", "--no-loadscope-reorder"]
+LOWEST_PYTHON = "3.10"
 
 
 def main() -> int:
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command == "demo":
-        install("headless", None)
-        return run(BIN / "custom-diffusion", "demo", *sys.argv[2:])
+        install(VENV, sys.executable, "headless", CONSTRAINTS)
+        return run(VENV / BIN / "custom-diffusion", "demo", *sys.argv[2:])
+    if command == "test" and sys.argv[2:3] == ["--lowest"]:
+        return test_lowest(sys.argv[3:])
     if command == "test":
         comfyui = find_comfyui()
-        install("test", comfyui)
+        install(VENV, sys.executable, "test", CONSTRAINTS, comfyui)
         return test(comfyui, sys.argv[2:])
     print(__doc__)
     return 2
 
 
-def install(extra: str, comfyui: Path | None) -> None:
-    """Installs into `.venv`, once for the same requirements."""
+def install(
+    folder: Path, python: str, extra: str, constraints: Path, comfyui: Path | None = None
+) -> None:
+    """Installs into a virtual environment, once for the same requirements."""
     requirements = [comfyui / "requirements.txt"] if comfyui else []
-    inputs = [ROOT / "pyproject.toml", CONSTRAINTS, *requirements]
-    key = hashlib.sha256(extra.encode() + b"".join(p.read_bytes() for p in inputs)).hexdigest()
-    stamp = VENV / "installed"
+    inputs = [PYPROJECT, constraints, *requirements]
+    words = f"{extra} {version_of(python)}"
+    key = hashlib.sha256(words.encode() + b"".join(p.read_bytes() for p in inputs)).hexdigest()
+    stamp = folder / "installed"
     if stamp.is_file() and stamp.read_text() == key:
         return
-    if not (BIN / "pip").exists() and not (BIN / "pip.exe").exists():
-        venv.create(VENV, with_pip=True)
+    if not (folder / BIN / "pip").exists() and not (folder / BIN / "pip.exe").exists():
+        must(python, "-m", "venv", folder)
     extras = [item for path in requirements for item in ("-r", path)]
-    pip = [BIN / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    status = run(*pip, "-c", CONSTRAINTS, "-e", f"{ROOT}[{extra}]", *extras)
-    if status:
-        raise SystemExit(status)
+    pip = [folder / BIN / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    must(*pip, "-c", constraints, "-e", f"{ROOT}[{extra}]", *extras)
     stamp.write_text(key)
+
+
+def test_lowest(arguments: list[str]) -> int:
+    """The unit tests, but for those marked as saying nothing about versions."""
+    python = lowest_python()
+    print(f"Lowest versions, on Python {version_of(python)}")
+    if version_of(python).rpartition(".")[0] != LOWEST_PYTHON:
+        print(f"!!! NOT ON THE LOWEST PYTHON: no Python {LOWEST_PYTHON} was found !!!", flush=True)
+    VENV_LOWEST.mkdir(exist_ok=True)
+    constraints = VENV_LOWEST / "lowest.txt"
+    pins = lowest_versions(PYPROJECT.read_text(encoding="utf-8"))
+    constraints.write_text("\n".join(pins) + "\n")
+    print("\n".join(pins), flush=True)
+    install(VENV_LOWEST, python, "test", constraints)
+    chosen = ["-m", "not any_version", ROOT / "tests" / "unit"]
+    interpreter = VENV_LOWEST / BIN / "python"
+    return run(
+        interpreter, "-m", "pytest", *TWO_AT_A_TIME, *chosen, *arguments, OMP_NUM_THREADS="1"
+    )
+
+
+def lowest_versions(pyproject: str) -> list[str]:
+    """`name==version` of every dependency and of the extras, as far down as they are allowed.
+
+    Raises ValueError where one is not written as `name>=version`.
+    """
+    pins = []
+    for key in ("dependencies", "headless", "8bit"):
+        found = re.search(rf"^{key} = (\[.*?\])$", pyproject, re.MULTILINE | re.DOTALL)
+        for requirement in ast.literal_eval(found[1]) if found else [key]:
+            if not re.fullmatch(r"[\w-]+>=[\d.]+", requirement):
+                raise ValueError(f"{requirement!r} in pyproject.toml is not name>=version")
+            pins.append(requirement.replace(">=", "=="))
+    return pins
+
+
+def lowest_python() -> str:
+    """The interpreter of the lowest version, else the one that runs this."""
+    name = f"python{LOWEST_PYTHON}"
+    pyenv = sorted((Path.home() / ".pyenv" / "versions").glob(f"{LOWEST_PYTHON}.*/bin/{name}"))
+    uv = output_of("uv", "python", "find", "--no-python-downloads", LOWEST_PYTHON)
+    for candidate in filter(None, (shutil.which(name), *map(str, pyenv), uv)):
+        if version_of(candidate).startswith(f"{LOWEST_PYTHON}."):
+            return candidate
+    return sys.executable
+
+
+def version_of(python: str) -> str:
+    """As 3.10.13; empty where it does not start, as a shim of a Python that is not there."""
+    return output_of(python, "-c", "import platform; print(platform.python_version())")
+
+
+def output_of(*command: str) -> str:
+    """What a command says; empty where it is not there or fails."""
+    if not shutil.which(command[0]):
+        return ""
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def test(comfyui: Path | None, arguments: list[str]) -> int:
     """Linters, types and tests; the first failure ends it."""
     environment = {"COMFYUI_PATH": str(comfyui)} if comfyui else {}
     checks = [
-        [BIN / "ruff", "check", ROOT],
-        [BIN / "ruff", "format", "--check", ROOT],
-        [BIN / "oxlint", ROOT / "web"],
-        [BIN / "mypy", *(f"-pcustom_diffusion.{name}" for name in STRICTLY_TYPED)],
+        [VENV / BIN / "ruff", "check", ROOT],
+        [VENV / BIN / "ruff", "format", "--check", ROOT],
+        [VENV / BIN / "oxlint", ROOT / "web"],
+        [VENV / BIN / "mypy", *(f"-pcustom_diffusion.{name}" for name in STRICTLY_TYPED)],
         # Two at a time, a file each: most of them use one thread, and ComfyUI's servers wait a lot.
-        [BIN / "python", "-m", "pytest", *TWO_AT_A_TIME, *arguments],
+        [VENV / BIN / "python", "-m", "pytest", *TWO_AT_A_TIME, *arguments],
     ]
     for check in checks:
         if status := run(*check, MYPYPATH=str(package_folder()), **environment):
@@ -97,6 +165,11 @@ def find_comfyui() -> Path | None:
     return next(
         (p for p in candidates if (p / "main.py").is_file() and (p / "comfy").is_dir()), None
     )
+
+
+def must(*command: object) -> None:
+    if status := run(*command):
+        raise SystemExit(status)
 
 
 def run(*command: object, **environment: str) -> int:

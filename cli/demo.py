@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .models import need_miniature
+
 
 def add_to(commands: Any) -> None:
     demo = commands.add_parser(
@@ -16,6 +18,7 @@ def add_to(commands: Any) -> None:
 
 
 def demo_command(options: argparse.Namespace) -> None:
+    need_miniature()
     from ..miniature.demo import run_demo
 
     run_demo(options.output)

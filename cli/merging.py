@@ -12,7 +12,7 @@ from ..concept.errors import ConfigError
 from ..concept.file import read_concept
 from ..merge.captions import read_captions
 from ..merge.compose import DEFAULT_RELATIVE_RIDGE, merge_concepts
-from .models import MINIATURE, load
+from .models import MINIATURE, load, need_miniature
 from .output import check_new, save
 
 
@@ -62,6 +62,7 @@ def _captions(options: argparse.Namespace) -> list[str] | None:
         return read_captions(options.captions)
     if options.model != MINIATURE:
         return None
+    need_miniature()
     from ..miniature.world import world_captions
 
     return world_captions()

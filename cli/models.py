@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..concept.errors import IncompatibleModelError
 from ..formats.base import BaseModel, read_base
 from ..trainer.config import MethodName, TrainConfig
 from ..trainer.methods import recipe
@@ -16,6 +17,7 @@ from ..trainer.methods import recipe
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULTS = TrainConfig()
 MINIATURE = "miniature"  # the model that comes with the project
+_MINIATURE_FOLDER = Path(__file__).resolve().parents[1] / "miniature"
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -40,8 +42,19 @@ def precision(given: str | None, device: str) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
+def need_miniature() -> None:
+    """Raises IncompatibleModelError where this installation came without the miniature."""
+    if not _MINIATURE_FOLDER.is_dir():
+        raise IncompatibleModelError(
+            f"This installation has no miniature model, which the demo and {MINIATURE!r} need: it "
+            f"is left out of the archive that ComfyUI Manager installs. Get the project's whole "
+            f"repository, or give --model a folder in diffusers' layout."
+        )
+
+
 def load(model: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     if model == MINIATURE:
+        need_miniature()
         from ..miniature.model import miniature_pipeline
 
         return miniature_pipeline().to(device)
@@ -54,6 +67,7 @@ def recipe_for(model: str, method: MethodName = DEFAULTS.method) -> TrainConfig:
     """The training settings that suit a model and a method."""
     if model != MINIATURE:
         return recipe(method)
+    need_miniature()
     from ..miniature.model import CONFIG
 
     slower = recipe(method).learning_rate / DEFAULTS.learning_rate

@@ -123,7 +123,7 @@ def read_base(path: Path) -> BaseModel:
             "diffusers' layout."
         )
     weights: dict[str, Tensor] = {}
-    for part in _shards(file) if file.name.endswith(_INDEX) else [file]:
+    for part in shards(file) if file.name.endswith(_INDEX) else [file]:
         weights |= _cross_attention(part)
     base = BaseModel.of(weights.items())
     try:
@@ -133,7 +133,7 @@ def read_base(path: Path) -> BaseModel:
     return base
 
 
-def _shards(index: Path) -> list[Path]:
+def shards(index: Path) -> list[Path]:
     """The files that an index names, all of which are there, beside it."""
     try:
         names = sorted(

@@ -4,7 +4,6 @@ pipeline.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from ..trainer.protocols import Prediction
 from ..trainer.sampling import ddim_sample
 from .clip_pair import ClipTextEncoderPair
 from .clip_text import ClipTextEncoder
+from .pipeline_folder import read_pipeline
 
 _BLOCK = re.compile(r"\.(resnets|attentions)\.\d+$")
 _PREDICTIONS: Mapping[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v"}
@@ -137,39 +137,9 @@ def load_pipeline(
 
     Frozen weights compute in `dtype`; the UNet's key and value projections keep float32, from which
     they are trained, and so does SDXL's autoencoder, whose numbers grow too large for half
-    precision.
+    precision. Nothing that the folder holds is executed, and nothing is downloaded.
     """
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-
-    index = Path(folder) / "model_index.json"
-    if not index.is_file():
-        raise IncompatibleModelError(
-            f"{folder} is no Stable Diffusion pipeline in diffusers' layout: it has no "
-            f"model_index.json. Give the folder of a downloaded pipeline."
-        )
-    try:
-        kind = json.loads(index.read_text()).get("_class_name")
-        if kind == "StableDiffusionXLPipeline":
-            pipeline = StableDiffusionXLPipeline.from_pretrained(
-                str(folder), add_watermarker=False, local_files_only=True
-            )
-        elif kind == "StableDiffusionPipeline":
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                str(folder),
-                safety_checker=None,
-                requires_safety_checker=False,
-                local_files_only=True,
-            )
-        else:
-            raise ValueError(
-                f"it is a {kind}; needed is a StableDiffusionPipeline or a "
-                f"StableDiffusionXLPipeline, not a refiner"
-            )
-    except (OSError, ValueError) as error:
-        raise IncompatibleModelError(
-            f"{folder} could not be loaded as a pipeline of Stable Diffusion 1.x, 2.x or XL "
-            f"({error}). Download it again, or give another one."
-        ) from error
+    pipeline = read_pipeline(Path(folder))
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     for model in _text_models(pipeline):  # transformers leaves them in the type of their file

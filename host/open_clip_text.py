@@ -84,9 +84,9 @@ class OpenClipText:
             "positional_embedding": self._clip.positional_embedding[:length],
             "attn_mask": self._clip.attn_mask[:length, :length],
         }
-        features: Tensor = functional_call(
-            self._clip, cut, kwargs={"text": tokens.to(self._device)}
-        )[1]
+        features: Tensor = functional_call(self._clip, cut, (), {"text": tokens.to(self._device)})[
+            1
+        ]
         return features
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..concept.errors import IncompatibleModelError
+from ..host.clip_text import text_transformer
 from ..host.open_clip_vocabulary import read_tokenizer
 from ..trainer.config import LATENT_PIXELS, TrainConfig
 
@@ -47,13 +48,12 @@ def miniature_pipeline(weights: Path = WEIGHTS) -> Any:
     """The trained miniature as a `StableDiffusionPipeline`, in float32 on the CPU."""
     if not (weights / UNET_FILE).is_file():
         raise IncompatibleModelError(
-            f"The miniature's weights are not at {weights}: they are left out of the archive that "
-            f"ComfyUI Manager installs. Get the project's repository, or train them with "
-            f"`python -m custom_diffusion.miniature.pretrain`."
+            f"The miniature's weights are not at {weights}. Get the project's whole repository, or "
+            f"train them with `python -m custom_diffusion.miniature.pretrain`."
         )
     pipeline = untrained_pipeline(weights)
     pipeline.unet.load_state_dict(_float32(weights / UNET_FILE))
-    pipeline.text_encoder.load_state_dict(_float32(weights / TEXT_FILE))
+    text_transformer(pipeline.text_encoder).load_state_dict(_float32(weights / TEXT_FILE))
     return pipeline
 
 

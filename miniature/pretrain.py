@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..host.clip_text import text_transformer
 from ..host.open_clip_vocabulary import END, START, clip_pieces, write_vocabulary
 from ..trainer.objective import add_noise, target
 from ..trainer.tokens import RARE_PIECES
@@ -55,7 +56,7 @@ def pretrain(
     unet, text_encoder = pipeline.unet, pipeline.text_encoder
     pretrain_words(text_encoder, pipeline.tokenizer, word_steps, seed)
     text_encoder.requires_grad_(False)
-    _save(text_encoder, folder / TEXT_FILE)
+    _save(text_transformer(text_encoder), folder / TEXT_FILE)
     attention = WatchedAttention()  # for so few positions faster than the fused one on a CPU
     unet.set_attn_processor(attention)
     nouns = torch.tensor([pipeline.tokenizer(shape)["input_ids"][1] for shape in SHAPES])

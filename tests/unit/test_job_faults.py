@@ -46,6 +46,7 @@ def tensors(path: Path) -> bytes:
     return data[8 + int.from_bytes(data[:8], "little") :]
 
 
+@pytest.mark.any_version
 def test_a_job_killed_fifty_times_learns_what_one_learns_that_was_not(tmp_path: Path) -> None:
     """Killed at random moments, every fifth time in the middle of writing a file."""
     rng = random.Random(0)

@@ -66,6 +66,7 @@ def test_two_processes_learn_what_one_does(training: list[str], tmp_path: Path) 
     assert_same_but_for_rounding(read_concept(one), read_concept(two))
 
 
+@pytest.mark.any_version
 def test_a_process_that_dies_is_started_again_and_the_training_goes_on(
     training: list[str], tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ const BEGUN = /<[^<>\s]*$/;
 
 /** The words that begin as the text before the caret does; none where no word is begun. */
 export function offers(prompts, before) {
-  const [begun] = BEGUN.exec(before) ?? [];
+  const [begun] = before.match(BEGUN) ?? [];
   if (!begun) return [];
   const fitting = prompts.filter((prompt) => prompt.toLowerCase().startsWith(begun.toLowerCase()));
   return [...new Set(fitting)].slice(0, MOST);
