@@ -25,8 +25,11 @@ STRICTLY_TYPED = [
     "host.clip_text",
     "host.clip_pair",
     "host.diffusers",
+    "host.http_api",
+    "host.http_schemas",
     "host.open_clip_text",
     "host.open_clip_vocabulary",
+    "host.openapi",
     "miniature",
     "cli",
 ]
