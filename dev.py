@@ -31,9 +31,12 @@ STRICTLY_TYPED = [
     "host.clip_text",
     "host.clip_pair",
     "host.diffusers",
-    "host.pipeline_folder",
+    "host.http_api",
+    "host.http_schemas",
     "host.open_clip_text",
     "host.open_clip_vocabulary",
+    "host.openapi",
+    "host.pipeline_folder",
     "miniature",
     "cli",
 ]

@@ -5,6 +5,7 @@ listed in no time.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,4 +72,5 @@ def read_card(path: Path) -> ConceptCard:
 def thumbnail(path: Path) -> Path | None:
     """The picture beside a concept file that shows what it is, where there is one."""
     pictures = (path.with_suffix(suffix) for suffix in _PICTURES)
-    return next((picture for picture in pictures if picture.is_file()), None)
+    # Path.is_file raises where the name would be too long; this says no.
+    return next((picture for picture in pictures if os.path.isfile(picture)), None)

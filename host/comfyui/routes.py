@@ -1,40 +1,31 @@
 """Training jobs and concepts over HTTP, for the browser and for scripts: docs/http-api.md.
 
 Jobs are found in the service's list, never by a path that somebody sends; concepts by ComfyUI's own
-lookup of model files, which does not leave their folders.
+lookup of model files, which does not leave their folders. What may be sent and what is answered
+stands in `http_api.py`, and has been checked when a function here is called.
 """
 
 from __future__ import annotations
 
-import asyncio
-import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from aiohttp import web
 from server import PromptServer
 
 from ...concept.card import ConceptCard, read_card, thumbnail
-from ...concept.errors import (
-    CustomDiffusionError,
-    JobError,
-    UnknownConceptError,
-    UnknownJobError,
-)
+from ...concept.errors import ConceptFileError, JobError, UnknownConceptError, UnknownJobError
 from ...concept.inspection import inspect_concept
 from ...concept.library import list_concepts
 from ...formats.card import read_any_card
 from ...formats.importing import open_concept
 from ...trainer.jobs import Job
+from ..http_api import ENDPOINTS, PREFIX, Endpoint, Lane
+from .answers import Handler, Values, answering, refusing
 from .jobs import delete_job, device_memory, training_service
 from .paths import concept_files, concept_path
-
-PREFIX = "/custom_diffusion"
-Values = Mapping[str, Any]
-"""What was sent: parts of the path, of the query, of a JSON body"""
-Handler = Callable[[Values], Any]
+from .workers import Workers
 
 
 def _list(sent: Values) -> dict[str, Any]:
@@ -58,11 +49,7 @@ def _show(sent: Values) -> dict[str, Any]:
 
 
 def _metrics(sent: Values) -> dict[str, Any]:
-    after = int(sent.get("after", 0))
-    if after < 0:
-        raise ValueError("after must be 0 or more")
-    losses = _job(sent).losses(after)
-    return {"after": after, "losses": [loss if math.isfinite(loss) else None for loss in losses]}
+    return {"after": sent["after"], "losses": _job(sent).losses(sent["after"])}
 
 
 def _graph(sent: Values) -> dict[str, Any]:
@@ -74,7 +61,7 @@ def _graph(sent: Values) -> dict[str, Any]:
 
 
 def _sample(sent: Values) -> Path:
-    job, step = _job(sent), int(sent["step"])
+    job, step = _job(sent), sent["step"]
     samples = job.folder.samples()
     if step not in samples:
         raise UnknownJobError(f"The training job {job.id} drew no sample at step {step}.")
@@ -88,7 +75,7 @@ def _control(sent: Values, *, action: str) -> dict[str, Any]:
 
 
 def _move(sent: Values) -> dict[str, Any]:
-    training_service().reorder(_job(sent).id, int(sent["position"]))
+    training_service().reorder(_job(sent).id, sent["position"])
     return {"queue": training_service().queued()}
 
 
@@ -99,8 +86,7 @@ def _delete(sent: Values) -> dict[str, Any]:
 
 
 def _concepts(sent: Values) -> dict[str, Any]:
-    asked = {key: sent[key] for key in ("search", "base", "sort", "order") if key in sent}
-    return list_concepts(concept_files(), _card, **asked).as_json()
+    return list_concepts(concept_files(), _card, **sent).as_json()
 
 
 def _concept(sent: Values) -> dict[str, Any]:
@@ -121,53 +107,62 @@ def _thumbnail(sent: Values) -> Path:
     return picture
 
 
-ROUTES: tuple[tuple[str, str, Handler], ...] = (
-    ("GET", "/jobs", _list),
-    ("GET", "/jobs/{id}", _show),
-    ("GET", "/jobs/{id}/metrics", _metrics),
-    ("GET", "/jobs/{id}/graph", _graph),
-    ("GET", "/jobs/{id}/samples/{step}", _sample),
-    ("POST", "/jobs/{id}/pause", partial(_control, action="pause")),
-    ("POST", "/jobs/{id}/resume", partial(_control, action="resume")),
-    ("POST", "/jobs/{id}/stop", partial(_control, action="stop")),
-    ("POST", "/jobs/{id}/position", _move),
-    ("DELETE", "/jobs/{id}", _delete),
-    ("GET", "/concepts", _concepts),
-    ("GET", "/concepts/{name:.+}/thumbnail", _thumbnail),
-    ("GET", "/concepts/{name:.+}/inspection", _inspection),
-    ("GET", "/concepts/{name:.+}", _concept),
-)
+HANDLERS: Mapping[str, Handler] = {
+    "list_jobs": _list,
+    "show_job": _show,
+    "delete_job": _delete,
+    "show_losses": _metrics,
+    "show_graph": _graph,
+    "show_sample": _sample,
+    "pause_job": partial(_control, action="pause"),
+    "resume_job": partial(_control, action="resume"),
+    "stop_job": partial(_control, action="stop"),
+    "move_job": _move,
+    "list_concepts": _concepts,
+    "show_thumbnail": _thumbnail,
+    "inspect_concept": _inspection,
+    "show_concept": _concept,
+}
 
 
 def add_routes() -> None:
     """Called once, while ComfyUI loads the pack."""
     server = getattr(PromptServer, "instance", None)
-    for method, path, handler in ROUTES if server else ():
-        server.routes.route(method, PREFIX + path)(_answering(handler))
+    if server is None:
+        return
+    workers: Mapping[Lane, Workers] = {
+        "jobs": Workers("jobs", threads=2, waiting=64, retry_after_s=1),
+        "concepts": Workers("concepts", threads=2, waiting=64, retry_after_s=2),
+        "inspections": Workers("inspections", threads=1, waiting=4, retry_after_s=10),
+    }
+    methods: dict[str, list[str]] = {}
+    for endpoint in ENDPOINTS:
+        answer = answering(endpoint, HANDLERS[endpoint.operation], workers[endpoint.lane])
+        server.routes.route(endpoint.method, PREFIX + _pattern(endpoint))(answer)
+        allowed = methods.setdefault(_pattern(endpoint), [])
+        allowed += ["GET", "HEAD"] if endpoint.method == "GET" else [endpoint.method]
+    # After all that are right, because aiohttp takes the first that fits.
+    for pattern, allowed in methods.items():
+        needed = ", ".join(allowed)
+        wrong = refusing(405, f"This path takes {needed} only.", {"Allow": needed})
+        server.routes.route("*", PREFIX + pattern)(wrong)
+    nothing = refusing(404, "This pack has no such path. docs/http-api.md lists those it has.")
+    server.routes.route("*", PREFIX + r"{rest:(/[\s\S]*)?}")(nothing)
 
 
-def _answering(handler: Handler) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-    """The one place where what a handler returns or raises becomes an answer."""
-
-    async def answer(request: web.Request) -> web.StreamResponse:
-        try:
-            body = (await request.json() or {}) if request.can_read_body else {}
-            sent = {**request.query, **body, **request.match_info}
-            result = await asyncio.to_thread(handler, sent)
-        except (UnknownJobError, UnknownConceptError) as error:
-            return web.json_response({"error": str(error)}, status=404)
-        except CustomDiffusionError as error:
-            return web.json_response({"error": str(error)}, status=409)
-        except (ValueError, TypeError, LookupError) as error:
-            text = f"What was sent cannot be used ({type(error).__name__}: {error})."
-            return web.json_response({"error": text}, status=400)
-        return web.FileResponse(result) if isinstance(result, Path) else web.json_response(result)
-
-    return answer
+def _pattern(endpoint: Endpoint) -> str:
+    """As aiohttp writes it. Names of concepts may hold slashes, and any name a line break."""
+    return endpoint.path.replace("{name}", r"{name:[\s\S]+}").replace("{id}", "{id:[^/]+}")
 
 
 def _card(name: str) -> ConceptCard:
-    return read_any_card(concept_path(name))
+    try:
+        return read_any_card(concept_path(name))
+    except OSError as error:  # it may go while the others are read
+        raise ConceptFileError(
+            f"{name} cannot be read ({error.strerror}). Refresh the list, and look at the "
+            f"permissions of the file."
+        ) from error
 
 
 def _job(sent: Values) -> Job:

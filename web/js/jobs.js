@@ -11,11 +11,9 @@ export const ACTIVE = ["queued", "preparing", "running"];
 
 /** Asks the pack's part of the server. Throws an Error with its reason. */
 export async function ask(method, path, body) {
-  const options = { method };
-  if (body !== undefined) {
-    options.body = JSON.stringify(body);
-    options.headers = { "Content-Type": "application/json" };
-  }
+  // Also without a body: what is not said to be JSON could come from a form on another site.
+  const options = { method, headers: { "Content-Type": "application/json" } };
+  if (body !== undefined) options.body = JSON.stringify(body);
   const answer = await api.fetchApi(path, options);
   const told = await answer.json();
   if (!answer.ok) throw new Error(told.error);
