@@ -220,6 +220,9 @@ def _members(shard: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         place = member.offset_data
         if member.isreg() and not member.issparse():
             yield member
+    shard.fileobj.seek(shard.offset)
+    if shard.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise tarfile.ReadError("what comes after some members is none")  # tarfile ends there
 
 
 def _start_of(shard: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -179,7 +179,12 @@ def _entries(path: Path, rows: Set[int]) -> dict[int, Entry]:
     """What these rows of a chunk are; its lines are read once for all of them."""
     try:
         with open(path.with_suffix(".jsonl"), encoding="utf-8") as lines:
-            return {row: Entry(**json.loads(line)) for row, line in enumerate(lines) if row in rows}
+            found = {
+                row: Entry(**json.loads(line)) for row, line in enumerate(lines) if row in rows
+            }
+        if len(found) < len(rows):
+            raise ValueError("it is too short")
+        return found
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise _damaged(path.with_suffix(".jsonl"), error) from error
 
