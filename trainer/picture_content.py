@@ -6,8 +6,10 @@ long workflows, and small files fill the memory or take minutes. What says which
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
+from typing import Literal
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
@@ -19,11 +21,16 @@ _JPEG_NOTHING = (0x00, *range(0xD0, 0xD9), 0xFF)
 """Markers without a segment, and what only fills the place before one"""
 _JPEG_SCAN, _JPEG_END = 0xDA, 0xD9
 _GIF_IMAGE, _GIF_EXTENSION, _GIF_CONTROL = 0x2C, 0x21, 0xF9
-_TIFF_LAYOUT = (("I", "H", "HHII"), ("Q", "Q", "HHQQ"))
+_TIFF_ORDERS: dict[bytes, tuple[Literal["little", "big"], str]] = {
+    b"II": ("little", "<"),
+    b"MM": ("big", ">"),
+}
+_TIFF_LAYOUT = (("I", "H", "HHI4s"), ("Q", "Q", "HHQ8s"))
 """Of a TIFF and of a BigTIFF: an offset, how many tags there are, a tag"""
 _TIFF_TYPE_BYTES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8), start=1))
 _TIFF_DIRECTORIES = (0x8769, 0x8825, 0xA005)
 """Tags that say where EXIF, GPS and interoperability have a directory of their own"""
+_TIFF_TILE_EDGES = (322, 323)
 _TIFF_MOST_TAGS, _TIFF_MOST_DIRECTORIES = 1 << 16, 8
 
 
@@ -40,15 +47,15 @@ def without_comments(content: bytes) -> bytes:
     return content
 
 
-def claims_more_than_it_holds(content: bytes) -> bool:
-    """Whether a directory of a TIFF says that its tags are longer than the file: thousands of tags
-    may mean the same bytes, and each is read.
+def claims_too_much(content: bytes, most_pixels: int) -> bool:
+    """Whether the tags of a TIFF together say that they are longer than the file: thousands may
+    mean the same bytes, and each is read. Or whether its tiles have too many pixels.
     """
-    order = {b"II": "<", b"MM": ">"}.get(content[:2])
-    if not order or len(content) < 16:
+    if content[:2] not in _TIFF_ORDERS or len(content) < 16:
         return False
+    order, sign = _TIFF_ORDERS[content[:2]]
     big = content[2:4] in (b"+\0", b"\0+")
-    at, count, tag = (struct.Struct(order + code) for code in _TIFF_LAYOUT[big])
+    at, count, tag = (struct.Struct(sign + code) for code in _TIFF_LAYOUT[big])
     directories = [*at.unpack_from(content, 8 if big else 4)]
     for start in directories:
         first = start + count.size
@@ -61,11 +68,16 @@ def claims_more_than_it_holds(content: bytes) -> bool:
             return True
         stop = min(first + entries * tag.size, len(content) - tag.size + 1)
         tags = [tag.unpack_from(content, place) for place in range(first, stop, tag.size)]
-        if sum(_TIFF_TYPE_BYTES.get(kind, 0) * number for _, kind, number, _ in tags) > len(
-            content
-        ):
+        widths = [_TIFF_TYPE_BYTES.get(kind, 0) for _, kind, _, _ in tags]
+        values = [
+            (name, int.from_bytes(value[:width], order))
+            for width, (name, _, _, value) in zip(widths, tags, strict=True)
+        ]
+        claimed = sum(width * tag[2] for width, tag in zip(widths, tags, strict=True))
+        tile = math.prod(max(1, value) for name, value in values if name in _TIFF_TILE_EDGES)
+        if claimed > len(content) or tile > most_pixels:
             return True
-        inner = {value for name, _, _, value in tags if name in _TIFF_DIRECTORIES}
+        inner = {value for name, value in values if name in _TIFF_DIRECTORIES}
         directories += sorted(inner.difference(directories))
     return False
 

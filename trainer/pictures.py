@@ -11,7 +11,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..concept.errors import DataError
 from ..concept.regular_files import read_regular
-from .picture_content import claims_more_than_it_holds, without_comments
+from .picture_content import claims_too_much, without_comments
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
@@ -56,8 +56,8 @@ def read_picture(path: Path) -> Image.Image:
 
 def decode_picture(content: bytes, name: str) -> Image.Image:
     """The first frame of a file's content, upright. Raises PictureError with the name."""
-    if claims_more_than_it_holds(content):
-        raise _unreadable(name, "its tags claim more than the file holds")
+    if claims_too_much(content, MOST_PIXELS):
+        raise _unreadable(name, "its tags claim too much")
     try:
         with Image.open(io.BytesIO(without_comments(content)), formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import os
@@ -24,7 +25,7 @@ from custom_diffusion.trainer.pictures import (
     read_picture,
 )
 from PIL import Image, ImageOps, PngImagePlugin
-from support.children import run_python
+from support.children import ROOT, run_python
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
 pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in this system's folders")
@@ -54,6 +55,21 @@ def equal(one: Image.Image, other: Image.Image) -> bool:
     return (
         one.size == other.size and one.convert("RGBA").tobytes() == other.convert("RGBA").tobytes()
     )
+
+
+def test_one_place_opens_pictures_and_names_the_formats() -> None:
+    """`open` of Pillow's, under whatever name it was imported."""
+    found = []
+    for path in ROOT.rglob("*.py"):
+        inside = path.relative_to(ROOT)
+        if inside.parts[0] in ("tests", "benchmarks") or inside.parts[0].startswith("."):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("PIL"):
+                assert "open" not in [name.name for name in node.names], inside
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open"):
+                found.append((inside.as_posix(), [keyword.arg for keyword in node.keywords]))
+    assert found == [("trainer/pictures.py", ["formats"])]
 
 
 # What is no file
@@ -275,14 +291,24 @@ def tiff_of_the_same_bytes(tags: int) -> bytes:
     return struct.pack("<2sHIH", b"II", 42, 8, tags) + b"".join(entries) + bytes(100_004)
 
 
+@pytest.mark.parametrize("order", "<>")
+def test_a_tile_that_is_larger_than_any_picture_is_refused(order: str) -> None:
+    """A decoder makes room for it, and a few packed kilobytes fill it."""
+    edges = [(256, 10), (257, 10), (322, 46_336), (323, 46_336)]
+    entries = b"".join(struct.pack(f"{order}HHIHH", tag, 3, 1, edge, 0) for tag, edge in edges)
+    start = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}HIH", 42, 8, len(edges))
+    with pytest.raises(PictureError, match=r"its tags claim too much"):
+        decode_picture(start + entries + bytes(100), "a.tif")
+
+
 def test_tags_that_together_are_longer_than_the_file_are_refused() -> None:
-    with pytest.raises(PictureError, match=r"a\.tif .*its tags claim more than the file holds"):
+    with pytest.raises(PictureError, match=r"a\.tif .*its tags claim too much"):
         decode_picture(tiff_of_the_same_bytes(20_000), "a.tif")
     inner = struct.pack("<2sHIHHHIII", b"II", 42, 8, 1, 0x8769, 4, 1, 26, 0)
-    with pytest.raises(PictureError, match=r"its tags claim more than the file holds"):
+    with pytest.raises(PictureError, match=r"its tags claim too much"):
         decode_picture(inner + tiff_of_the_same_bytes(20_000)[8:], "a.tif")
     big = struct.pack("<2sHHHQQ", b"II", 43, 8, 0, 16, 1 << 40) + bytes(1000)
-    with pytest.raises(PictureError, match=r"its tags claim more than the file holds"):
+    with pytest.raises(PictureError, match=r"its tags claim too much"):
         decode_picture(big, "a.tif")
 
 
