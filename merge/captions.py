@@ -4,13 +4,16 @@ The reference uses captions of a web data set. Ours come from a small grammar, s
 shipped, repeated and read; `read_captions` takes the user's own file instead.
 """
 
+import os
 import random
 from pathlib import Path
 
 from ..concept.errors import DataError
+from ..concept.regular_files import read_regular
 
 DEFAULT_COUNT = 1200
 MINIMUM_COUNT = 20
+MOST_BYTES = 16_000_000
 
 _SUBJECTS = """
 cat dog horse cow sheep elephant giraffe zebra bear fox rabbit squirrel owl eagle parrot duck swan
@@ -80,16 +83,21 @@ def regularization_captions(count: int = DEFAULT_COUNT, seed: int = 0) -> list[s
 def read_captions(path: str | Path) -> list[str]:
     """One caption a line from a UTF-8 text file; empty lines are skipped."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise DataError(
             f"There is no caption file {path}. Give a text file with one caption a line, or none "
             "for ours."
         )
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_regular(path, MOST_BYTES).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path.name} is not a UTF-8 text file ({error.reason}). Save it as UTF-8 text."
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"The caption file {path} cannot be read ({error.strerror}). Give a text file with one "
+            "caption a line, or none for ours."
         ) from error
     captions = [line.strip() for line in lines if line.strip()]
     if len(captions) < MINIMUM_COUNT:

@@ -25,19 +25,20 @@ def advice(concept: TrainingConcept) -> Iterator[str]:
         image.source.name if isinstance(image.source, Path) else f"picture {number}"
         for number, image in enumerate(concept.images, start=1)
     ]
-    pictures = [captioned.open().image for captioned in concept.images]
-    small = [
-        f"{name} ({picture.width} x {picture.height} pixels)"
-        for name, picture in zip(names, pictures, strict=True)
-        if min(picture.size) < SMALL_PIXELS
-    ]
+    small: list[str] = []
+    alike: list[str] = []
+    looks: dict[bytes, str] = {}
+    for name, captioned in zip(names, concept.images, strict=True):
+        picture = captioned.open().image
+        if min(picture.size) < SMALL_PIXELS:
+            small.append(f"{name} ({picture.width} x {picture.height} pixels)")
+        look = _difference_hash(picture)
+        if look in looks:
+            alike.append(f"{name} looks the same as {looks[look]}: it counts twice.")
+        looks.setdefault(look, name)
     if small:
         yield f"Small, so it is enlarged, and its blur is learnt: {_some(small)}."
-    looks = [_difference_hash(picture) for picture in pictures]
-    for index, look in enumerate(looks):
-        first = looks.index(look)
-        if names[first] != names[index]:  # the same file more than once is meant so
-            yield f"{names[index]} looks the same as {names[first]}: it counts twice."
+    yield from alike
     plain = [
         name
         for name, image in zip(names, concept.images, strict=True)

@@ -28,7 +28,10 @@ def contact_sheet(concept: TrainingConcept, config: TrainConfig) -> Image.Image:
     rows = []
     for captioned in concept.images:
         own = [next(views) for _ in range(views_per_image(config))]
-        rows.append(_row(captioned.name, f"{len(own)} views", own[:_COLUMNS]))
+        words = f"{len(own)} views"
+        if captioned.repeats > 1:
+            words += f", {captioned.repeats} times as often"
+        rows.append(_row(captioned.name, words, own[:_COLUMNS]))
     shown = concept.regularization[: _REGULARIZATION * _COLUMNS]
     for start in range(0, len(shown), _COLUMNS):
         images = shown[start : start + _COLUMNS]

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops
 
 from ..concept.errors import DataError
 from ..concept.prompts import DEFAULT_TEMPLATE, check_modifier_token, subject
+from ..concept.regular_files import read_regular
+from .pictures import IMAGE_SUFFIXES, read_picture
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MASK_ENDING = ".mask.png"
 """`cat1.mask.png` beside `cat1.jpg` says where the picture counts: in the white."""
 GREY = (128, 128, 128)
 """What stands for nothing: the middle of the range that the autoencoder sees."""
-_REPEATED_FOLDER = re.compile(r"(\d+)_.*")
+MOST_CAPTION_BYTES = 64_000
+MOST_REPEATS = 1000
+_REPEATED_FOLDER = re.compile(r"(\d+)_(.*)")
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class CaptionedImage:
     source: Image.Image | Path
     caption: str
     mask: Image.Image | Path | None = None
+    repeats: int = 1
+    """How often it comes up for once that others do"""
 
     @property
     def name(self) -> str:
@@ -127,24 +133,23 @@ def load_folder(folder: Path, default_caption: str) -> tuple[CaptionedImage, ...
     """Every picture of a folder, by name, with the caption in the `.txt` and the mask in the
     `.mask.png` beside it where there are such files.
 
-    Pictures in a folder inside, `10_cat`, come that many times, as kohya's scripts have it. Raises
-    DataError when the folder is missing or holds no picture.
+    Pictures in a folder inside, `10_cat`, have that many repeats, as kohya's scripts have it.
+    Raises DataError when the folder is missing, holds no picture, or means too many repeats.
     """
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}. Make it and put the pictures in.")
-    paths = _pictures_in(folder)
+    images = [_image(path, default_caption) for path in _pictures_in(folder)]
     for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
-        if repeated := _REPEATED_FOLDER.fullmatch(inner.name):
-            paths += int(repeated[1]) * _pictures_in(inner)
-    if not paths:
+        repeated = _REPEATED_FOLDER.fullmatch(inner.name)
+        if repeated and (paths := _pictures_in(inner)):
+            repeats = _repeats(inner, *repeated.groups())
+            images += [_image(path, default_caption, repeats) for path in paths]
+    if not images:
         raise DataError(
             f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)}). Put 4 to 20 pictures of "
             "the concept there."
         )
-    return tuple(
-        CaptionedImage(path, _caption_beside(path) or default_caption, _mask_beside(path))
-        for path in paths
-    )
+    return tuple(images)
 
 
 def check_readable(images: Sequence[CaptionedImage]) -> None:
@@ -160,18 +165,7 @@ def check_readable(images: Sequence[CaptionedImage]) -> None:
 
 
 def _upright(source: Image.Image | Path) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return source
-    try:
-        with Image.open(source) as image:
-            upright = ImageOps.exif_transpose(image)
-            upright.load()
-            return upright
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{source} cannot be read as a picture ({error}). "
-            f"Remove it from the folder, or export it again as PNG or JPEG."
-        ) from error
+    return read_picture(source) if isinstance(source, Path) else source
 
 
 def _opaque(image: Image.Image) -> Picture:
@@ -183,28 +177,55 @@ def _opaque(image: Image.Image) -> Picture:
     alpha = image.getchannel("A")
     if alpha.getextrema() == (255, 255):
         return Picture(image.convert("RGB"))
-    ground = Image.new("RGBA", image.size, GREY)
-    return Picture(Image.alpha_composite(ground, image).convert("RGB"), alpha)
+    ground = Image.new("RGB", image.size, GREY)
+    ground.paste(image, mask=alpha)
+    return Picture(ground, alpha)
+
+
+def _image(path: Path, default_caption: str, repeats: int = 1) -> CaptionedImage:
+    caption = _caption_beside(path) or default_caption
+    return CaptionedImage(path, caption, _mask_beside(path), repeats)
+
+
+def _repeats(folder: Path, number: str, rest: str) -> int:
+    if 1 <= int(number) <= MOST_REPEATS:
+        return int(number)
+    raise DataError(
+        f"The folder {folder} means that each of its pictures counts {int(number)} times: a number "
+        f"before an underscore is that of repeats, 1 to {MOST_REPEATS}. Rename it: to "
+        f"'1_{rest or 'pictures'}' to use its pictures, to '{rest or 'pictures'}' not to."
+    )
 
 
 def _pictures_in(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.endswith(MASK_ENDING)
-    )
+    """Whatever is called like a picture: what is none is refused when it is opened."""
+    try:
+        return sorted(
+            path
+            for path in folder.iterdir()
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.endswith(MASK_ENDING)
+        )
+    except OSError as error:
+        raise DataError(
+            f"The folder {folder} cannot be read ({error.strerror}). Allow it, or move it away."
+        ) from error
 
 
 def _mask_beside(path: Path) -> Path | None:
     mask = path.with_suffix(MASK_ENDING)
-    return mask if mask.is_file() else None
+    return mask if os.path.lexists(mask) else None
 
 
 def _caption_beside(path: Path) -> str:
     text_file = path.with_suffix(".txt")
-    if not text_file.is_file():
+    if not os.path.lexists(text_file):
         return ""
     try:
-        return " ".join(text_file.read_text(encoding="utf-8-sig").split())
+        return " ".join(read_regular(text_file, MOST_CAPTION_BYTES).decode("utf-8-sig").split())
     except UnicodeDecodeError as error:
         raise DataError(f"{text_file} is not a UTF-8 text file. Save it as UTF-8 text.") from error
+    except OSError as error:
+        raise DataError(
+            f"The caption {text_file} cannot be read ({error.strerror}). Put a short text file "
+            f"there, or none."
+        ) from error

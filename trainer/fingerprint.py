@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from ..concept.concept import Concept
 from ..concept.errors import DataError
 from ..concept.file import concept_tensors
+from ..concept.regular_files import read_regular
 from ..concept.text import TextEncoder
 from .config import TrainConfig
 from .data import TrainingConcept
+from .pictures import MOST_BYTES
 
 _SAMPLED = 4096  # entries of each weight that are looked at
 _PROBE = "photo of a cat on the left of a red mug"
@@ -43,7 +45,7 @@ def training_fingerprint(
         for images in (concept.images, concept.regularization):
             digest.update(f"{len(images)} pictures".encode())
             for image in images:
-                digest.update(image.caption.encode())
+                digest.update(f"{image.caption} {image.repeats}".encode())
                 for source in (image.source, image.mask):
                     digest.update(_content(source))
     _update_with_models(digest, encoder, networks)
@@ -82,7 +84,7 @@ def _content(source: Image.Image | Path | None) -> bytes:
         return b"none"
     if isinstance(source, Path):
         try:
-            return hashlib.sha256(source.read_bytes()).digest()
+            return hashlib.sha256(read_regular(source, MOST_BYTES)).digest()
         except OSError as error:
             raise DataError(
                 f"{source} cannot be read ({error.strerror}). Put it back, or leave it out."

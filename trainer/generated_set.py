@@ -69,7 +69,7 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     note = folder / SETTINGS_FILE
     wanted = json.dumps(settings, sort_keys=True, indent=1)
     if note.is_file():
-        if note.read_text(encoding="utf-8") != wanted:
+        if note.stat().st_size != len(wanted) or note.read_bytes() != wanted.encode():
             raise DataError(
                 f"{folder} holds pictures that were made with other settings ({note.name} there "
                 f"has them). Choose another folder, or the same settings to go on."

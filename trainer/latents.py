@@ -37,7 +37,10 @@ class EncodedView:
 
 @dataclass(frozen=True)
 class LatentBank:
-    """All views a run can draw: several an instance image, one a regularization image."""
+    """All views a run can draw: several an instance image, one a regularization image.
+
+    An image stands here as often as it has repeats, with the same views: a reference, no copy.
+    """
 
     instances: tuple[tuple[EncodedView, ...], ...]
     regularization: tuple[EncodedView, ...]
@@ -61,14 +64,21 @@ def encode_views(
         return EncodedView(mean, deviation, view.mask, prompt, view.sizes)
 
     views = [encode(prompt, view) for prompt, view in instance_views(concept, config)]
-    instances = tuple(
+    instances = [
         tuple(views[start : start + per_image]) for start in range(0, len(views), per_image)
-    )
-    regularization = tuple(
+    ]
+    regularization = [
         encode(captioned.caption, regularization_view(captioned, config))
         for captioned in concept.regularization
+    ]
+    return LatentBank(
+        _repeated(instances, concept.images), _repeated(regularization, concept.regularization)
     )
-    return LatentBank(instances, regularization)
+
+
+def _repeated(items: Sequence[T], images: Sequence[CaptionedImage]) -> tuple[T, ...]:
+    pairs = zip(items, images, strict=True)
+    return tuple(item for item, image in pairs for _ in range(image.repeats))
 
 
 def instance_views(concept: TrainingConcept, config: TrainConfig) -> Iterator[tuple[str, View]]:

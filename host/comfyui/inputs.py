@@ -108,17 +108,35 @@ def captions_fingerprint(captions: str) -> str:
 
 
 def file_fingerprint(path: Path) -> str:
-    """Changes when the file does."""
-    status = path.stat()
+    """Changes when the file does, or when it comes or goes."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        return f"{path}:{error.strerror};"
     return f"{path}:{status.st_size}:{status.st_mtime_ns};"
 
 
 def folder_fingerprint(*folders: Any) -> str:
-    """Changes when a file in one of the folders does. Values arrive in lists from list inputs."""
+    """Changes when a file in one of the folders does, or in a folder directly inside, where
+    `10_cat` may be. Values arrive in lists from list inputs.
+    """
     names = [name[0] if isinstance(name, list) else name for name in folders]
     chosen = [input_folder(name) for name in names if name and name != NO_FOLDER]
-    files = [file for folder in chosen if folder.is_dir() for file in sorted(folder.rglob("*"))]
+    files = [file for folder in chosen for file in _files_of(folder)]
     return "".join(file_fingerprint(file) for file in files)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """Of it and of the folders inside it; not deeper, where links may lead anywhere."""
+    inside = _listed(folder)
+    return [*inside, *(file for path in inside if path.is_dir() for file in _listed(path))]
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:  # the node that reads it says what is wrong
+        return []
 
 
 def draw_contact_sheet(concept: TrainingConcept, config: TrainConfig) -> torch.Tensor:

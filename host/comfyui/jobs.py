@@ -14,7 +14,6 @@ import comfy.model_management
 import comfy.utils
 import numpy as np
 import torch
-from PIL import Image
 from server import PromptServer
 
 from ...concept.concept import Concept
@@ -22,6 +21,7 @@ from ...concept.errors import JobError, TrainingError
 from ...concept.file import read_concept
 from ...trainer.job_folder import SAMPLE_EDGE, sample_picture
 from ...trainer.jobs import Job, JobState, Snapshot
+from ...trainer.pictures import read_picture
 from ...trainer.service import TrainingService
 from .job_models import shared_copy
 from .paths import jobs_folder
@@ -162,5 +162,5 @@ def job_results(job_id: str, best: bool) -> tuple[Concept, dict[str, list[float]
 
 
 def _tensor(path: Path) -> torch.Tensor:
-    with Image.open(path) as picture:
-        return torch.from_numpy(np.asarray(picture.convert("RGB"), np.float32) / 255)
+    picture = read_picture(path).convert("RGB")
+    return torch.from_numpy(np.asarray(picture, np.float32) / 255)

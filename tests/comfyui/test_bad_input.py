@@ -31,6 +31,11 @@ def bench(
     content = (inputs / "one-corrupt" / "1.png").read_bytes()
     (inputs / "one-corrupt" / "1.png").write_bytes(content[: len(content) // 2])
     (inputs / "empty").mkdir()
+    draw_pictures(inputs / "dated" / "20240612_holiday")
+    draw_pictures(inputs / "endless")
+    (inputs / "endless" / "0.png").unlink()
+    (inputs / "endless" / "0.png").symlink_to("/dev/zero")
+    (inputs / "endless" / "broken.txt").symlink_to("nothing")
     (inputs / "captions.txt").write_text("a cat\n" * 5)
 
     concepts.mkdir(parents=True)
@@ -85,6 +90,14 @@ BAD = {
     "one corrupt picture": (
         taught(data_folder="one-corrupt"),
         r"1\.png cannot be read as a picture.*Remove it",
+    ),
+    "a date that would be millions of repeats": (
+        taught(data_folder="dated"),
+        r"each of its pictures counts 20240612 times.*1 to 1000\. Rename it",
+    ),
+    "a device called a picture": (
+        taught(data_folder="endless"),
+        r"0\.png cannot be read as a picture \(it is a device, not a file\)",
     ),
     "token without brackets": (
         taught(data_modifier_token="cat"),

@@ -39,6 +39,14 @@ def test_of_good_pictures_nothing_is_said() -> None:
     )
 
 
+def test_repeats_make_no_more_pictures_of_few() -> None:
+    """Nor does a picture with repeats look the same as itself."""
+    few = cats(*(scene(seed) for seed in range(3)))
+    many = replace(few, images=tuple(replace(image, repeats=100) for image in few.images))
+    (said,) = advice(many)
+    assert "3 pictures are few" in said
+
+
 @pytest.mark.parametrize(
     "concept, words",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,24 @@ def test_a_missing_caption_file_is_named(tmp_path: Path) -> None:
         read_captions(tmp_path / "nothing.txt")
     assert "nothing.txt" in str(caught.value)
     assert "one caption a line" in str(caught.value)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in this system's folders")
+def test_a_caption_file_that_is_none_or_without_end_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "captions.txt"
+    os.mkfifo(path)
+    with pytest.raises(DataError, match=r"captions\.txt cannot be read \(it is a pipe, not a file"):
+        read_captions(path)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"captions\.txt cannot be read \(it is a device, not a"):
+        read_captions(path)
+    path.unlink()
+    with open(path, "wb") as file:
+        file.truncate(4 << 30)
+    with pytest.raises(DataError, match=r"captions\.txt cannot be read \(it is larger than 16 MB"):
+        read_captions(path)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from custom_diffusion.trainer.config import TrainConfig
 from custom_diffusion.trainer.contact_sheet import contact_sheet, picture_sheet
 from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
 from custom_diffusion.trainer.latents import encode_views
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import Tensor
 
 TILE, GAP, LABEL, ROW = 160, 6, 330, 160 + 6 + 46
@@ -82,6 +83,16 @@ def test_the_sheet_shows_what_is_encoded(augment: bool) -> None:
         image = ((seen.images[index] / 2 + 0.5) * 255).round().byte().permute(1, 2, 0).numpy()
         wanted = np.asarray(Image.fromarray(image).resize((TILE, TILE)), dtype=float)
         assert np.abs(tile(sheet, row, column) - wanted).max() <= 1
+
+
+def test_a_picture_with_repeats_is_shown_once_and_said_to_come_more_often() -> None:
+    once = concept()
+    often = replace(once, images=(replace(once.images[0], repeats=10), *once.images[1:]))
+    plain, repeated = (contact_sheet(taught, settings()) for taught in (once, often))
+    assert repeated.size == plain.size
+    changed = ImageChops.difference(plain, repeated).getbbox()
+    assert changed is not None
+    assert changed[2] <= LABEL and changed[3] <= GAP + ROW  # words beside the first picture
 
 
 def test_what_does_not_count_is_dark() -> None:

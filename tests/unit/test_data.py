@@ -26,6 +26,12 @@ def concept(**changes: object) -> TrainingConcept:
     return TrainingConcept(**{**settings, **changes})  # type: ignore[arg-type]
 
 
+def saved_in(folder: Path) -> Path:
+    """The folder, with a picture."""
+    RED.save(folder / "other.png")
+    return folder
+
+
 def saved(image: Image.Image, path: Path, **options: object) -> CaptionedImage:
     image.save(path, **options)
     return CaptionedImage(path, "photo of a <new1> cat")
@@ -177,11 +183,38 @@ def test_folders_inside_come_as_often_as_their_names_say(tmp_path: Path) -> None
         RED.save(tmp_path / folder / "a.png")
     (tmp_path / "3_cat" / "a.txt").write_text("my <new1> cat")
     RED.save(tmp_path / "b.png")
-    assert [(image.name, image.caption) for image in load_folder(tmp_path, "default")] == [
-        ("b.png", "default"),
-        ("a.png", "default"),
-        *[("a.png", "my <new1> cat")] * 3,
+    images = load_folder(tmp_path, "default")
+    assert [(image.name, image.caption, image.repeats) for image in images] == [
+        ("b.png", "default", 1),
+        ("a.png", "default", 1),
+        ("a.png", "my <new1> cat", 3),
     ]
+
+
+@pytest.mark.parametrize("name", ["20240612_holiday", "1001_cat", "0_cat", "٢٠٢٤_cat"])
+def test_a_folder_of_too_many_repeats_says_what_its_name_means(tmp_path: Path, name: str) -> None:
+    """A date is no number of repeats, in whatever digits."""
+    (tmp_path / name).mkdir()
+    load_folder(saved_in(tmp_path), "default")  # without pictures it may be called so
+    RED.save(tmp_path / name / "a.png")
+    number, _, rest = name.partition("_")
+    with pytest.raises(DataError) as caught:
+        load_folder(tmp_path, "default")
+    message = str(caught.value)
+    assert f"{tmp_path / name} means that each of its pictures counts {int(number)} times" in (
+        message
+    )
+    assert f"1 to 1000. Rename it: to '1_{rest}' to use its pictures, to '{rest}' not to." in (
+        message
+    )
+
+
+def test_a_thousand_repeats_are_one_picture_each(tmp_path: Path) -> None:
+    (tmp_path / "1000_cat").mkdir()
+    for number in range(20):
+        RED.save(tmp_path / "1000_cat" / f"{number}.png")
+    images = load_folder(tmp_path, "default")
+    assert [image.repeats for image in images] == [1000] * 20
 
 
 def test_corrupt_pictures_are_named_and_only_they(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,7 @@ def test_the_same_again_is_the_same(inputs: Inputs, tmp_path: Path) -> None:
         lambda inputs, folder: changed_image(inputs, source=folder / "1.png"),
         lambda inputs, folder: changed_image(inputs, caption="a drawing of a <new1> cat"),
         lambda inputs, folder: changed_image(inputs, mask=folder / "0.mask.png"),
+        lambda inputs, folder: changed_image(inputs, repeats=2),
         lambda inputs, folder: changed_image(inputs, source=Image.new("RGB", (8, 8), "red")),
         lambda inputs, folder: changed_concept(inputs, class_noun="kitten"),
         lambda inputs, folder: changed_concept(inputs, initializer="tabby"),
@@ -113,3 +115,11 @@ def test_whatever_is_another_makes_another(
 def test_a_picture_that_is_gone_is_named(inputs: Inputs, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.png cannot be read .* Put it back"):
         fingerprint(**changed_image(inputs, source=tmp_path / "gone.png"))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in this system's folders")
+def test_a_picture_that_is_a_pipe_is_named(inputs: Inputs, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(DataError, match=r"pipe\.png cannot be read \(it is a pipe, not a file\)"):
+        fingerprint(**changed_image(inputs, source=tmp_path / "pipe.png"))

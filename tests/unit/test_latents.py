@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,6 +28,7 @@ from custom_diffusion.trainer.latents import (
 from custom_diffusion.trainer.prepare import prepare
 from custom_diffusion.trainer.protocols import whole_picture
 from PIL import Image
+from support.children import run_python
 from torch import Tensor
 
 CAPTION = "photo of a <new1> cat"
@@ -374,3 +376,81 @@ def test_captions_are_refused_exactly_when_their_token_would_be_cut_off(
         assert caption in str(caught.value)
         assert "the modifier token <new1> lies beyond the 77 words" in str(caught.value)
         assert "shorten the caption" in str(caught.value)
+
+
+def test_repeats_are_weights_and_a_picture_is_encoded_once() -> None:
+    """In every round each picture comes up as often as it has repeats, as if it were given that
+    often.
+    """
+    weights = (1, 3, 10, 2)
+    images = tuple(
+        CaptionedImage(picture(), f"{CAPTION} {n}", repeats=weight)
+        for n, weight in enumerate(weights)
+    )
+    ordinary = tuple(
+        CaptionedImage(picture(), f"cat {n}", repeats=weight) for n, weight in enumerate((4, 1))
+    )
+    taught = replace(concept(), images=images, regularization=ordinary)
+    settings = config(augment=False, flip=False, batch_size=4)
+    encoder = AveragingEncoder()
+    bank = encode_views(taught, encoder, settings)
+    assert encoder.calls == len(images) + len(ordinary)
+    rounds = 5
+    batches = draw(bank, settings, rounds * sum(weights) // 2)
+    for prefix, counts, chosen in (
+        (CAPTION, weights, [prompt for batch in batches for prompt in batch.prompts[:2]]),
+        ("cat", (4, 1), [prompt for batch in batches for prompt in batch.prompts[2:]]),
+    ):
+        expected = {f"{prefix} {n}": count for n, count in enumerate(counts)}
+        orders = [chosen[at : at + sum(counts)] for at in range(0, len(chosen), sum(counts))]
+        full = [order for order in orders if len(order) == sum(counts)]
+        assert len(full) >= rounds
+        assert all(Counter(order) == expected for order in full)
+        assert len({tuple(order) for order in full}) > 1
+
+
+def test_without_repeats_the_order_is_the_one_it_always_was() -> None:
+    """What was learnt with a seed must be learnt again with it."""
+    settings = config(augment=False, flip=False, batch_size=2)
+    taught = replace(
+        concept(), images=tuple(CaptionedImage(picture(), f"{CAPTION} {n}") for n in range(5))
+    )
+    bank = encode_views(taught, AveragingEncoder(), settings)
+    prompts = [prompt for batch in draw(bank, settings, 8, seed=3) for prompt in batch.prompts]
+    assert [int(prompt[-1]) for prompt in prompts] == [
+        *(2, 3, 4, 0, 1, 2, 1, 4, 0, 3, 1, 4, 0, 3, 2, 3)
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the memory")
+def test_a_thousand_repeats_cost_no_memory_and_no_time(tmp_path: Path) -> None:
+    """Of 20 pictures, as a folder and as all that is drawn from."""
+    (tmp_path / "1000_cat").mkdir()
+    for number in range(20):
+        picture().save(tmp_path / "1000_cat" / f"{number}.png")
+    code = f"""
+import random, time, torch
+from pathlib import Path
+from custom_diffusion.trainer.config import TrainConfig
+from custom_diffusion.trainer.data import TrainingConcept, load_folder
+from custom_diffusion.trainer.latents import batch_of_step, encode_views, step_randomness
+
+class Encoder:
+    calls = 0
+    def moments(self, image_chw):
+        self.calls += 1
+        return torch.zeros(4, 8, 8), torch.ones(4, 8, 8)
+
+before, start = peak_mb(), time.perf_counter()
+images = load_folder(Path({str(tmp_path)!r}), "a <new1> cat")
+concept, encoder = TrainingConcept(images, "cat", "<new1>"), Encoder()
+config = TrainConfig(resolution=64, views_per_image=2)
+bank = encode_views(concept, encoder, config)
+for step in range(10):
+    batch_of_step([bank], config, step, *step_randomness(0, step))
+print(len(images), encoder.calls, peak_mb() - before, time.perf_counter() - start)
+"""
+    pictures, calls, megabytes, seconds = map(float, run_python(code).split())
+    assert (pictures, calls) == (20, 40)
+    assert megabytes < 30
+    assert seconds < 10

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from custom_diffusion.concept.errors import DataError
 from custom_diffusion.trainer.data import load_folder
+from custom_diffusion.trainer.pictures import PictureError
 from custom_diffusion.trainer.retrieval import index as index_module
 from custom_diffusion.trainer.retrieval.collection import Entry, Part, parts_of
 from custom_diffusion.trainer.retrieval.index import CaptionIndex
 from custom_diffusion.trainer.retrieval.retrieve import retrieve
 from PIL import Image
+from support.children import run_python
 from torch import Tensor
 
 WORDS = ("cat", "dog", "mug", "sitting", "on", "a", "red", "sofa", "photo", "of", "snow", "the")
@@ -274,3 +279,267 @@ def test_the_nearest_pictures_become_a_regularization_set(collection: Path, tmp_
     index.update(BagOfWords())
     with pytest.raises(DataError, match="none of their pictures can be opened"):
         retrieve(index, BagOfWords(), "photo of a cat", tmp_path / "new", count=3, least=0.99)
+
+
+# What strangers may have put into a collection
+
+SECRET = png(250)
+
+
+def hostile_member(name: str, **changes: Any) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    for field, value in changes.items():
+        setattr(member, field, value)
+    return member
+
+
+def shard_of(path: Path, *members: tuple[tarfile.TarInfo | bytes, bytes]) -> Path:
+    """A shard as the members say it is, whether or not it is true."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        for member, content in members:
+            header = member if isinstance(member, bytes) else member.tobuf(tarfile.PAX_FORMAT)
+            file.write(header)
+            file.write(content + bytes(-len(content) % 512))
+        file.write(bytes(1024))
+    return path
+
+
+def good_sample(name: str, shade: int = 1) -> list[tuple[tarfile.TarInfo, bytes]]:
+    caption, content = b"a cat", png(shade)
+    return [
+        (hostile_member(f"{name}.txt", size=len(caption)), caption),
+        (hostile_member(f"{name}.png", size=len(content)), content),
+    ]
+
+
+def test_names_in_a_shard_are_no_paths(tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(SECRET)
+    names = [f"{tmp_path}/secret", "../secret", "C:\\secret", "\\\\host\\share\\s"]
+    members = [part for n, name in enumerate(names) for part in good_sample(name, n)]
+    shard_of(tmp_path / "c" / "a.tar", *members)
+    (part,) = parts_of(tmp_path / "c")
+    entries = list(part.entries())
+    assert len(entries) == len(names)
+    assert [part.read(entry) for entry in entries] == [png(n) for n in range(len(names))]
+
+
+def test_a_shard_takes_no_links_devices_or_files_with_holes(tmp_path: Path) -> None:
+    caption = (hostile_member("x.txt", size=5), b"a cat")
+    holes = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(1 << 50)}
+    kinds: list[dict[str, Any]] = [
+        {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"},
+        {"type": tarfile.LNKTYPE, "linkname": "x.txt"},
+        {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 5},
+        {"type": tarfile.FIFOTYPE},
+        {"type": tarfile.DIRTYPE},
+        {"type": tarfile.GNUTYPE_SPARSE},
+        {"pax_headers": {**holes, "GNU.sparse.name": "x.png"}, "size": 512},
+    ]
+    for number, kind in enumerate(kinds):
+        content = b"1\n0\n1\n".ljust(512, b"\0") if "size" in kind else b""
+        members = [caption, (hostile_member("x.png", **kind), content)]
+        shard_of(tmp_path / f"{number}" / "a.tar", *members, *good_sample("y"))
+        (part,) = parts_of(tmp_path / f"{number}")
+        assert [entry.location for entry in part.entries()] == ["y.png"]
+    itself = hostile_member("x.txt", type=tarfile.SYMTYPE, linkname="x.txt")
+    shard_of(tmp_path / "link" / "a.tar", (itself, b""), *good_sample("y"))
+    assert captions_of(tmp_path / "link") == ["a cat"]
+
+
+def pax(records: bytes, size: int | None = None) -> tuple[tarfile.TarInfo, bytes]:
+    size = len(records) if size is None else size
+    return hostile_member("pax", type=tarfile.XHDTYPE, size=size), records
+
+
+def gnu_name(size: int) -> tuple[tarfile.TarInfo, bytes]:
+    return hostile_member("name", type=tarfile.GNUTYPE_LONGNAME, size=size), b""
+
+
+def negative_size() -> tuple[bytes, bytes]:
+    """By which tarfile goes back to the same member for ever."""
+    member = hostile_member("x.png")
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = (-512 & (1 << 96) - 1).to_bytes(12, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header), b""
+
+
+HOSTILE_SHARDS: dict[str, Callable[[], list[tuple[tarfile.TarInfo | bytes, bytes]]]] = {
+    "a picture longer than the shard": lambda: [(hostile_member("x.png", size=1 << 40), b"")],
+    "a caption longer than the shard": lambda: [(hostile_member("x.txt", size=1 << 40), b"a cat")],
+    "a header of gigabytes": lambda: [pax(b"", 4 << 30)],
+    "a negative header": lambda: [pax(b"20 size=-1000000000\n"), *good_sample("x")],
+    "a name of gigabytes": lambda: [gnu_name(8 << 30)],
+    "a negative size": lambda: [negative_size()],
+    "headers of headers": lambda: [pax(b"10 a=bcde\n") for _ in range(5000)],
+    "a number of many digits": lambda: [pax(b"6013 size=%s\n" % (b"9" * 6002)), *good_sample("x")],
+    "deep brackets": lambda: [(hostile_member("x.json", size=400_000), b"[" * 400_000)],
+    "a .json of megabytes": lambda: [(hostile_member("x.json", size=2 << 20), bytes(2 << 20))],
+}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name", HOSTILE_SHARDS)
+def test_a_shard_that_lies_is_named(name: str, tmp_path: Path) -> None:
+    shard_of(tmp_path / "bad.tar", *good_sample("a"), *HOSTILE_SHARDS[name](), *good_sample("z"))
+    with pytest.raises(DataError, match=r"bad\.tar cannot be read"):
+        captions_of(tmp_path)
+
+
+@pytest.mark.timeout(20)
+def test_parts_that_are_no_files_are_named(tmp_path: Path) -> None:
+    for name, make in (
+        ("a.tar", lambda path: path.symlink_to("/dev/zero")),
+        ("b.tar", os.mkfifo),
+        ("c.parquet", os.mkfifo),
+    ):
+        (tmp_path / name).mkdir()
+        make(tmp_path / name / name)
+        with pytest.raises(DataError, match="cannot be read .*not a file"):
+            captions_of(tmp_path / name)
+    write_pictures(tmp_path / "d", ["a cat", "a dog"])
+    (tmp_path / "d" / "1.txt").unlink()
+    os.mkfifo(tmp_path / "d" / "1.txt")
+    with pytest.raises(DataError, match=r"1\.txt cannot be read .it is a pipe"):
+        captions_of(tmp_path / "d")
+
+
+def test_captions_are_read_as_far_as_a_search_looks(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["a cat"])
+    with open(tmp_path / "0.txt", "ab") as file:
+        file.truncate(4 << 30)
+    (caption,) = captions_of(tmp_path)
+    assert caption.startswith("a cat") and len(caption) <= 64_000
+
+
+def write_table(path: Path, captions: Sequence[str], places: Sequence[str]) -> Part:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(arrow.table({"caption": captions, "path": places}), path)
+    return Part(path)
+
+
+@pytest.mark.timeout(20)
+def test_rows_of_a_table_lead_to_nothing_outside(tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(SECRET)
+    folder = tmp_path / "c"
+    write_pictures(folder, ["a cat"])
+    (folder / "secret.txt").write_bytes(b"not to be copied")
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "up").symlink_to(tmp_path)
+    (folder / "device.png").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "folder.png").mkdir()
+    with open(folder / "large.png", "wb") as file:
+        file.truncate(4 << 30)
+    outside = [
+        *(f"{tmp_path}/secret.png", "../secret.png", "..\\secret.png", "0.png/../../secret.png"),
+        *("C:\\secret.png", "C:secret.png", "\\\\host\\share\\secret.png", "//host/secret.png"),
+        *("link.png", "up/secret.png", "device.png", "pipe.png", "folder.png", "large.png"),
+        *("secret.txt", "secret.txt\0.png", "", ".png", "a" * 5000 + ".png"),
+    ]
+    part = write_table(folder / "t.parquet", ["a cat"] * (len(outside) + 1), [*outside, "0.png"])
+    entries = list(part.entries())
+    assert len(entries) == len(outside)  # all but the empty one, and the good one
+    read = []
+    for entry in entries:
+        try:
+            read.append(part.read(entry))
+        except PictureError as error:
+            assert str(folder / "t.parquet") in str(error)
+    assert read == [png(0)]
+
+
+def test_pictures_that_are_not_used_are_counted(tmp_path: Path) -> None:
+    """And nothing from outside lies in the set."""
+    (tmp_path / "secret.png").write_bytes(SECRET)
+    folder = tmp_path / "c"
+    write_pictures(folder / "images", ["a dog"])
+    places = ["../secret.png", f"{tmp_path}/secret.png", "images/0.png"]
+    write_table(folder / "t.parquet", ["photo of a cat"] * 3, places)
+    (folder / "images" / "0.txt").unlink()
+    index = CaptionIndex(folder, tmp_path / "i", "words")
+    index.update(BagOfWords())
+    got = retrieve(index, BagOfWords(), "photo of a cat", tmp_path / "set", count=3, least=0.6)
+    assert (len(got.images), got.broken) == (1, 2)
+    assert [file.read_bytes() for file in (tmp_path / "set").glob("*.png")] == [png(0)]
+    (folder / "images" / "0.png").unlink()
+    write_table(folder / "t.parquet", ["photo of a cat"] * 2, places[:2])
+    index = CaptionIndex(folder, tmp_path / "i", "words")
+    index.update(BagOfWords())
+    with pytest.raises(DataError, match="The first: .*secret.png .*it lies outside the collection"):
+        retrieve(index, BagOfWords(), "photo of a cat", tmp_path / "set2", count=3, least=0.6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the memory")
+def test_a_table_that_unpacks_without_end_is_named(tmp_path: Path) -> None:
+    """One long text for thousands of rows takes no place in the file."""
+    pytest.importorskip("pyarrow")
+    (tmp_path / "c").mkdir()
+    code = f"""
+from pathlib import Path
+import pyarrow, pyarrow.parquet
+from custom_diffusion.concept.errors import DataError
+from custom_diffusion.trainer.retrieval.collection import Part
+file = Path({str(tmp_path / "c" / "t.parquet")!r})
+texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 100_000), ["x" * 10_000_000])
+table = pyarrow.table({{"caption": texts, "path": ["a.png"] * 100_000}})
+pyarrow.parquet.write_table(table, file, compression="zstd", store_schema=False)
+before = peak_mb()
+try:
+    list(Part(file).entries())
+except DataError as error:
+    print(peak_mb() - before, error)
+"""
+    megabytes, _, message = run_python(code).partition(" ")
+    assert "t.parquet cannot be read (a text has 10000000 bytes" in message
+    assert float(megabytes) < 100
+
+
+def test_odd_columns_are_named(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for column in ([["a cat"]], [1], [{"a": "b"}], [b"\xff"]):
+        parquet.write_table(
+            arrow.table({"caption": column, "path": ["a.png"]}), tmp_path / "t.parquet"
+        )
+        with pytest.raises(DataError, match=r"t\.parquet cannot be read"):
+            captions_of(tmp_path)
+    text = arrow.array(["a cat"], arrow.large_string())
+    parquet.write_table(arrow.table({"caption": text, "path": ["a.png"]}), tmp_path / "t.parquet")
+    assert captions_of(tmp_path) == ["a cat"]
+
+
+def test_halves_of_characters_are_no_trouble(tmp_path: Path) -> None:
+    caption = rb'{"caption": "a cat \ud800"}'
+    write_shard(tmp_path / "c" / "a.tar", [("x\udcff.json", caption), ("x\udcff.png", png())])
+    index = CaptionIndex(tmp_path / "c", tmp_path / "i", "words")
+    index.update(BagOfWords())
+    got = retrieve(index, BagOfWords(), "a cat", tmp_path / "set", count=1, least=0.5)
+    assert load_folder(tmp_path / "set", "") == got.images
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"caption": "a", "location": "0.png", "start": -5, "size": 3}',
+        '{"caption": "a", "location": 7}',
+        '{"caption": "a", "location": "0.png", "size": "all"}',
+        '{"caption": "a", "location": "0.png", "command": "rm"}',
+        "[" * 100_000,
+        "7",
+        "",
+    ],
+)
+def test_an_index_that_somebody_wrote_leads_nowhere(line: str, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "c", ["a cat"])
+    index = CaptionIndex(tmp_path / "c", tmp_path / "i", "words")
+    index.update(BagOfWords())
+    (lines,) = (tmp_path / "i").rglob("*.jsonl")
+    lines.write_text(line)
+    (query,) = BagOfWords()(["a cat"])
+    with pytest.raises(DataError, match="is damaged.*Delete its folder"):
+        index.search(query, 5, 0.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass
 from itertools import count, islice
@@ -67,7 +68,7 @@ class CaptionIndex:
                     if not path.is_file():
                         _write_chunk(path, chunk, embed)
                 write_text_atomically(files.done, str(rows))
-            captions += int(files.done.read_text())
+            captions += files.rows()
         on_progress(len(self._parts), len(self._parts))
         if not captions:
             raise DataError(
@@ -100,7 +101,7 @@ class CaptionIndex:
                 top = np.argsort(-similarity, kind="stable")[:count]
                 found = [(float(similarity[row]), path, int(row), part) for row in top]
                 best += [item for item in found if item[0] >= least]
-            lost = int(files.done.read_text()) - rows
+            lost = files.rows() - rows
             if lost:
                 raise DataError(
                     f"The index {self._folder} has lost {lost} captions of {part.path}. Delete it; "
@@ -136,6 +137,13 @@ class _Files:
         """Says how many captions the part has, once all are there."""
         return self.folder / f"{self.key}.done"
 
+    def rows(self) -> int:
+        """How many captions the part has."""
+        try:
+            return int(self.done.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise _damaged(self.done, error) from error
+
     def chunks(self) -> Iterator[Path]:
         """Where its features are, or will be; without an end."""
         return (self.folder / f"{self.key}-{number:05}.npy" for number in count())
@@ -149,7 +157,7 @@ def _chunks(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
 def _write_chunk(path: Path, chunk: Sequence[Entry], embed: Embed) -> None:
     """The features last: with them the chunk is complete."""
     features = embed([entry.caption for entry in chunk]).cpu().numpy().astype(np.float16)
-    lines = [json.dumps(asdict(entry), ensure_ascii=False) for entry in chunk]
+    lines = [json.dumps(asdict(entry)) for entry in chunk]
     write_text_atomically(path.with_suffix(".jsonl"), "\n".join(lines))
 
     def write(temporary: Path) -> None:
@@ -164,16 +172,28 @@ def _features(path: Path) -> NDArray[np.float16]:
         features: NDArray[np.float16] = np.load(path, mmap_mode="r", allow_pickle=False)
         return features
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"The index file {path} is damaged ({error}). Delete its folder; it is made anew."
-        ) from error
+        raise _damaged(path, error) from error
 
 
 def _entries(path: Path, rows: Set[int]) -> dict[int, Entry]:
     """What these rows of a chunk are; its lines are read once for all of them."""
-    with open(path.with_suffix(".jsonl"), encoding="utf-8") as lines:
-        return {row: Entry(**json.loads(line)) for row, line in enumerate(lines) if row in rows}
+    try:
+        with open(path.with_suffix(".jsonl"), encoding="utf-8") as lines:
+            found = {
+                row: Entry(**json.loads(line)) for row, line in enumerate(lines) if row in rows
+            }
+        if len(found) < len(rows):
+            raise ValueError("it is too short")
+        return found
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise _damaged(path.with_suffix(".jsonl"), error) from error
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"The index file {path} is damaged ({error}). Delete its folder; it is made anew."
+    )
 
 
 def _digest(*texts: str) -> str:
-    return hashlib.blake2b("\0".join(texts).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(os.fsencode("\0".join(texts)), digest_size=8).hexdigest()

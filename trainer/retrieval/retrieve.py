@@ -6,16 +6,14 @@ prompt in CLIP's text space. The service that their script asks has been closed 
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-
-from PIL import Image, UnidentifiedImageError
 
 from ...concept.atomic import write_bytes_atomically, write_text_atomically
 from ...concept.errors import DataError
 from ..data import CaptionedImage
 from ..generated_set import claim_folder, settings_hash
+from ..pictures import PictureError, decode_picture
 from .index import CaptionIndex, Embed, Found
 
 COUNT, LEAST_SIMILARITY = 200, 0.85
@@ -53,13 +51,15 @@ def retrieve(
     )
     images: list[CaptionedImage] = []
     chosen: list[Found] = []
-    broken = 0
+    broken: list[PictureError] = []
     for one in found:
         if len(images) == count:
             break
-        content = one.part.read(one.entry)
-        if not _opens(content):
-            broken += 1
+        try:
+            content = one.part.read(one.entry)
+            decode_picture(content, f"{one.entry.location} of {one.part.path}")
+        except PictureError as error:
+            broken.append(error)
             continue
         suffix = PurePosixPath(one.entry.location).suffix.lower()
         path = folder / f"{len(images):05}{suffix}"
@@ -69,17 +69,7 @@ def retrieve(
         chosen.append(one)
     if not images:
         raise DataError(
-            f"{broken} captions are near enough to {prompt!r}, and none of their pictures can be "
-            f"opened; {found[0].entry.location} of {found[0].part.path} for one. Download the "
-            f"collection again, or ask for less."
+            f"{len(broken)} captions are near enough to {prompt!r}, and none of their pictures can "
+            f"be opened. The first: {broken[0]} Download the collection again, or ask for less."
         )
-    return Retrieved(tuple(images), chosen[-1].similarity, broken)
-
-
-def _opens(content: bytes) -> bool:
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError):
-        return False
-    return True
+    return Retrieved(tuple(images), chosen[-1].similarity, len(broken))
