@@ -14,6 +14,7 @@ import pytest
 from custom_diffusion.cli import main
 from custom_diffusion.concept.errors import ConceptFileError, CustomDiffusionError
 from custom_diffusion.concept.file import read_concept, write_concept
+from custom_diffusion.concept.layers import FAMILIES
 from custom_diffusion.concept.library import Listing, list_concepts
 from custom_diffusion.concept.plain import is_plain, plain_text
 from custom_diffusion.formats.base import read_base
@@ -71,7 +72,7 @@ def folder(tmp_path: Path) -> Path:
     for file in FILES:
         file.write(tmp_path / file.name)
     for name in ("good-1", "good-2"):
-        write_concept(random_concept(), tmp_path / f"{name}.safetensors")
+        write_concept(random_concept(family=FAMILIES["sd15"]), tmp_path / f"{name}.safetensors")
     return tmp_path
 
 
