@@ -4,15 +4,14 @@ listed in no time.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ConceptFileError
-from .file import read_metadata
-from .layers import FAMILIES
+from .errors import OtherFileError
+from .header import ConceptHeader
+from .tensors import read_header
 
 THUMBNAIL = ".preview.png"
 """`my-cat.preview.png` beside `my-cat.safetensors`, where ComfyUI and its model managers look."""
@@ -46,31 +45,30 @@ class ConceptCard:
 
 
 def read_card(path: Path) -> ConceptCard:
-    """Reads the header of a concept file. Raises ConceptFileError when it is no such file."""
-    metadata = read_metadata(path)
-    try:
-        tokens = json.loads(metadata.get("tokens", "[]"))
-        provenance = json.loads(metadata.get("provenance", "{}"))
-        return ConceptCard(
-            file=path.name,
-            megabytes=round(path.stat().st_size / 1e6, 2),
-            base=metadata["base_family"],
-            family=FAMILIES[metadata["base_family"]].title,
-            prompts=tuple(f"{t['name']} {t['class_noun']}".strip() for t in tokens),
-            method=str(provenance.get("method", "")),
-            steps=provenance.get("steps"),
-            created=metadata.get("created", ""),
-            thumbnail=thumbnail(path) is not None,
+    """Reads the header of a concept file. Raises ConceptFileError when it is no such file;
+    OtherFileError for files of other tools, which are not opened where their name says so.
+    """
+    if path.suffix != ".safetensors" and os.path.isfile(path):
+        raise OtherFileError(
+            f"{path.name} is another tool's file. The node Load Concept and the command "
+            "`custom-diffusion import` make a concept of it."
         )
-    except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ConceptFileError(
-            f"{path.name} calls itself a concept file but its header is damaged "
-            f"({type(error).__name__}: {error}). Take another copy of the file."
-        ) from error
+    file = read_header(path)
+    header = ConceptHeader.of(path, file.metadata)
+    return ConceptCard(
+        file=path.name,
+        megabytes=round(file.file_bytes / 1e6, 2),
+        base=header.family.name,
+        family=header.family.title,
+        prompts=tuple(f"{word.name} {word.class_noun}".strip() for word in header.words),
+        method=header.method,
+        steps=header.steps,
+        created=header.created,
+        thumbnail=thumbnail(path) is not None,
+    )
 
 
 def thumbnail(path: Path) -> Path | None:
     """The picture beside a concept file that shows what it is, where there is one."""
     pictures = (path.with_suffix(suffix) for suffix in _PICTURES)
-    # Path.is_file raises where the name would be too long; this says no.
     return next((picture for picture in pictures if os.path.isfile(picture)), None)

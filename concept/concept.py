@@ -117,14 +117,15 @@ class Concept:
     """What made it, as plain JSON values: method, steps, configuration, losses, parents."""
 
     def __post_init__(self) -> None:
-        names = [token.name for token in self.tokens]
-        for name in names:
-            if names.count(name) > 1:
+        names: set[str] = set()
+        for name in (token.name for token in self.tokens):
+            if name in names:
                 raise TokenError(
                     f"Two concepts use the modifier token {name}; every token needs one meaning. "
                     "Rename one of them (LoadConcept has an input for it), or train it with "
                     "another token."
                 )
+            names.add(name)
 
     def __repr__(self) -> str:
         """Short: ComfyUI puts the inputs of a node that fails into its error message."""

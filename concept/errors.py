@@ -1,12 +1,30 @@
 """The errors users can meet. Each message says what was given, what was needed and what to do."""
 
+from pathlib import Path
+
+from .plain import plain_text
+
+_LONGEST = 4000
+"""Characters of a message; it may name what a stranger's file holds"""
+
 
 class CustomDiffusionError(Exception):
     """Base of every error that this pack raises on purpose."""
 
+    def __init__(self, message: str = "") -> None:
+        super().__init__(plain_text(message, _LONGEST))
+
 
 class ConceptFileError(CustomDiffusionError):
     """A concept file cannot be read or written."""
+
+
+class UnreadableFileError(ConceptFileError):
+    """A file of weights cannot be opened, or is none."""
+
+    def __init__(self, path: Path, reason: str, remedy: str) -> None:
+        super().__init__(f"{path.name} is not a readable concept file: {reason}. {remedy}.")
+        self.reason = reason
 
 
 class OtherFileError(ConceptFileError):

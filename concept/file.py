@@ -3,28 +3,23 @@
 docs/concept-format.md describes it for other tools. Reading never unpickles.
 """
 
-import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from datetime import datetime, timezone
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic import write_atomically
+from .checks import check_concept, check_sizes
 from .concept import Concept, Delta, DenseDelta, LowRankDelta, ModifierToken
-from .errors import ConceptFileError, CustomDiffusionError, OtherFileError
-from .layers import FAMILIES, is_cross_attention, is_projection
+from .errors import ConceptFileError, CustomDiffusionError
+from .header import ConceptHeader, damage, metadata_of
+from .layers import is_cross_attention
 from .naming import write_new
-
-FORMAT = "custom-diffusion-concept"
-FORMAT_VERSION = "1.0"
+from .tensors import at_least_half, read_header, read_tensors
 
 _WEIGHT_PREFIX = "diffusion_model."
 _DELTA_PARTS = ("diff", "lora_up.weight", "lora_down.weight", "alpha")
@@ -49,7 +44,7 @@ def write_concept(
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, tensor in concept_tensors(concept.to(dtype)).items()
     }
-    metadata = _metadata(concept, path.stem)
+    metadata = metadata_of(concept, path.stem)
     write_atomically(
         path,
         lambda temporary: save_file(tensors, temporary, metadata),
@@ -73,47 +68,34 @@ def size_of(path: Path) -> str:
 
 
 def read_concept(path: str | os.PathLike[str]) -> Concept:
-    """Reads a concept file. Raises ConceptFileError saying what is wrong with it."""
+    """Reads a concept file into memory of its own. Raises ConceptFileError saying what is wrong
+    with it.
+    """
     path = Path(path)
-    return concept_of(path, *read_tensors(path))
+    # Of a file that is no concept of ours nothing but the header is read.
+    ConceptHeader.of(path, read_header(path).metadata)
+    return concept_of(path, *read_tensors(path, _is_ours))
 
 
 def concept_of(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Concept:
     """The concept in what was read from `path`. Raises ConceptFileError."""
-    _check_format(path, metadata)
+    header = ConceptHeader.of(path, metadata)
+    tensors = at_least_half(tensors)
     try:
         concept = Concept(
-            family=FAMILIES[metadata["base_family"]],
+            family=header.family,
             deltas=_deltas(tensors),
-            tokens=_tokens(tensors, metadata),
-            base_hash=metadata.get("base_hash", ""),
-            constraint_prompts=_constraint_prompts(metadata),
-            provenance=_provenance(metadata),
+            tokens=_tokens(tensors, header),
+            base_hash=header.base_hash,
+            constraint_prompts=header.constraint_prompts,
+            provenance=header.provenance,
         )
-        _check_widths(concept)
+        check_concept(concept)
         return concept
     except CustomDiffusionError as error:
         raise ConceptFileError(f"{path.name}: {error}") from error
-    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise ConceptFileError(
-            f"{path.name} calls itself a concept file but is damaged ({type(error).__name__}: "
-            f"{error}). Save the concept again, or take another copy of the file."
-        ) from error
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """What a concept file says of itself, without its tensors. Raises ConceptFileError;
-    OtherFileError for files of other tools, which are not opened.
-    """
-    if path.suffix != ".safetensors" and path.is_file():
-        raise OtherFileError(
-            f"{path.name} is another tool's file. The node Load Concept and the command "
-            "`custom-diffusion import` make a concept of it."
-        )
-    with _opened(path) as file:
-        metadata = dict(file.metadata() or {})
-    _check_format(path, metadata)
-    return metadata
+    except (ValueError, RuntimeError) as error:
+        raise damage(path, error) from error
 
 
 def concept_tensors(concept: Concept) -> dict[str, Tensor]:
@@ -133,100 +115,8 @@ def _embedding_key(token: str, encoder: str, encoders: int) -> str:
     return f"{_EMBEDDING_PREFIX}{token}.{encoder if encoders > 1 else _SINGLE_ENCODER_SUFFIX}"
 
 
-def _metadata(concept: Concept, title: str) -> dict[str, str]:
-    tokens = [
-        {"name": t.name, "class_noun": t.class_noun, "initializer": t.initializer}
-        for t in concept.tokens
-    ]
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "base_family": concept.family.name,
-        "base_hash": concept.base_hash,
-        "tokens": json.dumps(tokens, ensure_ascii=False),
-        "constraint_prompts": json.dumps(concept.constraint_prompts, ensure_ascii=False),
-        "provenance": json.dumps(concept.provenance, ensure_ascii=False),
-        "created": now,
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{concept.family.architecture}/lora",
-        "modelspec.implementation": "custom-diffusion",
-        "modelspec.title": title,
-        "modelspec.date": now,
-        "modelspec.trigger_phrase": ", ".join(
-            f"{t.name} {t.class_noun}".strip() for t in concept.tokens
-        ),
-    }
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of any .safetensors. Raises ConceptFileError."""
-    with _opened(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        return tensors, dict(file.metadata() or {})
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        raise ConceptFileError(
-            f"There is no concept file {path}. Check the name, or train and save the concept first."
-        )
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            yield file
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ConceptFileError(
-            f"{path.name} is not a readable concept file: {_diagnosis(path)} ({error})."
-        ) from error
-
-
-def _diagnosis(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            start, brace = file.read(8), file.read(1)
-    except OSError as error:
-        return f"it cannot be opened: {error.strerror}. Check its permissions"
-    # The length that a .safetensors begins with can be any of these bytes; a brace follows it.
-    if brace != b"{" and start[:2] in (b"PK", *(bytes([0x80, n]) for n in range(2, 6))):
-        return (
-            "it is a pickle with another name, and pickles can run code when opened, so it was "
-            "not. Ask for the concept as .safetensors"
-        )
-    size = path.stat().st_size
-    header = int.from_bytes(start, "little")
-    if len(start) < 8 or header > size - 8:
-        return (
-            f"it is truncated, or not a .safetensors file at all: it has {size} bytes. "
-            "Copy or download it again, or save the concept again"
-        )
-    return "its header is damaged or its end is missing. Copy it again, or save the concept again"
-
-
-def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
-    if metadata.get("format") != FORMAT:
-        raise OtherFileError(
-            f"{path.name} is a .safetensors file but not a concept: its metadata has no 'format: "
-            f"{FORMAT}'. Of a LoRA, a delta or an embedding, the node Load Concept and the command "
-            "`custom-diffusion import` make one."
-        )
-    version = metadata.get("format_version", "")
-    readable = FORMAT_VERSION.split(".")[0]
-    if not version:
-        raise ConceptFileError(
-            f"{path.name} is a concept without a format version; {readable}.x is needed. "
-            f"Its metadata was damaged: save the concept again, or take another copy of the file."
-        )
-    if version.split(".")[0] != readable:
-        raise ConceptFileError(
-            f"{path.name} has concept format {version}; this version of the pack reads "
-            f"{readable}.x. Update the pack."
-        )
-    if metadata.get("base_family") not in FAMILIES:
-        raise ConceptFileError(
-            f"{path.name} was trained on the unknown model family {metadata.get('base_family')!r}; "
-            f"known are {', '.join(FAMILIES)}. Update the pack."
-        )
+def _is_ours(name: str) -> bool:
+    return name.startswith((_WEIGHT_PREFIX, _EMBEDDING_PREFIX))
 
 
 def _deltas(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
@@ -237,95 +127,43 @@ def _deltas(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
             name = next((name for name in _DELTA_PARTS if path.endswith(f".{name}")), "")
             layer = path.removesuffix(f".{name}")
             groups.setdefault(layer, {})[name] = tensor
+    check_sizes({layer: _shape(parts) for layer, parts in groups.items()})
     return {layer: _delta(layer, parts) for layer, parts in groups.items()}
+
+
+def _shape(parts: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Of the matrix that they stand for; that of their own where they are no matrices."""
+    up, down = parts.get("lora_up.weight"), parts.get("lora_down.weight")
+    if up is not None and down is not None and up.ndim == down.ndim == 2:
+        return len(up), down.shape[1]
+    return tuple(next(iter(parts.values())).shape)
 
 
 def _delta(layer: str, parts: Mapping[str, Tensor]) -> Delta:
     if not is_cross_attention(layer):
         raise ValueError(f"{layer} is no matrix of a cross-attention layer")
-    for name, tensor in parts.items():
-        if name != "alpha":
-            _check_matrix(f"{layer}.{name}", tensor)
     if parts.keys() == {"diff"}:
         return DenseDelta(parts["diff"])
     if parts.keys() != {*_DELTA_PARTS} - {"diff"}:
         raise ValueError(f"{layer} has {sorted(parts)}, needed 'diff' or up, down and alpha")
-    delta = LowRankDelta(parts["lora_up.weight"], parts["lora_down.weight"])
-    if delta.rank == 0 or delta.rank != len(delta.down):
-        up, down = tuple(delta.up.shape), tuple(delta.down.shape)
-        raise ValueError(f"{layer}: up {up} and down {down} do not chain")
+    up, down = parts["lora_up.weight"], parts["lora_down.weight"]
+    if up.ndim != 2 or down.ndim != 2 or up.shape[1] != len(down) or not len(down):
+        raise ValueError(f"{layer}: up {tuple(up.shape)} and down {tuple(down.shape)} do not chain")
+    delta = LowRankDelta(up, down)
     scale = float(parts["alpha"]) / delta.rank
     if not math.isfinite(scale):
         raise ValueError(f"{layer}.alpha is not finite")
     return delta if scale == 1.0 else delta.scaled(scale)
 
 
-def _tokens(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> tuple[ModifierToken, ...]:
-    encoders = FAMILIES[metadata["base_family"]].text_encoders
-    described: list[dict[str, Any]] = json.loads(metadata.get("tokens", "[]"))
+def _tokens(tensors: Mapping[str, Tensor], header: ConceptHeader) -> tuple[ModifierToken, ...]:
     tokens = []
-    for token in described:
+    for word in header.words:
         embeddings = {}
-        for encoder, width in encoders.items():
-            key = _embedding_key(token["name"], encoder, len(encoders))
+        for encoder in header.family.text_encoders:
+            key = _embedding_key(word.name, encoder, len(header.family.text_encoders))
+            if key not in tensors:
+                raise ValueError(f"{key} is missing")
             embeddings[encoder] = torch.atleast_2d(tensors[key])
-            _check_matrix(key, embeddings[encoder], width)
-        tokens.append(
-            ModifierToken(
-                name=token["name"],
-                class_noun=token["class_noun"],
-                initializer=token.get("initializer", ""),
-                embeddings=embeddings,
-            )
-        )
+        tokens.append(ModifierToken(word.name, word.class_noun, embeddings, word.initializer))
     return tuple(tokens)
-
-
-def _constraint_prompts(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    prompts = json.loads(metadata.get("constraint_prompts", "[]"))
-    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError("constraint_prompts is not a list of texts")
-    return tuple(prompts)
-
-
-def _provenance(metadata: Mapping[str, str]) -> dict[str, Any]:
-    provenance = json.loads(metadata.get("provenance", "{}"))
-    if not isinstance(provenance, dict):
-        raise ValueError("provenance is not a JSON object")
-    return provenance
-
-
-def _check_matrix(name: str, tensor: Tensor, width: int | None = None) -> None:
-    fits = tensor.ndim == 2 and tensor.numel() > 0 and width in (None, tensor.shape[1])
-    if not (fits and tensor.is_floating_point()):
-        wanted = f"(n, {width})" if width else "a matrix"
-        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, needed floats {wanted}")
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"{name} holds values that are not finite")
-
-
-def _check_widths(concept: Concept) -> None:
-    width = concept.family.context_width
-    if not concept.deltas and not concept.tokens:
-        raise ValueError("it holds neither projections nor tokens")
-    for layer, delta in concept.deltas.items():
-        if is_projection(layer) and delta.shape[1] != width:
-            raise ValueError(
-                f"{layer} reads width {delta.shape[1]}, {concept.family.title} has {width}"
-            )
-
-
-def check_concept(concept: Concept) -> None:
-    """Raises ValueError unless a concept that was put together of somebody's tensors is of its
-    family: finite matrices of the right widths. `read_concept` has checked as much.
-    """
-    for layer, delta in concept.deltas.items():
-        for name, tensor in delta.tensors().items():
-            if name != "alpha":
-                _check_matrix(f"{layer}.{name}", tensor)
-    for token in concept.tokens:
-        for encoder, width in concept.family.text_encoders.items():
-            _check_matrix(f"{token.name}, {encoder}", token.embeddings[encoder], width)
-    _check_widths(concept)

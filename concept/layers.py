@@ -20,6 +20,16 @@ _CROSS_ATTENTION_SUFFIXES = (*PROJECTION_SUFFIXES, "attn2.to_q", "attn2.to_out.0
 _RESIDUAL_BLOCKS = 2
 _LEVEL = _RESIDUAL_BLOCKS + 1
 
+# What cross-attention has at most, in SDXL: 70 transformer blocks of four matrices, 10 of width 640
+# and 60 of 1280, whose keys and values read 2048.
+WIDEST = 2560
+"""Rows or columns of a matrix"""
+MOST_LAYERS = 280
+MOST_NUMBERS = sum(
+    blocks * 2 * (width * 2048 + width * width) for blocks, width in ((10, 640), (60, 1280))
+)
+"""Of all matrices together: 546 million"""
+
 
 @dataclass(frozen=True)
 class Family:

@@ -9,6 +9,7 @@ from typing import Any
 from .card import ConceptCard
 from .errors import ConceptFileError
 from .layers import FAMILIES
+from .plain import is_plain, plain_text
 
 ORDERS = ("ascending", "descending")
 _FAMILIES = [*FAMILIES, ""]
@@ -20,6 +21,7 @@ _SORTS: Mapping[str, Callable[[str, ConceptCard], Any]] = {
     "size": lambda name, card: card.megabytes,
 }
 SORTS = tuple(_SORTS)
+_STRANGE = "Its name holds characters that cannot be shown. Rename the file."
 _LARGEST_FIRST = ("date", "size")
 """What one looks for is new, or takes the room."""
 
@@ -69,6 +71,9 @@ def list_concepts(
     cards: dict[str, ConceptCard] = {}
     unreadable: dict[str, str] = {}
     for name in sorted(names):
+        if not is_plain(name):
+            unreadable[plain_text(name, len(name))] = _STRANGE
+            continue
         try:
             cards[name] = card_of(name)
         except ConceptFileError as error:

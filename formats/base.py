@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..concept.concept import Delta, hash_projections
-from ..concept.errors import ConceptFileError, IncompatibleModelError
+from ..concept.errors import ConceptFileError, IncompatibleModelError, UnreadableFileError
 from ..concept.layers import Family, family_of_width, is_projection
+from ..concept.plain import read_json
+from ..concept.tensors import opened, read_tensors
 from .names import layer_of
 
 _FARTHEST = 0.5
@@ -22,6 +22,8 @@ _FARTHEST = 0.5
 by a few per cent; unrelated weights differ by more than their own norm."""
 _WHOLE = "diffusion_pytorch_model.safetensors"
 _INDEX = ".index.json"
+_LARGEST_INDEX = 8 << 20
+"""Bytes; what is behind them is not read, and then the index is none"""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def read_base(path: Path) -> BaseModel:
         )
     weights: dict[str, Tensor] = {}
     for part in shards(file) if file.name.endswith(_INDEX) else [file]:
-        weights |= _cross_attention(part)
+        weights |= read_cross_attention(part)
     base = BaseModel.of(weights.items())
     try:
         _ = base.family  # a checkpoint without cross-attention is refused here
@@ -136,10 +138,10 @@ def read_base(path: Path) -> BaseModel:
 def shards(index: Path) -> list[Path]:
     """The files that an index names, all of which are there, beside it."""
     try:
-        names = sorted(
-            {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
-        )
-    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        with opened(index) as file:
+            text = file.read(_LARGEST_INDEX)
+        names = sorted({str(name) for name in read_json(text.decode())["weight_map"].values()})
+    except (UnreadableFileError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConceptFileError(
             f"{index.name} is no index of a model in several files ({type(error).__name__}: "
             f"{error}). Copy it again, or give the model as one .safetensors."
@@ -159,15 +161,14 @@ def shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _cross_attention(file: Path) -> dict[str, Tensor]:
+def read_cross_attention(file: Path) -> dict[str, Tensor]:
+    """The matrices of cross-attention in a .safetensors, (out, in), by their names there."""
     try:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            names = [n for n in opened.keys() if layer_of(n.removesuffix(".weight"))]  # noqa: SIM118
-            weights = {name: opened.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, ValueError) as error:
+        weights, _ = read_tensors(file, lambda name: bool(layer_of(name.removesuffix(".weight"))))
+    except UnreadableFileError as error:
         raise ConceptFileError(
-            f"{file.name} cannot be read as a .safetensors checkpoint ({error}). Copy it again, or "
-            "convert it to .safetensors."
+            f"{file.name} cannot be read as a .safetensors checkpoint ({error.reason}). Copy it "
+            "again, or convert it to .safetensors."
         ) from error
     odd = next((name for name, weight in weights.items() if weight.ndim != 2), None)
     if odd is not None:

@@ -6,20 +6,19 @@ numbers, so that a large file costs no more than a small one.
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError, safe_open
 
 from ..concept.card import ConceptCard, read_card, thumbnail
 from ..concept.concept import DenseDelta
 from ..concept.errors import ConceptFileError, IncompatibleModelError, OtherFileError
 from ..concept.layers import Family
-from .content import Content
+from ..concept.tensors import opened
+from .content import Content, read_shapes
 from .custom_diffusion import read_a1111_delta
 from .embeddings import read_embeddings
 from .found import Found
@@ -50,56 +49,51 @@ _READERS: tuple[tuple[str, Callable[[Content], Found | None]], ...] = (
 
 def read_any_card(path: Path) -> ConceptCard:
     """`read_card`, and a card of another tool's file. Raises ConceptFileError."""
+    with opened(path) as file:
+        status = os.fstat(file.fileno())
+    card = _card(path, status.st_size, status.st_mtime_ns, status.st_ino)
+    if isinstance(card, str):
+        raise ConceptFileError(card)
+    return replace(card, thumbnail=thumbnail(path) is not None)
+
+
+@lru_cache(maxsize=4096)
+def _card(path: Path, size: int, changed_ns: int, _number: int) -> ConceptCard | str:
+    """The card, or why there is none. Kept as long as the file stays the same, because a list is
+    asked for at every letter of a search.
+    """
     try:
         return read_card(path)
     except OtherFileError:
-        return _other_card(path)
-
-
-def _other_card(path: Path) -> ConceptCard:
-    status = path.stat()
-    kind, family, words = _told(path, status.st_mtime_ns)
-    changed = datetime.fromtimestamp(status.st_mtime, timezone.utc)
+        pass
+    except ConceptFileError as error:
+        if isinstance(error.__cause__, OSError):
+            raise  # of the moment, not of the file
+        return str(error)
+    # The header of an archive is a pickle.
+    kind, found = _judged(read_shapes(path)) if path.suffix == ".safetensors" else (UNKNOWN, None)
+    family = _family_told(found) if found else None
     return ConceptCard(
         file=path.name,
-        megabytes=round(status.st_size / 1e6, 2),
+        megabytes=round(size / 1e6, 2),
         base=family.name if family else "",
         family=family.title if family else "",
-        prompts=words,
+        prompts=tuple(found.tokens) if found else (),
         method="",
         steps=None,
-        created=changed.isoformat(timespec="seconds"),
-        thumbnail=thumbnail(path) is not None,
+        created=_date(changed_ns),
+        thumbnail=False,
         other=kind,
     )
 
 
-@lru_cache(maxsize=1024)
-def _told(path: Path, changed_ns: int) -> tuple[str, Family | None, tuple[str, ...]]:
-    """Kind, family and words. Kept, because a LoRA of SDXL takes a tenth of a second and a list is
-    asked for at every letter of a search.
-    """
-    if path.suffix != ".safetensors":
-        return UNKNOWN, None, ()  # the header of an archive is a pickle
-    kind, found = _judged(_header(path))
-    return (kind, _family_told(found), tuple(found.tokens)) if found else (kind, None, ())
-
-
-def _header(path: Path) -> Content:
-    """Tensors without numbers, apart from single ones, which are 1 (an alpha, say)."""
+def _date(changed_ns: int) -> str:
+    """ISO 8601, UTC; empty for a date that no calendar has."""
     try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-            metadata = dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise ConceptFileError(
-            f"{path.name} cannot be read ({error}). Take another copy of the file."
-        ) from error
-    tensors = {
-        name: torch.empty(shape, device="meta") if math.prod(shape) > 1 else torch.ones(shape)
-        for name, shape in shapes.items()
-    }
-    return Content(path, tensors, metadata)
+        changed = datetime.fromtimestamp(changed_ns // 10**9, timezone.utc)
+    except (ValueError, OverflowError, OSError):
+        return ""
+    return changed.isoformat(timespec="seconds")
 
 
 def _judged(content: Content) -> tuple[str, Found | None]:
@@ -107,7 +101,7 @@ def _judged(content: Content) -> tuple[str, Found | None]:
     for kind, read in _READERS:
         try:
             found = read(content)
-        except (ValueError, RuntimeError):
+        except (ValueError, RuntimeError, OverflowError):
             return kind, None  # Load Concept says what is wrong with it
         if found:
             return kind, found

@@ -6,7 +6,6 @@ Most hold whole matrices, not changes, so a base model is needed to read them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..concept.concept import Delta, DenseDelta, LowRankDelta
+from ..concept.plain import read_json
 from .content import ENDINGS, Content, container, read_content, tensors_of
 from .embeddings import read_embeddings
 from .found import Found, Rows, modifier_token, rows
@@ -91,8 +91,8 @@ def _words(path: Path) -> Mapping[str, Rows]:
 def read_a1111_delta(content: Content) -> Found | None:
     """The extension's .safetensors: changes, whole or as factors, told apart by the header."""
     try:
-        header = container(json.loads(content.metadata.get("json", "{}")))
-    except (ValueError, RecursionError) as error:
+        header = container(read_json(content.metadata.get("json", "{}")))
+    except ValueError as error:
         raise ValueError(f"its header is no JSON ({error})") from error
     entries, tensors = container(header.get("entries")), content.tensors()
     if not entries:
@@ -132,10 +132,12 @@ def _take_matrices(found: Found, named: Mapping[str, Any]) -> None:
 
 def _delta(*factors: Tensor) -> Delta | None:
     """The change; None where the file's compression left nothing of it."""
+    if any(factor.ndim != 2 for factor in factors):
+        raise ValueError(f"it holds {tuple(factors[0].shape)} where a matrix is needed")
     if len(factors) == 1:
         return DenseDelta(factors[0])
     up, down = factors
-    if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
+    if up.shape[1] != down.shape[0]:
         raise ValueError(
             f"its factors of shapes {tuple(up.shape)} and {tuple(down.shape)} do not chain"
         )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,7 +20,8 @@ from ..concept.errors import ConceptFileError, IncompatibleModelError
 from ..concept.file import concept_tensors
 from ..concept.fit import check_fit
 from ..concept.layers import is_projection, layer_to_diffusers
-from .base import BaseModel
+from ..concept.tensors import read_header
+from .base import BaseModel, read_cross_attention
 from .content import ENDINGS
 from .names import hugging_face_name, kohya_name, layer_of
 
@@ -104,26 +105,28 @@ def bake(concept: Concept, checkpoint: Path, path: Path) -> list[str]:
     """Writes a checkpoint, or a UNet of diffusers, with the concept in its weights.
 
     Returns the tokens, which a checkpoint has no place for: export them as embeddings. Reads and
-    writes .safetensors, keeps every other tensor, their types and the header. Raises
-    ConceptFileError, and IncompatibleModelError where layers or shapes differ.
+    writes .safetensors, keeps every other byte. Raises ConceptFileError, and IncompatibleModelError
+    where layers or shapes differ.
     """
-    try:
-        with safe_open(checkpoint, framework="pt", device="cpu") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            header = dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ConceptFileError(
-            f"{checkpoint.name} cannot be read as a .safetensors checkpoint ({error}). Give one."
-        ) from error
-    base = BaseModel.of(tensors.items())
-    names = {layer_of(name.removesuffix(".weight")): name for name in tensors}
+    weights = read_cross_attention(checkpoint)
+    base = BaseModel.of(weights.items())
+    names = {layer_of(name.removesuffix(".weight")): name for name in weights}
     check_fit(concept, base.family, {k: tuple(w.shape) for k, w in base.weights.items()})
-    for layer, delta in concept.deltas.items():
-        weight = tensors[names[layer]]
-        tensors[names[layer]] = (weight.float() + delta.dense().float()).to(weight.dtype)
     if path.exists():
         raise ConceptFileError(f"{path} exists already. Choose another name, or move it.")
-    _write(path, tensors, header)
+    header = read_header(checkpoint)
+
+    def write(temporary: Path) -> None:
+        """A copy with other bytes where the concept changes it: nothing else has to be read."""
+        shutil.copyfile(checkpoint, temporary)
+        with open(temporary, "r+b") as file:
+            for layer, delta in concept.deltas.items():
+                weight = weights[names[layer]]
+                changed = (weight.float() + delta.dense().float()).to(weight.dtype).contiguous()
+                file.seek(header.tensors[names[layer]].start)
+                file.write(changed.view(torch.uint8).numpy().data)
+
+    write_atomically(path, write, header.file_bytes, replace=False)
     return [token.name for token in concept.tokens]
 
 

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from ..concept.concept import Delta
+from ..concept.plain import plain_text
+
+_LONGEST_NAME = 200
 
 Rows = Mapping[int, Tensor]
 """Width of a text encoder → a word's embedding in it, (vectors, width)"""
@@ -36,12 +39,13 @@ class Found:
 
     def leave_out(self, what: str, names: list[str]) -> None:
         if names:
-            self.notes.append(f"{len(names)} {what} were left out, {names[0]} for one")
+            first = plain_text(names[0], _LONGEST_NAME)
+            self.notes.append(f"{len(names)} {what} were left out, {first} for one")
 
 
 def modifier_token(name: str) -> str:
     """A well-formed token of any name: `my cat.v2` → `<my-cat-v2>`."""
-    inner = re.sub(r"[^\w-]+", "-", name.strip("<> ")).strip("-")
+    inner = re.sub(r"[^\w-]+", "-", name.strip("<> ")).strip("-")[:_LONGEST_NAME]
     return f"<{inner or 'new1'}>"
 
 

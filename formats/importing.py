@@ -9,10 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..concept.checks import check_concept, check_sizes
 from ..concept.concept import Concept, DenseDelta, ModifierToken
 from ..concept.errors import ConceptFileError, CustomDiffusionError, IncompatibleModelError
-from ..concept.file import FORMAT, check_concept, concept_of
+from ..concept.file import concept_of
+from ..concept.header import FORMAT, ConceptHeader
 from ..concept.layers import FAMILIES, Family, family_of_width, is_projection
+from ..concept.plain import plain_text
 from ..concept.prompts import CONSTRAINT_TEMPLATES, subject
 from .base import BaseModel
 from .content import Content, read_content
@@ -50,10 +53,32 @@ def open_concept(path: Path, base: BaseModel | None = None, class_noun: str = ""
     files that have none. Raises ConceptFileError, or IncompatibleModelError when the base is
     another.
     """
-    content = read_content(path)
-    if content.metadata.get("format") == FORMAT:
+    content = read_content(path, judge=_found)
+    found = _found(content)
+    if found is None:
         concept = concept_of(path, content.tensors(), content.metadata)
         return Opened(concept, "a concept", foreign=False)
+    try:
+        concept = _concept(found, base, class_noun)
+        check_concept(concept)
+    except IncompatibleModelError as error:
+        raise IncompatibleModelError(f"{path.name}, {found.title}: {error}") from error
+    except (CustomDiffusionError, ValueError, RuntimeError) as error:
+        raise ConceptFileError(f"{path.name}, {found.title}: {error}") from error
+    provenance = {
+        "imported_from": plain_text(path.name, len(path.name)),
+        "format": found.title,
+        "left_out": found.notes,
+    }
+    return Opened(replace(concept, provenance=provenance), found.title, tuple(found.notes))
+
+
+def _found(content: Content) -> Found | None:
+    """What is in another tool's file; None for a concept of ours. Raises ConceptFileError."""
+    path = content.path
+    if content.metadata.get("format") == FORMAT:
+        ConceptHeader.of(path, content.metadata)
+        return None
     try:
         found = next((found for reader in READERS if (found := reader(content))), None)
     except (ValueError, RuntimeError) as error:  # what a reader says of the file it knows
@@ -65,15 +90,7 @@ def open_concept(path: Path, base: BaseModel | None = None, class_noun: str = ""
             f"{' and more' if len(content.values) > 3 else ''}. Custom Diffusion deltas, LoRAs of "
             f"cross-attention, and textual-inversion embeddings can be read."
         )
-    try:
-        concept = _concept(found, base, class_noun)
-        check_concept(concept)
-    except IncompatibleModelError as error:
-        raise IncompatibleModelError(f"{path.name}, {found.title}: {error}") from error
-    except (CustomDiffusionError, ValueError, RuntimeError) as error:
-        raise ConceptFileError(f"{path.name}, {found.title}: {error}") from error
-    provenance = {"imported_from": path.name, "format": found.title, "left_out": found.notes}
-    return Opened(replace(concept, provenance=provenance), found.title, tuple(found.notes))
+    return found
 
 
 def _concept(found: Found, base: BaseModel | None, class_noun: str) -> Concept:
@@ -89,6 +106,7 @@ def _concept(found: Found, base: BaseModel | None, class_noun: str) -> Concept:
         decomposed = base.decomposed(found.deltas, found.magnitudes)
         changes = base.changes(found.whole | decomposed)
         deltas |= {layer: DenseDelta(change) for layer, change in changes.items()}
+    check_sizes({layer: delta.shape for layer, delta in deltas.items()})
     family = family_of(found, {layer: delta.shape for layer, delta in deltas.items()})
     if base is not None and base.family != family:
         raise IncompatibleModelError(

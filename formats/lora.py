@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..concept.checks import check_sizes
 from ..concept.concept import Delta, DenseDelta, LowRankDelta
+from ..concept.plain import read_json
 from .content import Content, container, tensors_of
 from .found import Found, modifier_token, rows
 from .names import layer_of
@@ -36,8 +37,7 @@ _PARTS = {
     },
 }
 _BUNDLED = "bundle_emb."
-_LARGEST = 1 << 26
-"""Numbers of a matrix that small factors may stand for; the largest of SDXL has 2.6 million"""
+_HADAMARD = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 _SCALES = {"alpha", "magnitude"}
 """Parts that say how much, not what"""
 
@@ -98,27 +98,60 @@ def _take_modules(
     modules: Mapping[str, Parts],
     scale: Callable[[str, int], float] | None,
 ) -> None:
-    beyond = []
-    for name, parts in modules.items():
-        layer = layer_of(name)
-        if layer is None:
-            beyond.append(name)
-            continue
+    ours = {name: layer for name in modules if (layer := layer_of(name))}
+    # Small factors can stand for large matrices: of all those that are made, the sizes come first.
+    made: dict[str, tuple[int, ...]] = {}
+    for name in ours:
         try:
-            found.deltas[layer] = _delta(name, parts, scale)
+            if shape := _shape_to_make(modules[name]):
+                made[name] = shape
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    check_sizes(made)
+    for name, layer in ours.items():
+        try:
+            found.deltas[layer] = _delta(name, modules[name], scale)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ValueError(f"{name}: {error}") from error
-        if "magnitude" in parts:
-            found.magnitudes[layer] = parts["magnitude"]
+        if "magnitude" in modules[name]:
+            found.magnitudes[layer] = modules[name]["magnitude"]
+    beyond = [name for name in modules if name not in ours]
     found.leave_out("modules that are not cross-attention", beyond)
+
+
+def _shape_to_make(parts: Parts) -> tuple[int, ...] | None:
+    """(out, in) of the matrix that has to be made of one module's factors; None where they stay
+    what they are.
+    """
+    if any(parts[kind].ndim != 2 for kind in parts.keys() - _SCALES):
+        raise ValueError("its factors are not matrices")
+    if parts.keys() >= _HADAMARD:
+        first, second = (_product(parts, f"hada_w{number}") for number in (1, 2))
+        if first != second:
+            raise ValueError(f"its products {first} and {second} have different shapes")
+        return first
+    if not any(kind.startswith("lokr") for kind in parts):
+        return None
+    first, second = (_product(parts, f"lokr_w{number}") for number in (1, 2))
+    return first[0] * second[0], first[1] * second[1]
+
+
+def _product(parts: Parts, name: str) -> tuple[int, int]:
+    """The shape of one factor, of which there may be two again."""
+    if name in parts:
+        return parts[name].shape[0], parts[name].shape[1]
+    if f"{name}_a" not in parts or f"{name}_b" not in parts:
+        raise ValueError(f"{name} is missing")
+    before, after = parts[f"{name}_a"], parts[f"{name}_b"]
+    if before.shape[1] != after.shape[0] or not len(after):
+        raise ValueError(f"{name}: {tuple(before.shape)} and {tuple(after.shape)} do not chain")
+    return before.shape[0], after.shape[1]
 
 
 def _delta(name: str, parts: Parts, scale: Callable[[str, int], float] | None) -> Delta:
     """The change that one module's tensors stand for."""
     factor = scale or (lambda _name, rank: float(parts["alpha"]) / rank if "alpha" in parts else 1)
     kinds = parts.keys() - _SCALES
-    if any(parts[kind].ndim != 2 for kind in kinds):
-        raise ValueError("its factors are not matrices")
     if kinds == {"up", "down"}:
         up, down = parts["up"], parts["down"]
         if up.shape[1] != down.shape[0] or not len(down):
@@ -126,19 +159,16 @@ def _delta(name: str, parts: Parts, scale: Callable[[str, int], float] | None) -
         return LowRankDelta(up, down).scaled(factor(name, len(down)))
     if kinds == {"diff"}:
         return DenseDelta(parts["diff"])
-    if kinds == {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}:
-        _check_size(len(parts["hada_w1_a"]) * parts["hada_w1_b"].shape[1])
-        _check_size(len(parts["hada_w2_a"]) * parts["hada_w2_b"].shape[1])
+    if kinds == _HADAMARD:
         first = parts["hada_w1_a"].float() @ parts["hada_w1_b"].float()
         second = parts["hada_w2_a"].float() @ parts["hada_w2_b"].float()
-        return DenseDelta(first * second * factor(name, len(parts["hada_w1_b"])))
+        return DenseDelta(first.mul_(second).mul_(factor(name, len(parts["hada_w1_b"]))))
     if any(kind.startswith("lokr") for kind in kinds) and "lokr_t2" not in kinds:
-        first, second = _kronecker_factor(parts, "lokr_w1"), _kronecker_factor(parts, "lokr_w2")
-        _check_size(first.numel() * second.numel())
         ranks = [len(parts[part]) for part in ("lokr_w2_b", "lokr_w1_b") if part in parts]
         # Two whole factors have no rank to divide by, and their alpha says nothing.
         strength = factor(name, ranks[0]) if ranks else 1.0
-        return DenseDelta(torch.kron(first, second) * strength)
+        first, second = (_kronecker_factor(parts, f"lokr_w{number}") for number in (1, 2))
+        return DenseDelta(torch.kron(first * strength, second))
     raise ValueError(
         f"it is made of {', '.join(sorted(parts))}; LoRA, LoHa, LoKr, DoRA and plain differences "
         f"can be read, convolutions' factors cannot"
@@ -148,15 +178,7 @@ def _delta(name: str, parts: Parts, scale: Callable[[str, int], float] | None) -
 def _kronecker_factor(parts: Parts, name: str) -> Tensor:
     if name in parts:
         return parts[name].float()
-    if f"{name}_a" not in parts or f"{name}_b" not in parts:
-        raise ValueError(f"{name} is missing")
-    _check_size(len(parts[f"{name}_a"]) * parts[f"{name}_b"].shape[1])
     return parts[f"{name}_a"].float() @ parts[f"{name}_b"].float()
-
-
-def _check_size(numbers: int) -> None:
-    if numbers > _LARGEST:
-        raise ValueError(f"its factors stand for {numbers} numbers, more than any layer has")
 
 
 def _peft_scale(content: Content) -> Callable[[str, int], float] | None:
@@ -167,8 +189,8 @@ def _peft_scale(content: Content) -> Callable[[str, int], float] | None:
     if text is None:
         return None
     try:
-        settings: dict[str, Any] = dict(container(json.loads(text)))
-    except (ValueError, RecursionError) as error:
+        settings: dict[str, Any] = dict(container(read_json(text)))
+    except ValueError as error:
         raise ValueError(f"lora_adapter_metadata is no JSON ({error})") from error
     if settings.get("unet.use_dora") and not any("magnitude" in name for name in content.values):
         raise ValueError("its settings say DoRA, and it holds no magnitudes")

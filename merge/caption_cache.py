@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ..concept.atomic import write_atomically
-from ..concept.errors import MergeError
+from ..concept.errors import MergeError, UnreadableFileError
+from ..concept.tensors import read_tensors
 from ..concept.text import TextEncoder, encode_unpadded
 from .projector import CaptionFactor, caption_factor
 
@@ -38,13 +38,14 @@ def cached_caption_factor(
     )
     if path.is_file():
         try:
-            upper = load_file(path)["upper"]
+            upper = read_tensors(path)[0]["upper"]
             if upper.shape != (encoder.context_width, encoder.context_width):
                 raise ValueError(f"its shape is {tuple(upper.shape)}")
             return CaptionFactor(upper, len(captions))
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (UnreadableFileError, KeyError, ValueError) as error:
+            reason = error.reason if isinstance(error, UnreadableFileError) else error
             raise MergeError(
-                f"The cached caption factor {path} is damaged ({error}). Delete this file and "
+                f"The cached caption factor {path} is damaged ({reason}). Delete this file and "
                 "merge again; it is computed anew."
             ) from error
     factor = _compute_factor(encoder, captions, relative_ridge, on_progress)

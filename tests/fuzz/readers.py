@@ -4,7 +4,8 @@ options]`, in an environment with `pip install atheris` and this package.
 A reader may return a concept or raise an error of ours that names the file. Everything else is a
 finding: another exception, a hang, or memory beyond `-rss_limit_mb`. Some inputs are the bytes of a
 file, mutated from one small file of each format; the others describe tensors whose names, shapes
-and numbers are put together from what the formats use, so that they come past the containers.
+and numbers are put together from what the formats use, so that they come past the containers, or
+instructions of a pickle, or odd values in a header.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from typing import Any
 import atheris
 
 with atheris.instrument_imports(include=["custom_diffusion"]):
+    from custom_diffusion.concept.card import ConceptCard
     from custom_diffusion.concept.concept import Concept, DenseDelta, LowRankDelta, ModifierToken
     from custom_diffusion.concept.errors import CustomDiffusionError
-    from custom_diffusion.concept.file import FORMAT, read_concept, write_concept
+    from custom_diffusion.concept.file import read_concept, write_concept
+    from custom_diffusion.concept.header import FORMAT
     from custom_diffusion.concept.layers import FAMILIES
+    from custom_diffusion.concept.plain import is_plain
     from custom_diffusion.formats.base import BaseModel, read_base
     from custom_diffusion.formats.card import read_any_card
     from custom_diffusion.formats.exporting import FORMATS, export_concept
@@ -30,6 +34,9 @@ with atheris.instrument_imports(include=["custom_diffusion"]):
 
 import torch
 from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from support import pickles
 
 LAYERS = [
     f"{block}.1.transformer_blocks.0.attn2.to_{matrix}"
@@ -141,6 +148,83 @@ def described(data: atheris.FuzzedDataProvider, path: Path) -> None:
     save_file(tensors, path, header)
 
 
+NAMES = (
+    *(("torch._utils", f"_rebuild_{what}") for what in ("tensor_v2", "tensor_v3", "parameter")),
+    *(("torch", f"{kind}Storage") for kind in ("Float", "Half", "Bool", "Untyped")),
+    *(("torch.storage", "UntypedStorage"), ("torch", "float8_e4m3fn"), ("torch", "float16")),
+    *(("collections", "OrderedDict"), ("torch", "Size"), ("torch", "device"), ("os", "system")),
+    *(("__builtin__", "set"), ("torch.nn.modules.container", "ParameterDict")),
+)
+KEYS = ("unet", "modifier_token", "state_dict", "embed", "string_to_param", "*", "<a>", "params")
+INSTRUCTIONS = (
+    *(b"(", b")", b"}", b"]", b"N", b"\x88", b"\x89", b"a", b"e", b"s", b"u", b"t", b"\x85"),
+    *(b"\x86", b"\x87", b"R", b"\x81", b"b", b"Q", b"\x94", b"\x93", b"0", b"2", b"\x8f", b"\x90"),
+)
+
+
+def described_pickle(data: atheris.FuzzedDataProvider, path: Path) -> None:
+    """An archive of instructions put together at random, of which many make sense: a mapping of
+    values that stand for themselves, tensors, and what lies in the memo, itself among them.
+    """
+    content = b"\x80\x02}q\x00("
+    for _ in range(data.ConsumeIntInRange(0, 40)):
+        kind = data.ConsumeIntInRange(0, 9)
+        if kind == 0:
+            content += data.PickValueInList(list(INSTRUCTIONS))
+        elif kind == 1:
+            content += pickles.text(data.PickValueInList([*KEYS, *LAYERS, *WHOLE]))
+        elif kind == 2:
+            content += pickles.name(*data.PickValueInList(list(NAMES)))
+        elif kind == 3:
+            content += pickles.number(data.PickValueInList([*SIZES, -1, 1 << 31, 1 << 62, 1 << 64]))
+        elif kind in (4, 5):
+            content += data.PickValueInList([b"h", b"q"]) + bytes([data.ConsumeIntInRange(0, 9)])
+        elif kind == 6:
+            content += pickles.storage(
+                data.PickValueInList(["0", "1", "2"]), data.PickValueInList(list(SIZES))
+            )
+        elif kind in (7, 8):
+            rank = data.ConsumeIntInRange(0, 3)
+            sizes = [data.PickValueInList(list(SIZES)) for _ in range(rank)]
+            strides = [data.PickValueInList(list(SIZES)) for _ in range(rank)]
+            content += pickles.text(data.PickValueInList([*KEYS, *LAYERS]))
+            content += pickles.tensor(
+                pickles.sizes(*sizes),
+                pickles.sizes(*strides),
+                data.ConsumeIntInRange(0, 9),
+                pickles.storage("1", 2 * WIDTH),
+            )
+        else:
+            content += data.ConsumeBytes(4)
+    content += data.PickValueInList([b"u.", b"."])
+    pickles.write_archive(path, content, {"0": bytes(16), "1": bytes(8 * WIDTH), "2": b""})
+
+
+def described_header(data: atheris.FuzzedDataProvider, path: Path) -> None:
+    """A .safetensors whose header is JSON of odd values, or whose concept's texts are."""
+    odd = ["NaN", "-Infinity", "1e999", "9" * 400, "[]", "{}", "null", "true", '"\\ud800"', "-1"]
+    odd += ["[" * 200 + "]" * 200, '"F32"', "[1]", "[0,4]", "[4,0]", '"a\\u001b"', "[1,1,1]", "0"]
+    pick = lambda: data.PickValueInList(odd)  # noqa: E731
+    entries = [
+        f'"{data.PickValueInList([*LAYERS, "a", "__metadata__", "bundle_emb.<a>.clip_l"])}":'
+        f'{{"dtype":{data.PickValueInList([pick(), chr(34) + "F32" + chr(34)])},'
+        f'"shape":{pick()},"data_offsets":{pick()}}}'
+        for _ in range(data.ConsumeIntInRange(0, 3))
+    ]
+    known = {"format": FORMAT, "format_version": "1.0", "base_family": "miniature"}
+    texts = {
+        "tokens": f'[{{"name":{data.PickValueInList([pick(), chr(34) + "<a>" + chr(34)])},'
+        f'"class_noun":{pick()}}}]',
+        "provenance": f'{{"method":{pick()},"steps":{pick()}}}',
+        "constraint_prompts": f"[{pick()}]",
+    }
+    chosen = {key: text for key, text in texts.items() if data.ConsumeBool()}
+    entries.append(f'"__metadata__":{json.dumps({**known, **chosen})}')
+    content = ("{" + ",".join(entries) + "}").encode()
+    body = bytes(data.PickValueInList([0, 4, 8]))
+    path.write_bytes(len(content).to_bytes(8, "little") + content + body)
+
+
 def described_index(data: atheris.FuzzedDataProvider) -> str:
     """Names shards, of which one is there."""
     shards = [*SHARDS, data.ConsumeUnicode(20), 3, None]
@@ -166,8 +250,9 @@ def test_one_input(content: bytes) -> None:
     if content[:1] == b"\xfe":
         read_one_index(content[1:])
         return
-    if content[:1] == b"\xff":
-        described(atheris.FuzzedDataProvider(content[1:]), path)
+    describe = DESCRIPTIONS.get(content[:1])
+    if describe:
+        describe(atheris.FuzzedDataProvider(content[1:]), path)
     else:
         path.write_bytes(content)
     for read in (
@@ -177,9 +262,15 @@ def test_one_input(content: bytes) -> None:
         lambda: read_base(path),
     ):
         try:
-            read()
+            answer = read()
         except CustomDiffusionError as error:
-            assert path.name in str(error)
+            assert path.name in str(error) and is_plain(str(error).replace("\n", ""))
+            continue
+        if isinstance(answer, ConceptCard):
+            json.dumps(answer.as_json(), allow_nan=False, ensure_ascii=False).encode()
+
+
+DESCRIPTIONS = {b"\xff": described, b"\xfd": described_pickle, b"\xfc": described_header}
 
 
 if __name__ == "__main__":
@@ -196,6 +287,8 @@ if __name__ == "__main__":
                 if file.is_file():
                     (corpus / f"{number:02}-{file.name}").write_bytes(file.read_bytes())
             (corpus / "described").write_bytes(b"\xff" + bytes(range(200)))
+            (corpus / "described-pickle").write_bytes(b"\xfd" + bytes(range(250)))
+            (corpus / "described-header").write_bytes(b"\xfc" + bytes(range(250)))
             (corpus / "described-index").write_bytes(b"\xfe\xff" + bytes(range(200)))
             index = json.dumps({"weight_map": {"a": SHARD}})
             (corpus / "index").write_bytes(b"\xfe" + index.encode())
