@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ..concept.errors import ConceptFileError, ConfigError, IncompatibleModelError
-from ..concept.file import read_tensors
+from ..concept.tensors import read_tensors
 
 _NETWORKS = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "ViT-g-14")
 MODELS = tuple(
@@ -101,13 +101,12 @@ def check_clip_model(model: str) -> None:
 
 def _load_text_half(clip: Any, model: str, weights: Path) -> None:
     try:
-        tensors, _ = read_tensors(weights)
+        text, _ = read_tensors(weights, lambda name: not name.startswith("visual."))
     except ConceptFileError as error:
         raise IncompatibleModelError(
             f"The CLIP weights {weights.name} cannot be read. Give the .safetensors of an "
             f"open_clip model, open_clip_model.safetensors as a rule. ({error})"
         ) from error
-    text = {name: tensor for name, tensor in tensors.items() if not name.startswith("visual.")}
     wrong = _difference(clip.state_dict(), text)
     if wrong:
         raise IncompatibleModelError(

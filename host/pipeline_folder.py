@@ -138,7 +138,11 @@ def _text_model(kind: Any, folder: Path) -> Any:
     }
     # Without a name nothing is looked up: no configuration, no adapter.
     model, loaded = kind.from_pretrained(
-        None, config=config, state_dict=weights, output_loading_info=True
+        None,
+        config=config,
+        state_dict=weights,
+        output_loading_info=True,
+        local_files_only=True,
     )
     missing = sorted(loaded["missing_keys"])
     if missing or loaded["mismatched_keys"]:

@@ -16,12 +16,13 @@ from support.pack import ROOT, pack_files
 
 NEEDED: Mapping[str, Mapping[str, bool | EllipsisType]] = {
     "from_pretrained": {"local_files_only": True},
+    "Image.open": {"formats": ...},
     "np.load": {"allow_pickle": False},
     "numpy.load": {"allow_pickle": False},
 }
 """Call → arguments it must have; `...` stands for any value."""
 FORBIDDEN = {
-    *("pickle.load", "pickle.loads", "Unpickler", "marshal.loads", "shelve.open"),
+    *("torch.load", "pickle.load", "pickle.loads", "Unpickler", "marshal.loads", "shelve.open"),
     *("eval", "exec", "compile", "__import__", "import_module", "spec_from_file_location"),
     *("create_model", "create_model_and_transforms", "create_model_from_pretrained"),
     *("get_tokenizer", "HFTokenizer", "load_checkpoint", "load_state_dict_from_url"),
@@ -97,6 +98,9 @@ def test_nothing_is_opened_without_a_guard() -> None:
         "CLIPTokenizer.from_pretrained(folder)",
         "StableDiffusionPipeline.from_pretrained(folder, local_files_only=False)",
         "X.from_pretrained(folder, local_files_only=True, trust_remote_code=True)",
+        "torch.load(path, weights_only=True)",
+        "Image.open(path)",
+        "def f():\n    with Image.open(io.BytesIO(x)) as image:\n        pass",
         "np.load(path)",
         "np.load(path, allow_pickle=True)",
         "name = 'hf-hub:' + repository",
