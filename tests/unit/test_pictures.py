@@ -272,7 +272,7 @@ print(peak_mb() - before)
 
 @pytest.mark.timeout(20)
 def test_a_long_comment_of_a_gif_or_jpeg_costs_no_minutes() -> None:
-    """Pillow adds each of its pieces to a copy of what came before."""
+    """Pillow adds each piece of a JPEG's EXIF to a copy of those before."""
     gif = content(noise(), "GIF")
     table = 13 + (3 << (gif[10] & 7) + 1)
     comment = b"\x21\xfe" + (b"\xff" + bytes([65]) * 255) * 100_000 + b"\0"
@@ -334,13 +334,17 @@ def in_png_xmp(orientation: int) -> bytes:
     return content(noise(), "PNG", pnginfo=notes)
 
 
-def in_png_profile(orientation: int) -> bytes:
+def in_png_profile(orientation: int, packed: bool = True) -> bytes:
     """As ImageMagick 6 keeps what a JPEG had."""
     data = exif_of(orientation).tobytes()
     notes = PngImagePlugin.PngInfo()
     text = f"\nexif\n{len(data):8}\n{data.hex()}\n"
-    notes.add_text("Raw profile type exif", text, zip=True)
+    notes.add_text("Raw profile type exif", text, zip=packed)
     return content(noise(), "PNG", pnginfo=notes)
+
+
+def in_png_plain_profile(orientation: int) -> bytes:
+    return in_png_profile(orientation, packed=False)
 
 
 def in_jpeg(orientation: int) -> bytes:
@@ -363,7 +367,10 @@ def in_tiff(orientation: int) -> bytes:
 
 @pytest.mark.parametrize(
     "make",
-    [in_png_chunk, in_png_xmp, in_png_profile, in_jpeg, in_jpeg_xmp, in_webp, in_tiff],
+    [
+        *(in_png_chunk, in_png_xmp, in_png_profile, in_png_plain_profile),
+        *(in_jpeg, in_jpeg_xmp, in_webp, in_tiff),
+    ],
 )
 def test_every_picture_is_turned_as_pillow_turns_it(make: Callable[[int], bytes]) -> None:
     for orientation in range(1, 9):
