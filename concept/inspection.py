@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .concept import Concept, Delta, LowRankDelta, ModifierToken
 from .fit import Fit
+from .plain import plain_text
 from .spectrum import spectra
 
 SHARES = (0.6, 0.9)
@@ -138,7 +139,8 @@ class Inspection:
     def text(self, layers: bool = False) -> str:
         """To be read in a terminal, with a line for each layer or for each size of them."""
         table = self.layer_table() if layers else self.table()
-        return "\n".join([*self.lines(), *self.warnings(), *aligned(table)])
+        text = "\n".join([*self.lines(), *self.warnings(), *aligned(table)])
+        return plain_text(text, len(text))  # names and provenance may be a stranger's
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values, with null for numbers that are not finite."""

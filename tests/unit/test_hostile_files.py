@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from custom_diffusion.cli import main
 from custom_diffusion.concept.errors import ConceptFileError, CustomDiffusionError
 from custom_diffusion.concept.file import read_concept, write_concept
+from custom_diffusion.concept.inspection import inspect_concept
 from custom_diffusion.concept.layers import FAMILIES
 from custom_diffusion.concept.library import Listing, list_concepts
 from custom_diffusion.concept.plain import is_plain, plain_text
@@ -22,7 +24,7 @@ from custom_diffusion.formats.card import read_any_card
 from custom_diffusion.formats.content import ENDINGS
 from custom_diffusion.formats.importing import open_concept
 from support.concepts import random_concept
-from support.hostile import CARD, Hostile, concept, hostile_files
+from support.hostile import CARD, Hostile, concept, concept_with, hostile_files
 
 FILES = hostile_files()
 LONGEST_ANSWER = 5000
@@ -133,6 +135,25 @@ print(list(list_concepts([name], lambda name: read_any_card(Path(name))).cards))
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert re.search("ermission.*\n\\['secret", run.stdout), run.stdout + run.stderr
+
+
+def test_what_is_said_of_one_that_is_a_concept(tmp_path: Path) -> None:
+    """Its provenance, as deep as may be, and names of layers: in a terminal, and as JSON."""
+    layer = "\x1b[2J.attn2.to_k"
+    nested: object = "\x1b[31mred\u202e"
+    for _ in range(90):
+        nested = {"\x07parents": [nested]} if isinstance(nested, str) else {"parents": nested}
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(
+        concept_with(
+            {f"diffusion_model.{layer}.diff": torch.ones(8, 768)},
+            provenance=json.dumps({"loss": float("nan"), "nested": nested}),
+        )
+    )
+    inspection = inspect_concept(read_concept(path), path)
+    for layers in (True, False):
+        assert is_plain(inspection.text(layers).replace("\n", ""))
+    json.dumps(inspection.as_json(), allow_nan=False)
 
 
 def test_a_file_that_vanishes_between_listing_and_reading(tmp_path: Path) -> None:
