@@ -106,6 +106,15 @@ def settings(folder: Path) -> str:
     return (folder / "settings.json").read_text()
 
 
+def test_a_noun_of_any_length_has_a_folder(bench: ComfyServer) -> None:
+    noun = "very " * 55 + "old ca\u0301t"
+    before = folders(bench)
+    bench.run(taught("long", drawn_set(count=1, class_noun=noun)))
+    (folder,) = set(folders(bench)) - set(before)
+    assert folder.name.startswith("very-very-") and len(folder.name.encode()) < 143
+    assert (folder / "00000.txt").read_text(encoding="utf-8") == f"photo of a {noun}"
+
+
 def test_interrupted_it_keeps_what_is_drawn_and_goes_on(bench: ComfyServer) -> None:
     slow = drawn_set(count=40, seed=9)
     prompt = bench.queue(taught("slow", slow))

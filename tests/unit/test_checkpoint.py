@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,11 +12,19 @@ from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import CheckpointError
 from custom_diffusion.concept.file import concept_tensors
 from custom_diffusion.host.diffusers import borrowed_models
-from custom_diffusion.trainer.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from custom_diffusion.trainer.checkpoint import (
+    FORMAT,
+    FORMAT_VERSION,
+    Checkpoint,
+    _digest,
+    read_checkpoint,
+    write_checkpoint,
+)
 from custom_diffusion.trainer.config import MethodName, TrainConfig
 from custom_diffusion.trainer.events import CheckpointDue, Event, StepDone
 from custom_diffusion.trainer.loop import train
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
 from support.tiny_models import RESOLUTION, cat_concept, dog_concept, random_bank, tiny_pipeline
 
 STEPS = 6
@@ -137,6 +146,47 @@ def test_the_file_gives_back_what_was_written(tmp_path: Path) -> None:
     assert [sorted(moments) for moments in checkpoint.moments] == [
         ["exp_avg", "exp_avg_sq", "step"]
     ] * 2
+
+
+def test_what_was_restored_is_not_held_a_second_time(tmp_path: Path) -> None:
+    """Whoever began the run holds the checkpoint to its end, and it is as large as what learns."""
+    checkpoint = read_checkpoint(any_checkpoint(tmp_path))
+    parameter = weakref.ref(checkpoint.parameters[0])
+    optimizer = torch.optim.AdamW(
+        [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2, 2))]
+    )
+    assert checkpoint.restore(optimizer) == [0.1, 1 / 3]
+    assert parameter() is None and checkpoint.step == 2
+    assert optimizer.param_groups[0]["params"][0].abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parameters": "9" * 5000},
+        {"parameters": "1000000000"},
+        {"parameters": "-1"},
+        {"losses": torch.tensor([0.5])},
+        {"losses": torch.tensor([float("nan")], dtype=torch.float64)},
+        {"losses": None},
+        {"parameter.0": None},
+        {"parameter.7": torch.ones(1)},
+        {"step.²": torch.ones(1)},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_makes_no_sense_is_refused_although_its_digest_is_right(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    file = tmp_path / "checkpoint.safetensors"
+    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "parameters": "1"}
+    tensors = {"losses": torch.tensor([0.5], dtype=torch.float64), "parameter.0": torch.ones(2)}
+    metadata.update({name: value for name, value in change.items() if isinstance(value, str)})
+    tensors.update({name: value for name, value in change.items() if name not in metadata})
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(tensors, file, {**metadata, "digest": _digest(metadata, tensors)})
+    with pytest.raises(CheckpointError, match=r"checkpoint\.safetensors is damaged: \w+"):
+        read_checkpoint(file)
 
 
 def test_any_flipped_byte_and_any_missing_one_is_noticed(tmp_path: Path) -> None:
