@@ -12,7 +12,8 @@ from ..concept.errors import TrainingError
 from ..trainer.checkpoint import Checkpoint
 from ..trainer.config import TrainConfig
 from ..trainer.events import Event
-from ..trainer.jobs import JobState, Work
+from ..trainer.job_snapshot import JobState
+from ..trainer.jobs import Work
 from ..trainer.service import TrainingService
 from .output import stop_on_interrupt
 

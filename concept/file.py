@@ -36,15 +36,17 @@ def write_concept(
 ) -> Path:
     """Writes the concept, in half precision unless asked otherwise; the file is complete or absent.
 
-    Raises ConceptFileError when the disk is full or the folder cannot be written.
+    Raises ConceptFileError when the disk is full or the folder cannot be written, and for words
+    that no file holds: what is written here can be read again.
     """
     path = Path(path)
+    metadata = metadata_of(concept, path.stem)
+    ConceptHeader.of(path, metadata)
     # Copies: the layers of a merged concept share their `down`, which safetensors refuses to write.
     tensors = {
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, tensor in concept_tensors(concept.to(dtype)).items()
     }
-    metadata = metadata_of(concept, path.stem)
     write_atomically(
         path,
         lambda temporary: save_file(tensors, temporary, metadata),

@@ -20,9 +20,13 @@ _KINDS = {
 }
 
 
+class NotRegularError(OSError):
+    """Something that is no regular file. `strerror` says what it is."""
+
+
 def open_regular(path: Path) -> BufferedReader:
-    """Opens a file, or what a link leads to, for reading. Raises OSError where it is no regular
-    file, and never waits.
+    """Opens a file, or what a link leads to, for reading. Raises NotRegularError where it is no
+    regular file, other OSErrors as usual, and never waits.
     """
     _check(path, os.stat(path))  # before opening: some devices do something when they are opened
     # What comes between the check and the opening neither blocks (not known to Windows) nor passes.
@@ -49,4 +53,4 @@ def _check(path: Path, status: os.stat_result) -> None:
     kind = stat.S_IFMT(status.st_mode)
     if kind != stat.S_IFREG:
         what = _KINDS.get(kind, "something else")
-        raise OSError(errno.EINVAL, f"it is {what}, not a file", str(path))
+        raise NotRegularError(errno.EINVAL, f"it is {what}, not a file", str(path))

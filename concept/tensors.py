@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConceptFileError, UnreadableFileError
+from .regular_files import NotRegularError, open_regular
 
 LARGEST_HEADER = 8 << 20
 """Bytes. A whole checkpoint of SDXL has 0.3 million, a LyCORIS of all its layers 0.8; the tags of a
@@ -137,10 +137,10 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     waited for. Raises ConceptFileError, also where the system fails while it is read.
     """
     try:
-        _check_ordinary(path, os.stat(path).st_mode)
-        with open(path, "rb", opener=_open_without_waiting) as file:
-            _check_ordinary(path, os.fstat(file.fileno()).st_mode)
+        with open_regular(path) as file:
             yield file
+    except NotRegularError as error:
+        raise UnreadableFileError(path, str(error.strerror), "Give a file of weights") from error
     except FileNotFoundError as error:
         raise ConceptFileError(
             f"There is no concept file {path}. Check the name, or train and save the concept first."
@@ -178,16 +178,6 @@ def imposter(start: bytes) -> tuple[str, str] | None:
     if text.startswith((b'{"', b"{\n", b"{ ", b"[")):
         return "it is a JSON text, perhaps an error of the server", "Download it again"
     return None
-
-
-def _open_without_waiting(name: str, flags: int) -> int:
-    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
-
-
-def _check_ordinary(path: Path, mode: int) -> None:
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
-        raise UnreadableFileError(path, f"it is {kind}, no file", "Give a file of weights")
 
 
 def _header(path: Path, file: BinaryIO) -> Header:

@@ -13,12 +13,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..concept.concept import Concept
-from ..concept.errors import IncompatibleModelError
+from ..concept.errors import ConceptFileError, IncompatibleModelError
 from ..concept.fit import check_fit
 from ..concept.layers import (
     Family,
@@ -27,6 +25,7 @@ from ..concept.layers import (
     is_projection,
     layer_from_diffusers,
 )
+from ..concept.tensors import read_tensors
 from ..concept.text import TextEncoder
 from ..trainer.config import LATENT_PIXELS
 from ..trainer.protocols import Prediction
@@ -156,8 +155,8 @@ def load_pipeline(
 def load_network(pipeline: Any, path: Path) -> None:
     """Gives the pipeline's UNet the weights of a file, as `trainer.network_file` writes it."""
     try:
-        pipeline.unet.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
+        pipeline.unet.load_state_dict(read_tensors(path)[0])
+    except (ConceptFileError, RuntimeError) as error:
         raise IncompatibleModelError(
             f"{path} holds no UNet of this model ({str(error).splitlines()[0]}). Give the file "
             f"that `train --method dreambooth` or `fine-tune all` left for it."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..trainer.jobs import JobState
+from ..trainer.job_snapshot import JobState
 
 Schema = dict[str, Any]
 

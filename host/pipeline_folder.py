@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..concept.errors import ConfigError, IncompatibleModelError
+from ..concept.errors import ConceptFileError, ConfigError, IncompatibleModelError
+from ..concept.tensors import read_tensors
 from ..formats.base import shards
 from .open_clip_vocabulary import write_vocabulary
 
@@ -214,15 +214,13 @@ def _weights(folder: Path, stem: str) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for file in _weight_files(folder, stem):
         try:
-            with safe_open(file, framework="pt", device="cpu") as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a mapping)
-                    tensor = opened.get_tensor(name)
-                    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-                    weights[name] = tensor.to(dtype, copy=True)
-        except (SafetensorError, OSError, ValueError) as error:
+            tensors, _ = read_tensors(file)
+        except ConceptFileError as error:
             raise IncompatibleModelError(
                 f"its {folder.name}/{file.name} is no readable .safetensors: {error}"
             ) from error
+        for name, tensor in tensors.items():
+            weights[name] = tensor.float() if tensor.is_floating_point() else tensor
     weights.pop("text_model.embeddings.position_ids", None)  # numbers 0, 1, 2 in older files
     return weights
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..concept.errors import IncompatibleModelError
+from ..concept.tensors import read_tensors
 from ..host.clip_text import text_transformer
 from ..host.open_clip_vocabulary import read_tokenizer
 from ..trainer.config import LATENT_PIXELS, TrainConfig
@@ -159,4 +159,4 @@ class BlockAutoencoder(nn.Module):
 
 
 def _float32(file: Path) -> dict[str, Tensor]:
-    return {name: tensor.float() for name, tensor in load_file(file).items()}
+    return {name: tensor.float() for name, tensor in read_tensors(file)[0].items()}

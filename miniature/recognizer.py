@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..concept.tensors import read_tensors
 from .drawing import draw
 from .model import LATENT_EDGE, WEIGHTS
 from .world import (
@@ -136,7 +137,8 @@ class Recognizer(nn.Module):
 
 def load_recognizer(weights: Path = WEIGHTS) -> Recognizer:
     recognizer = Recognizer()
-    recognizer.load_state_dict({k: t.float() for k, t in load_file(weights / FILE).items()})
+    tensors, _ = read_tensors(weights / FILE)
+    recognizer.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return recognizer.requires_grad_(False)
 
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..concept.atomic import write_atomically
-from ..concept.errors import CheckpointError
+from ..concept.errors import CheckpointError, ConceptFileError
+from ..concept.tensors import read_tensors
 
 FORMAT = "custom-diffusion-checkpoint"
 FORMAT_VERSION = "1"
@@ -110,8 +110,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     The file is closed, and no tensor maps it: Windows removes no file that is mapped.
     """
     try:
-        metadata, tensors = _read(path)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        tensors, metadata = read_tensors(path)
+    except ConceptFileError as error:
         raise CheckpointError(f"The checkpoint {path} cannot be read ({error}).") from error
     if (metadata.get("format"), metadata.get("format_version")) != (FORMAT, FORMAT_VERSION):
         raise CheckpointError(
@@ -126,22 +126,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except (LookupError, ValueError, TypeError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}"
     raise CheckpointError(f"The checkpoint {path} is damaged: {reason}.")
-
-
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The header and every tensor in memory of its own.
-
-    The file is opened for each tensor, so that no more than one is there twice, mapped and copied.
-    """
-    if not path.is_file():  # opening a pipe would wait for ever
-        raise OSError("it is no file")
-    with safe_open(path, framework="pt", device="cpu") as file:
-        metadata, names = file.metadata() or {}, list(file.keys())
-    tensors = {}
-    for name in names:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            tensors[name] = file.get_tensor(name).clone()
-    return dict(metadata), tensors
 
 
 def _checkpoint_of(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Checkpoint:

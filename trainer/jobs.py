@@ -10,18 +10,14 @@ frozen snapshots of it.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from ..concept.concept import Concept
 from ..concept.errors import CustomDiffusionError, JobError, ModelsGoneError
@@ -29,74 +25,11 @@ from .checkpoint import Checkpoint
 from .events import CheckpointDue, Event, MemoryShort, PreviewDrawn, StepDone, WordsMoved
 from .job_folder import JobFolder
 from .job_records import MOST_NOTES, Outcome, text_that_fits
+from .job_snapshot import ACTIVE, ENDED, JobState, Snapshot, snapshot_on_disk
 
 log = logging.getLogger("custom_diffusion")
 _POLL_S = 0.05
 _AVERAGED_STEPS = 20
-
-
-class JobState(str, Enum):
-    QUEUED = "queued"
-    PREPARING = "preparing"
-    RUNNING = "running"
-    PAUSED = "paused"
-    FINISHED = "finished"
-    STOPPED = "stopped"
-    FAILED = "failed"
-
-
-ENDED = (JobState.FINISHED, JobState.STOPPED, JobState.FAILED)
-ACTIVE = (JobState.QUEUED, JobState.PREPARING, JobState.RUNNING)
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A job as it was at one moment."""
-
-    id: str
-    name: str
-    state: JobState
-    step: int
-    steps: int
-    waiting: bool = False
-    """It lets somebody else have the device first."""
-    loss: float | None = None
-    """Of the last step"""
-    seconds_per_step: float | None = None
-    """Lately; without the time it waited"""
-    drift: Mapping[str, float] = field(default_factory=dict)
-    """How far the modifier tokens have moved: `trainer.tokens.drift`"""
-    preview_hwc: Tensor | None = None
-    preview_step: int = 0
-    notes: tuple[str, ...] = ()
-    """What went wrong and was mended"""
-    error: str = ""
-    log: str = ""
-    """Of a failed job: where it happened, for whoever looks for the fault"""
-    concept_file: Path | None = None
-
-    @property
-    def ended(self) -> bool:
-        return self.state in ENDED
-
-    def as_json(self) -> dict[str, Any]:
-        """Without the preview, because samples are files, and without the log."""
-        loss = self.loss if self.loss is not None and math.isfinite(self.loss) else None
-        return {
-            "id": self.id,
-            "name": self.name,
-            "state": self.state.value,
-            "step": self.step,
-            "steps": self.steps,
-            "waiting": self.waiting,
-            "loss": loss,
-            "seconds_per_step": self.seconds_per_step,
-            "drift": dict(self.drift),
-            "preview_step": self.preview_step,
-            "notes": self.notes,
-            "error": self.error,
-            "concept_file": self.concept_file.name if self.concept_file else None,
-        }
 
 
 def never() -> bool:
@@ -191,7 +124,7 @@ class Job:
 
     def _look(self) -> None:
         """Knows of the job what its folder says."""
-        self._outcome, self._snapshot = self.folder.outcome(), _on_disk(self.folder)
+        self._outcome, self._snapshot = self.folder.outcome(), snapshot_on_disk(self.folder)
         self._work, self._losses = None, []
         if self._snapshot.ended:
             self._ended.set()
@@ -468,32 +401,3 @@ class Job:
 
 def _failed(error: object, log: str = "") -> dict[str, Any]:
     return {"state": JobState.FAILED, "error": str(error) or type(error).__name__, "log": log}
-
-
-def _on_disk(folder: JobFolder) -> Snapshot:
-    """A job as its folder tells: running when somebody works on it, queued when somebody has it,
-    else as it ended, or paused; and failed where the folder cannot tell.
-    """
-    description = folder.description
-    if description.fault:
-        return Snapshot(folder.id, folder.id, JobState.FAILED, 0, 0, error=description.fault)
-    state = None
-    if folder.is_locked():
-        state = JobState.RUNNING
-    elif folder.is_claimed():
-        state = JobState.QUEUED
-    outcome = None if state else folder.outcome()
-    if outcome is None:
-        state, step = state or JobState.PAUSED, folder.newest_step()
-        return Snapshot(folder.id, description.name, state, step, description.steps)
-    return Snapshot(
-        id=folder.id,
-        name=description.name,
-        state=JobState(outcome.state),
-        step=folder.newest_step() if outcome.step is None else outcome.step,
-        steps=description.steps,
-        notes=outcome.notes,
-        error=outcome.error,
-        log=outcome.log,
-        concept_file=Path(outcome.concept_file) if outcome.concept_file else None,
-    )

@@ -10,8 +10,9 @@ from typing import Any
 
 from ..concept.errors import CustomDiffusionError, JobError, UnknownJobError
 from .job_folder import JobFolder
+from .job_snapshot import JobState
 from .job_trash import clear_trash
-from .jobs import Job, JobState, Work
+from .jobs import Job, Work
 
 log = logging.getLogger("custom_diffusion")
 

@@ -20,7 +20,8 @@ from ...concept.concept import Concept
 from ...concept.errors import JobError, TrainingError
 from ...concept.file import read_concept
 from ...trainer.job_folder import SAMPLE_EDGE, sample_picture
-from ...trainer.jobs import Job, JobState, Snapshot
+from ...trainer.job_snapshot import JobState, Snapshot
+from ...trainer.jobs import Job
 from ...trainer.pictures import read_picture
 from ...trainer.service import TrainingService
 from .job_models import shared_copy

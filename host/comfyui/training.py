@@ -25,7 +25,8 @@ from ...trainer.config import TrainConfig
 from ...trainer.data import TrainingConcept
 from ...trainer.events import Event
 from ...trainer.fingerprint import training_fingerprint
-from ...trainer.jobs import ACTIVE, Job, JobState, Work, never
+from ...trainer.job_snapshot import ACTIVE, JobState
+from ...trainer.jobs import Job, Work, never
 from ...trainer.latents import LatentBank
 from ...trainer.loop import train
 from ...trainer.methods import METHODS

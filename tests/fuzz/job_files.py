@@ -30,7 +30,8 @@ import torch
 from custom_diffusion.concept.errors import CheckpointError, JobError
 from custom_diffusion.trainer import checkpoint
 from custom_diffusion.trainer.job_records import Description, MetricsLine, Outcome
-from custom_diffusion.trainer.jobs import Job, JobState
+from custom_diffusion.trainer.job_snapshot import JobState
+from custom_diffusion.trainer.jobs import Job
 from custom_diffusion.trainer.service import TrainingService
 from safetensors.torch import save_file
 from support.odd_jobs import GOOD, OLD_JOB

@@ -26,7 +26,8 @@ from custom_diffusion.trainer.checkpoint import Checkpoint
 from custom_diffusion.trainer.data import load_folder
 from custom_diffusion.trainer.events import CheckpointDue, Event, PreviewDrawn, StepDone
 from custom_diffusion.trainer.job_folder import JobFolder
-from custom_diffusion.trainer.jobs import Job, JobState, Work
+from custom_diffusion.trainer.job_snapshot import JobState
+from custom_diffusion.trainer.jobs import Job, Work
 from custom_diffusion.trainer.loop import train
 from custom_diffusion.trainer.prepare import prepare
 from custom_diffusion.trainer.service import TrainingService

@@ -5,6 +5,7 @@ disturbs no other.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,8 @@ from custom_diffusion.concept.errors import ConfigError, CustomDiffusionError, J
 from custom_diffusion.concept.layers import FAMILIES
 from custom_diffusion.trainer.events import Event, StepDone
 from custom_diffusion.trainer.job_records import Description, MetricsLine, Outcome
-from custom_diffusion.trainer.jobs import ENDED, Job, JobState, Snapshot, Work
+from custom_diffusion.trainer.job_snapshot import ENDED, JobState, Snapshot
+from custom_diffusion.trainer.jobs import Job, Work
 from custom_diffusion.trainer.service import TrainingService
 from support.odd_jobs import (
     DEEP,
@@ -209,8 +211,10 @@ def test_what_could_not_be_read_again_is_not_written(
     assert not (tmp_path / "jobs").exists()
 
 
-def test_an_error_of_any_text_is_kept(tmp_path: Path) -> None:
+def test_an_error_of_any_text_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """File names that are no text end up in messages, and a traceback may be very long."""
+    # pytest-xdist cannot send a captured log to its other process that is no text.
+    monkeypatch.setattr(logging.getLogger("custom_diffusion"), "disabled", True)
 
     def train(*_: object) -> Concept:
         raise ValueError(f"no picture \udcff.png {'x' * 300_000}")

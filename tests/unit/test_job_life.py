@@ -19,7 +19,8 @@ from custom_diffusion.trainer.checkpoint import Checkpoint
 from custom_diffusion.trainer.config import TrainConfig
 from custom_diffusion.trainer.events import Event
 from custom_diffusion.trainer.job_folder import JobFolder
-from custom_diffusion.trainer.jobs import Job, JobState, Work
+from custom_diffusion.trainer.job_snapshot import JobState
+from custom_diffusion.trainer.jobs import Job, Work
 from custom_diffusion.trainer.service import TrainingService
 from diffusers import StableDiffusionPipeline
 from support.concepts import random_concept

@@ -14,7 +14,8 @@ from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import JobError, ModelsGoneError
 from custom_diffusion.trainer.checkpoint import Checkpoint
 from custom_diffusion.trainer.events import CheckpointDue, StepDone
-from custom_diffusion.trainer.jobs import Job, JobState, Work
+from custom_diffusion.trainer.job_snapshot import JobState
+from custom_diffusion.trainer.jobs import Job, Work
 from custom_diffusion.trainer.service import TrainingService
 from support.concepts import random_concept
 
