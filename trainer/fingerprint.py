@@ -45,7 +45,9 @@ def training_fingerprint(
         for images in (concept.images, concept.regularization):
             digest.update(f"{len(images)} pictures".encode())
             for image in images:
-                digest.update(f"{image.caption} {image.repeats}".encode())
+                digest.update(image.caption.encode())
+                if image.repeats > 1:  # nothing for one: jobs from before it was counted are found
+                    digest.update(f"{image.repeats} times".encode())
                 for source in (image.source, image.mask):
                     digest.update(_content(source))
     _update_with_models(digest, encoder, networks)
