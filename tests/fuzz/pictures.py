@@ -71,8 +71,8 @@ def described_tiff(data: Provider) -> bytes:
         (
             data.PickValueInList(list(TIFF_TAGS)),
             data.ConsumeIntInRange(0, 19),
-            number(data),
-            data.PickValueInList([*COMPRESSIONS, *EDGES, 8, 26, 100]),
+            number(data) if not data.ConsumeIntInRange(0, 50) else data.ConsumeIntInRange(0, 4),
+            data.PickValueInList([*COMPRESSIONS, 0, 1, 2, 7, 8, 16, 26, 100, 255, 65_535]),
         )
         for _ in range(data.ConsumeIntInRange(0, 20))
     )
@@ -87,7 +87,13 @@ def described_tiff(data: Provider) -> bytes:
         ]
     entries = b"".join(struct.pack(f"{order}HHII", *tag) for tag in tags)
     start = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}HIH", 42, 8, len(tags))
-    return start + entries + struct.pack(f"{order}I", number(data)) + data.ConsumeBytes(200)
+    return (
+        start
+        + entries
+        + struct.pack(f"{order}I", number(data))
+        + data.ConsumeBytes(200)
+        + bytes(3000)
+    )
 
 
 def described_png(data: Provider) -> bytes:
