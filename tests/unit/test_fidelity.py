@@ -69,6 +69,7 @@ def test_the_judge_tells_concepts_from_almost_concepts(lab: Laboratory) -> None:
     assert all(score < right - 0.05 for score, _ in captions.values())
 
 
+@pytest.mark.any_version
 def test_a_concept_is_learnt_and_keys_and_values_take_part(
     lab: Laboratory, pair: tuple[Subject, Subject], concepts: list[Concept]
 ) -> None:
@@ -78,12 +79,14 @@ def test_a_concept_is_learnt_and_keys_and_values_take_part(
         assert lab.likeness(one, without_deltas(concept), seed=1) < learnt - PART
 
 
+@pytest.mark.any_version
 def test_a_word_alone_learns(lab: Laboratory, pair: tuple[Subject, Subject]) -> None:
     concept = lab.teach(pair[:1], replace(CONFIG, method="textual inversion"))
     assert not concept.deltas
     assert lab.likeness(pair[0], concept, seed=1) > LEARNT
 
 
+@pytest.mark.any_version
 def test_the_class_is_not_the_concept(
     lab: Laboratory, pair: tuple[Subject, Subject], concepts: list[Concept]
 ) -> None:
@@ -92,6 +95,7 @@ def test_the_class_is_not_the_concept(
         assert score.class_alignment < score.image_alignment - 0.25
 
 
+@pytest.mark.any_version
 def test_a_merge_keeps_both_concepts(
     lab: Laboratory, pair: tuple[Subject, Subject], concepts: list[Concept]
 ) -> None:
