@@ -75,14 +75,21 @@ class RecurrentTextEncoder:
         if self.refuse:
             raise AssertionError("nothing should be encoded here")
         self.calls += 1
-        table = torch.cat([self._table, *(rows.float() for rows in self._embeddings.values())])
-        state = torch.zeros(len(token_ids), self.context_width)
+        # In float64, rounded at the end: so the features of a prompt do not depend on how many
+        # others are encoded beside it, whatever this processor's kernels do for which size.
+        table, mix, out, common = (
+            tensor.double() for tensor in (self._rows(), self._mix, self._out, self._common)
+        )
+        state = table.new_zeros(len(token_ids), self.context_width)
         features = []
         for position in range(token_ids.shape[1]):
-            state = torch.tanh(_MEMORY * state @ self._mix + table[token_ids[:, position]])
-            features.append(self._common + state @ self._out)
+            state = torch.tanh(_MEMORY * state @ mix + table[token_ids[:, position]])
+            features.append(common + state @ out)
         stacked = torch.stack(features, dim=1)
-        return _LENGTH * stacked / stacked.norm(dim=-1, keepdim=True)
+        return (_LENGTH * stacked / stacked.norm(dim=-1, keepdim=True)).float()
+
+    def _rows(self) -> Tensor:
+        return torch.cat([self._table, *(rows.float() for rows in self._embeddings.values())])
 
     def encode_with_pooled(self, token_ids: Tensor) -> TextFeatures:
         return TextFeatures(self.encode(token_ids))
