@@ -77,19 +77,19 @@ def test_a_base_keeps_nothing_alive(lent: Any, loaded: Any, prompts: Any) -> Non
 
 
 def test_jobs_of_one_base_share_a_copy_and_others_do_not(
-    lent: Any, loaded: Any, prompts: Any
+    lent: Any, sd15: Any, prompts: Any
 ) -> None:
-    first = lent.copy_models(loaded.model, loaded.clip, CONFIG)
-    base, same = (lent.Base(loaded.model, loaded.clip, CONFIG, first) for _ in range(2))
+    first = lent.copy_models(sd15.model, sd15.clip, CONFIG)
+    base, same = (lent.Base(sd15.model, sd15.clip, CONFIG, first) for _ in range(2))
     lent.shared_copy.keep(base, first)
     assert lent.shared_copy.at_turn_of(base, never) is first
     assert lent.shared_copy.at_turn_of(same, never) is first
     kept = weakref.ref(first.denoiser.network)
 
-    skipped = loaded.clip.clone()
+    skipped = sd15.clip.clone()
     skipped.clip_layer(-2)
-    other = lent.copy_models(loaded.model, skipped, CONFIG)
-    another = lent.Base(loaded.model, skipped, CONFIG, other)
+    other = lent.copy_models(sd15.model, skipped, CONFIG)
+    another = lent.Base(sd15.model, skipped, CONFIG, other)
     assert not lent.shared_copy.has(another)
     del first, other
     got = lent.shared_copy.at_turn_of(another, never)
@@ -99,10 +99,8 @@ def test_jobs_of_one_base_share_a_copy_and_others_do_not(
     assert not lent.shared_copy.has(another)
 
 
-def test_a_copy_is_made_between_prompts(lent: Any, loaded: Any, prompts: Any) -> None:
-    base = lent.Base(
-        loaded.model, loaded.clip, CONFIG, lent.copy_models(loaded.model, loaded.clip, CONFIG)
-    )
+def test_a_copy_is_made_between_prompts(lent: Any, sd15: Any, prompts: Any) -> None:
+    base = lent.Base(sd15.model, sd15.clip, CONFIG, lent.copy_models(sd15.model, sd15.clip, CONFIG))
     prompts.currently_running = {0: "a prompt"}
     asked = 0
 
@@ -121,11 +119,9 @@ def test_a_copy_is_made_between_prompts(lent: Any, loaded: Any, prompts: Any) ->
 
 
 def test_a_copy_that_a_prompt_has_come_into_is_made_again(
-    lent: Any, loaded: Any, prompts: Any, monkeypatch: pytest.MonkeyPatch
+    lent: Any, sd15: Any, prompts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = lent.Base(
-        loaded.model, loaded.clip, CONFIG, lent.copy_models(loaded.model, loaded.clip, CONFIG)
-    )
+    base = lent.Base(sd15.model, sd15.clip, CONFIG, lent.copy_models(sd15.model, sd15.clip, CONFIG))
     copies = 0
     whole = lent.copy_models
 
