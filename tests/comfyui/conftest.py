@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import hashlib
 import sys
 import tempfile
@@ -34,6 +36,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if count:
         terminalreporter.section("ComfyUI not found", red=True)
         terminalreporter.write_line(f"{count} tests skipped. {NO_COMFYUI}", red=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_goes_back() -> Iterator[None]:
+    """Whole models were loaded in this process: glibc keeps some of what is freed, gigabytes of it
+    after a few files.
+    """
+    yield
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="session")
