@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -58,7 +59,7 @@ def read_pipeline(folder: Path) -> Any:
     IncompatibleModelError that names the folder and what is wrong with it, and ConfigError where
     diffusers is not installed.
     """
-    if not (folder / "model_index.json").is_file():
+    if not os.path.isfile(folder / "model_index.json"):
         raise IncompatibleModelError(
             f"{folder} is no Stable Diffusion pipeline in diffusers' layout: it has no "
             f"model_index.json. Give the folder of a downloaded pipeline."

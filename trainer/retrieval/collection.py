@@ -129,7 +129,7 @@ def parts_of(collection: Path) -> list[Part]:
             if name.endswith(".parquet") and f"{name.removesuffix('.parquet')}.tar" not in shards
         }
         parts += [Part(Path(folder, name)) for name in shards | tables]
-        covered = Path(folder).with_suffix(".parquet").is_file()
+        covered = bool(Path(folder).name) and Path(folder).with_suffix(".parquet").is_file()
         if not covered and any(_is_picture(name) for name in names):
             parts.append(Part(Path(folder)))
     if not parts:
