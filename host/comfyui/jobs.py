@@ -97,7 +97,8 @@ def wait_for(job: Job, keep_on_interrupt: bool = False) -> Snapshot:
     """Shows the job's progress on the executing node until it ends.
 
     Interrupting the prompt stops the job, saves what was learnt, and then interrupts; or leaves
-    the job to go on in the background. Raises TrainingError when the job failed.
+    the job to go on in the background. Raises TrainingError when the job failed, and when it has
+    been paused and cannot be resumed here: no other prompt would ever have its turn.
     """
     steps = job.snapshot().steps
     progress = comfy.utils.ProgressBar(steps)
@@ -107,6 +108,12 @@ def wait_for(job: Job, keep_on_interrupt: bool = False) -> Snapshot:
             while not job.wait(_POLL_S):
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 snapshot = job.snapshot()
+                if snapshot.state is JobState.PAUSED and not _can_be_resumed(job):
+                    raise TrainingError(
+                        f"The training job {job.id} is paused at step {snapshot.step} of {steps}, "
+                        f"and its models are not loaded any more. Queue the graph again: it goes "
+                        f"on from there."
+                    )
                 preview = None
                 if snapshot.preview_hwc is not None and snapshot.preview_step != shown:
                     shown = snapshot.preview_step
@@ -123,6 +130,10 @@ def wait_for(job: Job, keep_on_interrupt: bool = False) -> Snapshot:
     if snapshot.state is JobState.FAILED:
         raise TrainingError(snapshot.error)
     return snapshot
+
+
+def _can_be_resumed(job: Job) -> bool:
+    return job.is_loaded and job.folder.path.is_dir()
 
 
 def jobs_to_go_on_with(wait: bool) -> str:
