@@ -6,6 +6,7 @@ diffusers is imported when a command needs a model, so that `inspect` works with
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -29,11 +30,18 @@ INTERRUPTED = 130  # exit status after Ctrl-C
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; errors that users can mend are one message and exit status 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold what it cannot write
+        sys.stdout.reconfigure(errors="backslashreplace")
     options = parser().parse_args(arguments)
     try:
         options.command(options)
     except CustomDiffusionError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        what = " ".join(filter(None, (str(error.filename or ""), error.strerror or str(error))))
+        advice = "Look at the name, the permissions and the disk."
+        print(f"error: {CustomDiffusionError(f'{what}. {advice}')}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: files that were written are complete", file=sys.stderr)

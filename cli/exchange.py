@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def import_command(options: argparse.Namespace) -> None:
 def export_command(options: argparse.Namespace) -> None:
     concept = read_concept(options.concept)
     if options.format == CHECKPOINT:
-        if not options.base or not Path(options.base).is_file():
+        if not options.base or not os.path.isfile(options.base):
             raise ConfigError("A checkpoint is baked into another one: give it as --base FILE.")
         words = bake(concept, Path(options.base), options.output)
         print(f"saved {options.output}")

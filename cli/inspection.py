@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..concept.fit import Fit, fit_to
 from ..concept.inspection import aligned, inspect_concept
 from ..concept.layers import FAMILIES
 from ..concept.library import ORDERS, SORTS, Listing, list_concepts
+from ..concept.plain import json_text
 from ..formats.base import BaseModel
 from ..formats.card import read_any_card
 from ..formats.content import ENDINGS
@@ -45,12 +46,12 @@ def inspect_command(options: argparse.Namespace) -> None:
     fit = _fit(opened.concept, base) if base else None
     created = "" if opened.foreign else read_card(options.file).created
     found = inspect_concept(opened.concept, options.file, created=created, fit=fit)
-    print(_json(found.as_json()) if options.json else found.text(layers=options.layers))
+    print(json_text(found.as_json()) if options.json else found.text(layers=options.layers))
 
 
 def list_command(options: argparse.Namespace) -> None:
     folder: Path = options.folder
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ConceptFileError(f"There is no folder {folder}. Give one that holds concept files.")
     files = [path for path in folder.rglob("*") if path.suffix in ENDINGS]
     names = [path.relative_to(folder).as_posix() for path in files]
@@ -62,7 +63,7 @@ def list_command(options: argparse.Namespace) -> None:
         sort=options.sort,
         order=options.order,
     )
-    print(_json(listing.as_json()) if options.json else "\n".join(_lines(listing)))
+    print(json_text(listing.as_json()) if options.json else "\n".join(_lines(listing)))
 
 
 def _fit(concept: Concept, base: BaseModel) -> Fit:
@@ -82,7 +83,3 @@ def _cells(name: str, card: ConceptCard) -> tuple[str, ...]:
     size, date = f"{card.megabytes:.2f}", card.created[:10]
     made_by = f"another tool ({card.other})" if card.other else f"{card.method}{steps}"
     return name, ", ".join(card.prompts), card.base, size, date, made_by
-
-
-def _json(told: Any) -> str:
-    return json.dumps(told, indent=2, ensure_ascii=False)

@@ -1,19 +1,30 @@
-"""The training jobs of a ComfyUI that runs, over its HTTP API (docs/http-api.md)."""
+"""The training jobs of a ComfyUI that runs, over its HTTP API (docs/http-api.md).
+
+What answers at an address may be anything: an answer is read up to a size, and checked.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable
+from http.client import HTTPException
+from typing import Any, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import quote
 from urllib.request import ProxyHandler, Request, build_opener
 
 from ..concept.errors import JobError
+from ..concept.plain import read_json
 
 _JOBS = "/custom_diffusion/jobs"
 _TIMEOUT_S = 30.0
+_MOST_BYTES = 256 << 20
+"""Of an answer: a job in full holds its graph, and a graph may hold pictures"""
+_SHOWN = {"id": str, "state": str, "error": str, "step": int, "steps": int}
+"""What commands read of a job"""
 _OPENER = build_opener(ProxyHandler({}))
 """Without a proxy: a ComfyUI is on this machine or near it."""
+_Answer = TypeVar("_Answer")
 
 
 class JobServer:
@@ -21,61 +32,95 @@ class JobServer:
 
     def __init__(self, address: str) -> None:
         """`address` such as http://127.0.0.1:8188"""
+        if not address.startswith(("http://", "https://")):  # urllib opens files too
+            raise JobError(
+                f"{address} is no address of a ComfyUI. Give http://127.0.0.1:8188, say."
+            )
         self._address = address.rstrip("/")
 
     def all(self) -> tuple[list[dict[str, Any]], list[str]]:
         """Every job, and the ids of those that wait for their turn, the next one first."""
-        answer = self._ask("GET", _JOBS)
-        return answer["jobs"], answer["queue"]
+        return self._ask(
+            "GET", _JOBS, lambda answer: ([_job(each) for each in answer["jobs"]], _queue(answer))
+        )
 
-    def show(self, job_id: str) -> Any:
-        return self._ask("GET", _job(job_id))
+    def show(self, job_id: str) -> dict[str, Any]:
+        return self._ask("GET", _path(job_id), _job)
 
     def losses(self, job_id: str) -> list[float | None]:
         """None where a loss was not finite"""
-        return self._ask("GET", f"{_job(job_id)}/metrics")["losses"]  # type: ignore[no-any-return]
+        return self._ask("GET", f"{_path(job_id)}/metrics", _losses)
 
-    def steer(self, job_id: str, action: str) -> Any:
+    def steer(self, job_id: str, action: str) -> dict[str, Any]:
         """Pause, resume or stop; returns the job."""
-        return self._ask("POST", f"{_job(job_id)}/{action}")
+        return self._ask("POST", f"{_path(job_id)}/{action}", _job)
 
-    def move(self, job_id: str, position: int) -> Any:
+    def move(self, job_id: str, position: int) -> list[str]:
         """Returns the ids of those that wait."""
-        return self._ask("POST", f"{_job(job_id)}/position", {"position": position})["queue"]
+        return self._ask("POST", f"{_path(job_id)}/position", _queue, {"position": position})
 
     def start(self, job_id: str) -> None:
         """Queues the graph that the job came from."""
-        self._ask("POST", "/prompt", {"prompt": self._ask("GET", f"{_job(job_id)}/graph")})
+        graph = self._ask("GET", f"{_path(job_id)}/graph", dict)
+        self._ask("POST", "/prompt", dict, {"prompt": graph})
 
     def delete(self, job_id: str) -> None:
-        self._ask("DELETE", _job(job_id))
+        self._ask("DELETE", _path(job_id), dict)
 
-    def _ask(self, method: str, path: str, body: object = None) -> Any:
+    def _ask(
+        self, method: str, path: str, check: Callable[[Any], _Answer], body: object = None
+    ) -> _Answer:
+        """What `check` makes of the answer; it raises TypeError, LookupError or ValueError for one
+        that is not of this pack.
+        """
         data = None if body is None else json.dumps(body).encode()
         try:
             request = Request(f"{self._address}{path}", data, method=method)
             request.add_header("Content-Type", "application/json")
             with _OPENER.open(request, timeout=_TIMEOUT_S) as answer:
-                return json.load(answer)
+                return check(_content(answer))
         except HTTPError as error:
             raise JobError(self._refusal(error)) from error
-        except (OSError, ValueError) as error:
+        except (OSError, HTTPException, ValueError, TypeError, LookupError) as error:
             raise JobError(
-                f"No ComfyUI with this pack answers at {self._address} ({error}). Start it, or "
-                f"give the folder of its jobs."
+                f"No ComfyUI with this pack answers at {self._address} "
+                f"({str(error) or type(error).__name__}). Start it, or give the folder of its jobs."
             ) from error
 
     def _refusal(self, error: HTTPError) -> str:
         try:
-            reason = json.load(error)["error"]
-        except (OSError, ValueError, LookupError, TypeError):
+            reason = _content(error)["error"]
+            # ComfyUI's own errors are objects
+            return str(reason["message"] if isinstance(reason, dict) else reason)
+        except (OSError, HTTPException, ValueError, TypeError, LookupError):
             return (
                 f"{self._address} answers with the status {error.code}, which is not of this "
                 f"pack. Is it a ComfyUI, with the pack installed?"
             )
-        # ComfyUI's own errors are objects
-        return str(reason["message"] if isinstance(reason, dict) else reason)
 
 
-def _job(job_id: str) -> str:
-    return f"{_JOBS}/{quote(job_id, safe='')}"
+def _content(answer: Any) -> Any:
+    """Of the body of an answer, which is JSON."""
+    content = answer.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise ValueError(f"the answer has more than {_MOST_BYTES >> 20} MiB")
+    return read_json(content.decode())
+
+
+def _job(answer: Any) -> dict[str, Any]:
+    for name, kind in _SHOWN.items():
+        if not isinstance(answer[name], kind):
+            raise ValueError(f"the {name} of a job is {type(answer[name]).__name__}")
+    return answer  # type: ignore[no-any-return]
+
+
+def _queue(answer: Any) -> list[str]:
+    return [str(job_id) for job_id in answer["queue"]]
+
+
+def _losses(answer: Any) -> list[float | None]:
+    return [None if loss is None else float(loss) for loss in answer["losses"]]
+
+
+def _path(job_id: str) -> str:
+    return f"{_JOBS}/{quote(job_id, safe='', errors='surrogatepass')}"

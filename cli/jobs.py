@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..concept.errors import JobError
+from ..concept.plain import json_text
 from ..trainer.service import TrainingService
 from .job_server import JobServer
 
@@ -54,11 +55,11 @@ def list_command(options: argparse.Namespace) -> None:
     for job in jobs:
         print(_line(job))
     if queue:
-        print(f"waiting, the next one first: {', '.join(queue)}")
+        print(_one_line(f"waiting, the next one first: {', '.join(queue)}"))
 
 
 def show_command(options: argparse.Namespace) -> None:
-    print(json.dumps(options.where.show(options.id), indent=2, ensure_ascii=False))
+    print(json_text(options.where.show(options.id)))
 
 
 def losses_command(options: argparse.Namespace) -> None:
@@ -69,12 +70,12 @@ def losses_command(options: argparse.Namespace) -> None:
 def steer_command(options: argparse.Namespace) -> None:
     job = options.where.steer(options.id, options.action)
     print(_line(job))
-    if job["concept_file"]:
-        print(job["concept_file"])
+    if job.get("concept_file"):
+        print(_one_line(str(job["concept_file"])))
 
 
 def move_command(options: argparse.Namespace) -> None:
-    print("\n".join(options.where.move(options.id, options.position)))
+    print("\n".join(map(_one_line, options.where.move(options.id, options.position))))
 
 
 def start_command(options: argparse.Namespace) -> None:
@@ -90,7 +91,7 @@ class JobFolders:
 
     def __init__(self, folder: Path) -> None:
         """Raises JobError when there is no such folder."""
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise JobError(
                 f"There is no folder {folder}. Give a folder of jobs, or the address of a ComfyUI."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ def progress(bar: tqdm[None]) -> Callable[[int, int], None]:
 
 
 def check_new(output: Path) -> None:
-    if output.exists():
+    if os.path.lexists(output):
         raise ConceptFileError(
             f"{output} exists already. Choose another --output, or move it away."
         )

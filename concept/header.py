@@ -104,7 +104,7 @@ def metadata_of(concept: Concept, title: str) -> dict[str, str]:
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{concept.family.architecture}/lora",
         "modelspec.implementation": "custom-diffusion",
-        "modelspec.title": title,
+        "modelspec.title": plain_words(title),
         "modelspec.date": now,
         "modelspec.trigger_phrase": ", ".join(
             f"{t.name} {t.class_noun}".strip() for t in concept.tokens

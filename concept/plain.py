@@ -10,8 +10,8 @@ from typing import Any
 
 DEEPEST = 100
 """Containers in one another; a merge of merges adds two for each"""
-_LONGEST_NUMBER = 18
-"""Digits of a whole number; with more it would not fit in 64 bits"""
+_LONGEST_NUMBER = 20
+"""Digits of a whole number that may fit in 64 bits; most seeds have 19"""
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, with which a text can rule a terminal; those that turn its direction; line
 separators; halves of a character, which have no UTF-8"""
@@ -36,9 +36,19 @@ def plain_text(text: str, longest: int) -> str:
     return shown if len(text) <= longest else f"{shown} …"
 
 
+def json_text(value: object) -> str:
+    """JSON for a person or a program, with `\\u…` for what cannot be shown."""
+    lines = json.dumps(value, indent=2, ensure_ascii=False).split("\n")
+    return "\n".join(_UNPRINTABLE.sub(_json_escape, line) for line in lines)
+
+
+def _json_escape(found: re.Match[str]) -> str:
+    return json.dumps(found[0])[1:-1]
+
+
 def read_json(text: str) -> Any:
     """The value of a JSON text, with null for numbers that JSON or float64 do not have: NaN,
-    Infinity, 1e999, and whole numbers of more than 18 digits.
+    Infinity, 1e999, and whole numbers of more than 64 bits.
 
     Raises ValueError, also for halves of characters and for more than 100 brackets in one another.
     """
@@ -71,4 +81,5 @@ def _finite(digits: str) -> float | None:
 
 
 def _whole(digits: str) -> int | None:
-    return int(digits) if len(digits.lstrip("-")) <= _LONGEST_NUMBER else None
+    number = int(digits) if len(digits) <= _LONGEST_NUMBER else 1 << 64
+    return number if -(1 << 63) <= number < 1 << 64 else None

@@ -28,7 +28,10 @@ def open_regular(path: Path) -> BufferedReader:
     """Opens a file, or what a link leads to, for reading. Raises NotRegularError where it is no
     regular file, other OSErrors as usual, and never waits.
     """
-    _check(path, os.stat(path))  # before opening: some devices do something when they are opened
+    try:  # before opening: some devices do something when they are opened
+        _check(path, os.stat(path))
+    except ValueError as error:  # it holds a NUL, or half a character
+        raise FileNotFoundError(errno.ENOENT, "no file can be called that", str(path)) from error
     # What comes between the check and the opening neither blocks (not known to Windows) nor passes.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     file = os.fdopen(os.open(path, flags), "rb")

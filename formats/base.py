@@ -114,12 +114,12 @@ def read_base(path: Path) -> BaseModel:
     read.
     """
     file = path
-    if path.is_dir():
-        unet = path / "unet" if (path / "unet").is_dir() else path
+    if os.path.isdir(path):
+        unet = path / "unet" if os.path.isdir(path / "unet") else path
         file = unet / _WHOLE
         if not file.exists() and (unet / (_WHOLE + _INDEX)).exists():
             file = unet / (_WHOLE + _INDEX)
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ConceptFileError(
             f"There is no base model {file}. Give a checkpoint as .safetensors, or a folder in "
             "diffusers' layout."

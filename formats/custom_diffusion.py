@@ -6,12 +6,14 @@ Most hold whole matrices, not changes, so a base model is needed to read them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ..concept.checks import MOST_WORDS
 from ..concept.concept import Delta, DenseDelta, LowRankDelta
 from ..concept.plain import read_json
 from .content import ENDINGS, Content, container, read_content, tensors_of
@@ -76,11 +78,20 @@ def _word_files(weights: Path) -> list[Path]:
     """
     beside = [p for ending in ENDINGS for p in weights.parent.glob(f"*{ending}") if p != weights]
     own_folder = weights.stem == "pytorch_custom_diffusion_weights"
-    return sorted(
-        p
-        for p in beside
-        if p.stem.startswith("<") or (own_folder and p.stat().st_size < _LARGEST_WORD)
-    )
+    words = sorted(p for p in beside if p.stem.startswith("<") or (own_folder and _is_small(p)))
+    if len(words) > MOST_WORDS:
+        raise ValueError(
+            f"{len(words)} files beside it may each be a word; {MOST_WORDS} are the most"
+        )
+    return words
+
+
+def _is_small(path: Path) -> bool:
+    """Whether it is a file of a size that words have; links that lead nowhere are not."""
+    try:
+        return os.path.isfile(path) and path.stat().st_size < _LARGEST_WORD
+    except OSError:  # it has gone meanwhile
+        return False
 
 
 def _words(path: Path) -> Mapping[str, Rows]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
-import shutil
+import reprlib
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor
 
 from ..concept.errors import ConceptFileError, ConfigError, IncompatibleModelError
+from ..concept.plain import read_json
+from ..concept.regular_files import read_regular
 from ..concept.tensors import read_tensors
 from ..formats.base import shards
 from .open_clip_vocabulary import write_vocabulary
@@ -43,6 +46,17 @@ _TOKENIZER_SETTINGS = {
     *("bos_token", "eos_token", "unk_token", "pad_token", "additional_special_tokens"),
     *("added_tokens_decoder", "add_prefix_space", "do_lower_case", "errors", "model_max_length"),
 }
+_MOST_JSON_BYTES = 32 << 20
+"""CLIP's tokenizer.json has four million"""
+_MOST = {
+    **{"num_hidden_layers": 64, "layers_per_block": 8, "block_out_channels": 1 << 16},
+    **{"transformer_layers_per_block": 16, "reverse_transformer_layers_per_block": 16},
+    "num_train_timesteps": 10_000,
+}
+"""What a few digits would make large, before any weight is compared with it: at least twice what
+SD and SDXL have
+"""
+_MOST_BLOCKS = 8
 _VARIANTS = "", ".fp16"
 """How a file's name goes on that holds the same weights, rounded"""
 _OLD_ATTENTION = re.compile(r"(\.attentions\.\d+)\.(query|key|value|proj_attn)\.")
@@ -58,7 +72,7 @@ def read_pipeline(folder: Path) -> Any:
     IncompatibleModelError that names the folder and what is wrong with it, and ConfigError where
     diffusers is not installed.
     """
-    if not (folder / "model_index.json").is_file():
+    if not os.path.isfile(folder / "model_index.json"):
         raise IncompatibleModelError(
             f"{folder} is no Stable Diffusion pipeline in diffusers' layout: it has no "
             f"model_index.json. Give the folder of a downloaded pipeline."
@@ -175,7 +189,7 @@ def _tokenizer(folder: Path) -> Any:
         clean = Path(name)
         for file in _TOKENIZER_FILES:
             if (folder / file).is_file():
-                shutil.copyfile(folder / file, clean / file)
+                (clean / file).write_bytes(read_regular(folder / file, _MOST_JSON_BYTES))
         if not (clean / "vocab.json").is_file():
             _unpack_tokenizer(folder / "tokenizer.json", clean)
         settings = folder / "tokenizer_config.json"
@@ -199,10 +213,26 @@ def _settings(file: Path) -> dict[str, Any]:
     """The object in a JSON file."""
     if not file.is_file():
         raise IncompatibleModelError(f"it has no {file.parent.name}/{file.name}")
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = read_json(read_regular(file, _MOST_JSON_BYTES).decode())
     if not isinstance(settings, dict):
         raise IncompatibleModelError(f"its {file.parent.name}/{file.name} is no JSON object")
+    for name, most in _MOST.items():
+        numbers = _flat(settings.get(name))
+        few = len(numbers) <= _MOST_BLOCKS
+        if not few or not all(type(number) is int and 0 < number <= most for number in numbers):
+            raise IncompatibleModelError(
+                f"the {name} in its {file.parent.name}/{file.name} is "
+                f"{reprlib.repr(settings[name])}; needed are whole numbers from 1 to {most}, for "
+                f"at most {_MOST_BLOCKS} blocks"
+            )
     return settings
+
+
+def _flat(value: Any) -> list[Any]:
+    """A number, or those in a list of lists; none of null."""
+    if isinstance(value, list):
+        return [number for part in value for number in _flat(part)]
+    return [] if value is None else [value]
 
 
 def _known(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

@@ -136,10 +136,10 @@ def load_folder(folder: Path, default_caption: str) -> tuple[CaptionedImage, ...
     Pictures in a folder inside, `10_cat`, have that many repeats, as kohya's scripts have it.
     Raises DataError when the folder is missing, holds no picture, or means too many repeats.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(f"There is no folder {folder}. Make it and put the pictures in.")
     images = [_image(path, default_caption) for path in _pictures_in(folder)]
-    for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
+    for inner in sorted(path for path in folder.iterdir() if os.path.isdir(path)):
         repeated = _REPEATED_FOLDER.fullmatch(inner.name)
         if repeated and (paths := _pictures_in(inner)):
             repeats = _repeats(inner, *repeated.groups())

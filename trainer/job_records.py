@@ -6,15 +6,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import reprlib
-import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ..concept.errors import ConfigError
+from ..concept.regular_files import read_regular
 
 MOST_STEPS = 10**9 - 1
 """Nine digits, as the files of a step are called"""
@@ -166,25 +165,9 @@ class RecordFile(Generic[_Record]):
 
     def _record(self) -> _Record:
         try:
-            return self._parse(read_bytes(self._path))
+            return self._parse(read_regular(self._path, _MOST_BYTES))
         except ValueError as error:
             return self._unusable(text_that_fits(str(error)))
-
-
-def read_bytes(path: Path, most: int = _MOST_BYTES) -> bytes:
-    """Of a regular file. Raises ValueError where it is none or too large, and OSError."""
-
-    # Opening a pipe would wait for ever for somebody at its other end.
-    def without_waiting(name: str, flags: int) -> int:
-        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
-
-    with open(path, "rb", opener=without_waiting) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("it is no regular file")
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise ValueError(f"it is larger than {most / 1e6:.0f} MB")
-    return content
 
 
 def text_that_fits(text: str) -> str:

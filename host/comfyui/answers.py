@@ -4,6 +4,7 @@ returns or raises becomes an answer: JSON, or a picture of a kind that no browse
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -16,6 +17,7 @@ from aiohttp import ClientError, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from ...concept.errors import CustomDiffusionError, UnknownConceptError, UnknownJobError
+from ...concept.regular_files import read_regular
 from ..http_api import JSON_TYPE, MOST_BODY_BYTES, PICTURE_TYPES, Endpoint, UnusableRequestError
 from .workers import TooBusyError, Workers
 
@@ -174,14 +176,13 @@ def _picture(path: Path) -> Answer:
     more, NoPictureError where it is none.
     """
     try:
-        if not path.is_file():  # opening a pipe would wait for ever
-            raise FileNotFoundError(path)
-        with open(path, "rb") as file:
-            content = file.read(_MOST_PICTURE_BYTES + 1)
+        content = read_regular(path, _MOST_PICTURE_BYTES)
     except OSError as error:
-        raise GoneError(f"The picture {path.name} is not there any more.") from error
+        if error.errno != errno.EFBIG:
+            raise GoneError(f"The picture {path.name} is not there any more.") from error
+        content = b""
     kind = _picture_type(content)
-    if kind is None or len(content) > _MOST_PICTURE_BYTES:
+    if kind is None:
         raise NoPictureError(
             f"{path.name} is no PNG, JPEG or WebP of at most {_MOST_PICTURE_BYTES // 2**20} MiB. "
             f"Put another picture in its place."

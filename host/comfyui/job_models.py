@@ -44,20 +44,47 @@ def copy_models(model: Any, clip: Any, config: TrainConfig) -> Models:
     return Models(ComfyDenoiser(model, dtype, keep_float8=keep_float8), text_encoder(clip))
 
 
+class _Loaded:
+    """The MODELs and CLIPs of one key that ComfyUI has still: a graph that is queued again, or a
+    checkpoint that is loaded again, brings others with the same weights.
+    """
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[weakref.ref[Any], weakref.ref[Any]]] = []
+
+    def add(self, model: Any, clip: Any) -> None:
+        alive = [pair for pair in self._pairs if None not in (pair[0](), pair[1]())]
+        self._pairs = [*alive, (weakref.ref(model), weakref.ref(clip))]
+
+    def newest(self) -> tuple[Any, Any] | None:
+        pairs = ((model(), clip()) for model, clip in reversed(self._pairs))
+        return next((pair for pair in pairs if None not in pair), None)
+
+    def forget(self) -> None:
+        self._pairs = []
+
+
+_loaded: weakref.WeakValueDictionary[str, _Loaded] = weakref.WeakValueDictionary()
+"""By the key of the jobs that need them"""
+
+
 class Base:
-    """The MODEL and the CLIP that a job was queued with, which it does not keep alive."""
+    """The MODEL and the CLIP that a job was queued with, or equal ones; it keeps none alive."""
 
     def __init__(self, model: Any, clip: Any, config: TrainConfig, models: Models) -> None:
-        """`models` are copies of them, to know them again by."""
-        self._model, self._clip = weakref.ref(model), weakref.ref(clip)
+        """`models` are copies of them, to know them again by. Jobs of an equal base, which wait
+        already, can use them too.
+        """
         self._config = config
         self.key = self._key_of(models)
         """Equal for jobs that can work on the same copy"""
+        self._loaded = _loaded.setdefault(self.key, _Loaded())
+        self._loaded.add(model, clip)
 
     @property
     def is_loaded(self) -> bool:
         """Whether ComfyUI has both still."""
-        return self._model() is not None and self._clip() is not None
+        return self._loaded.newest() is not None
 
     def copy(self, should_leave: Callable[[], bool]) -> Models | None:
         """New copies, on the trainer thread: between two prompts, because a prompt moves and
@@ -69,9 +96,10 @@ class Base:
                 if should_leave():
                     return None
                 time.sleep(_POLL_S)
-            model, clip = self._model(), self._clip()
-            if model is None or clip is None:
+            pair = self._loaded.newest()
+            if pair is None:
                 break
+            model, clip = pair
             before = _state(model, clip)
             try:
                 copies = copy_models(model, clip, self._config)
@@ -82,6 +110,7 @@ class Base:
             if _state(model, clip) == before:
                 if self._key_of(copies) == self.key:
                     return copies
+                self._loaded.forget()  # they have been changed since
                 break
         raise ModelsGoneError(
             "The model that this training was queued with is not loaded any more, so it waits. "

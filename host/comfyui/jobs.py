@@ -33,6 +33,8 @@ NODE_EVENT = "custom_diffusion.node"
 _POLL_S = 0.1
 _TELL_EVERY_S = 0.25
 _CLOSE_S = 30.0
+_MOST_SAMPLES = 200
+"""Of a job in one batch of pictures; each has three megabytes"""
 
 
 @cache
@@ -97,7 +99,8 @@ def wait_for(job: Job, keep_on_interrupt: bool = False) -> Snapshot:
     """Shows the job's progress on the executing node until it ends.
 
     Interrupting the prompt stops the job, saves what was learnt, and then interrupts; or leaves
-    the job to go on in the background. Raises TrainingError when the job failed.
+    the job to go on in the background. Raises TrainingError when the job failed, and when it has
+    been paused and cannot be resumed here: no other prompt would ever have its turn.
     """
     steps = job.snapshot().steps
     progress = comfy.utils.ProgressBar(steps)
@@ -107,6 +110,12 @@ def wait_for(job: Job, keep_on_interrupt: bool = False) -> Snapshot:
             while not job.wait(_POLL_S):
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 snapshot = job.snapshot()
+                if snapshot.state is JobState.PAUSED and not _can_be_resumed(job):
+                    raise TrainingError(
+                        f"The training job {job.id} is paused at step {snapshot.step} of {steps}, "
+                        f"and its models are not loaded any more. Queue the graph again: it goes "
+                        f"on from there."
+                    )
                 preview = None
                 if snapshot.preview_hwc is not None and snapshot.preview_step != shown:
                     shown = snapshot.preview_step
@@ -125,6 +134,10 @@ def wait_for(job: Job, keep_on_interrupt: bool = False) -> Snapshot:
     return snapshot
 
 
+def _can_be_resumed(job: Job) -> bool:
+    return job.is_loaded and job.folder.path.is_dir()
+
+
 def jobs_to_go_on_with(wait: bool) -> str:
     """Differs when a training node has something to do again with the same inputs: a job has been
     paused, stopped or deleted, has failed, or has finished while nobody waited for it.
@@ -138,8 +151,8 @@ def jobs_to_go_on_with(wait: bool) -> str:
 
 
 def job_results(job_id: str, best: bool) -> tuple[Concept, dict[str, list[float]], Any, str]:
-    """Of a job, or of the newest: what it has learnt until now, its losses, its samples
-    (n, h, w, 3), and how it is.
+    """Of a job, or of the newest: what it has learnt until now, its losses, its newest
+    samples (n, h, w, 3), and how it is.
 
     Raises JobError when there is no such job, or it has written no checkpoint yet.
     """
@@ -156,12 +169,18 @@ def job_results(job_id: str, best: bool) -> tuple[Concept, dict[str, list[float]
             f"The training job {job.id} is {snapshot.state.value} at step {snapshot.step} and has "
             f"written no checkpoint with a concept yet. Wait for one, or choose another job."
         )
-    samples = [_tensor(path) for path in job.folder.samples().values()]
+    paths = list(job.folder.samples().values())
+    samples = [_tensor(path) for path in paths[-_MOST_SAMPLES:]]
     pictures = torch.stack(samples) if samples else torch.zeros(1, 64, 64, 3)
     told = f"{snapshot.state.value}, step {snapshot.step} of {snapshot.steps}"
+    if len(paths) > len(samples):
+        told += f"; the newest {len(samples)} of {len(paths)} samples"
     return read_concept(file), {"loss": job.losses()}, pictures, told
 
 
 def _tensor(path: Path) -> torch.Tensor:
+    """(h, w, 3), of one size whatever somebody has put there."""
     picture = read_picture(path).convert("RGB")
+    if picture.size != (SAMPLE_EDGE, SAMPLE_EDGE):
+        picture = picture.resize((SAMPLE_EDGE, SAMPLE_EDGE))
     return torch.from_numpy(np.asarray(picture, np.float32) / 255)

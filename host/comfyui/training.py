@@ -70,6 +70,7 @@ def start_training(
     if start:  # before the time that encoding takes
         check_start(start, models.denoiser, config)
     latent_encoder = ComfyLatentEncoder(vae, model.model.latent_format.scale_factor)
+    base = Base(model, clip, config, models)  # a job that waits already may need it
     networks = (models.denoiser.network, vae.first_stage_model)
     fingerprint = (
         f"{name} {training_fingerprint(config, concepts, models.encoder, networks, start)}"
@@ -80,7 +81,6 @@ def start_training(
         return same
     banks = _encoded(concepts, config, latent_encoder, models.encoder)
     _make_room(models.denoiser)
-    base = Base(model, clip, config, models)
     training = _Training(name, concepts, banks, config, start, checkpoint_every_steps, base)
     description = {
         "concepts": [{"token": c.token, "class_noun": c.class_noun} for c in concepts],

@@ -5,6 +5,7 @@ copy is made again.
 from __future__ import annotations
 
 import gc
+import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from custom_diffusion.concept.errors import ModelsGoneError
+from custom_diffusion.concept.errors import ModelsGoneError, TrainingError
 from custom_diffusion.trainer.config import TrainConfig
 
 CONFIG = TrainConfig()
@@ -151,5 +152,61 @@ def test_a_model_that_has_changed_since_is_not_the_one_that_was_queued(
     )
     with torch.inference_mode():
         loaded.model.model.diffusion_model.out[2].weight.add_(1)
+    assert base.is_loaded
     with pytest.raises(ModelsGoneError):
         base.copy(never)
+    assert not base.is_loaded, "nobody is to wait for them any more"
+
+
+def test_a_job_that_waits_uses_an_equal_model_that_a_later_prompt_brings(
+    lent: Any, loaded: Any, prompts: Any
+) -> None:
+    models = lent.copy_models(loaded.model, loaded.clip, CONFIG)
+    first = loaded.model.clone(), loaded.clip.clone()
+    waits = lent.Base(*first, CONFIG, models)
+    again = lent.Base(loaded.model, loaded.clip, CONFIG, models)
+    del again, first
+    gc.collect()
+    assert waits.is_loaded
+    assert waits.copy(never) is not None
+
+    later = loaded.model.clone(), loaded.clip.clone()
+    lent.Base(*later, CONFIG, models)
+    del later
+    gc.collect()
+    assert waits.is_loaded, "the one before it is there still"
+    del loaded.model, loaded.clip
+    gc.collect()
+    assert not waits.is_loaded
+
+
+def test_equal_models_are_remembered_no_longer_than_their_jobs(
+    lent: Any, loaded: Any, prompts: Any
+) -> None:
+    models = lent.copy_models(loaded.model, loaded.clip, CONFIG)
+    bases = [lent.Base(loaded.model, loaded.clip, CONFIG, models) for _ in range(3)]
+    key = bases[0].key
+    assert key in lent._loaded
+    bases.clear()
+    gc.collect()
+    assert key not in lent._loaded
+
+
+@pytest.mark.parametrize("how", ["its models go", "its folder goes"])
+def test_a_prompt_does_not_wait_for_a_paused_job_that_nobody_here_can_resume(
+    lent: Any, prompts: Any, tmp_path: Path, how: str
+) -> None:
+    from custom_diffusion.host.comfyui.jobs import wait_for
+    from custom_diffusion.trainer.job_folder import JobFolder
+    from custom_diffusion.trainer.jobs import Job, Work
+
+    there = True
+    work = Work(lambda *_: None, lambda _: Path(), has_models=lambda: there)
+    job = Job(JobFolder.create(tmp_path, "dog", {"steps": 3}), work)
+    job.pause()
+    if how == "its models go":
+        there = False
+    else:
+        shutil.rmtree(job.folder.path)
+    with pytest.raises(TrainingError, match="Queue the graph again"):
+        wait_for(job)

@@ -472,3 +472,36 @@ def test_a_network_file_is_no_pickle(copied: Path, mark: Path, tmp_path: Path) -
     with pytest.raises(IncompatibleModelError, match="holds no UNet of this model"):
         load_network(read_pipeline(copied), file)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value"),
+    [
+        *(("text_encoder/config.json", "num_hidden_layers", n) for n in (10**7, -1, 2.5, True)),
+        ("unet/config.json", "layers_per_block", 10**7),
+        ("unet/config.json", "layers_per_block", [1, 10**7]),
+        ("unet/config.json", "transformer_layers_per_block", [[1], 10**7]),
+        ("unet/config.json", "block_out_channels", [32] * 100_000),
+        ("vae/config.json", "layers_per_block", 10**7),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", 10**9),
+    ],
+)
+def test_a_few_digits_build_no_giant(copied: Path, file: str, name: str, value: Any) -> None:
+    """Without a bound these take minutes, or all memory."""
+    change(copied / file, **{name: value})
+    with pytest.raises(IncompatibleModelError, match=f"the {name} in its {file}"):
+        read_pipeline(copied)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"),
+        *("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json"),
+    ],
+)
+def test_a_text_of_any_size_is_not_read(copied: Path, file: str) -> None:
+    with open(copied / file, "wb") as sparse:
+        sparse.truncate(5 << 30)
+    with pytest.raises(IncompatibleModelError, match="is larger than"):
+        read_pipeline(copied)

@@ -85,7 +85,7 @@ class Part:
         """The file of a picture, as it is. Raises PictureError where it is none that may be read,
         DataError where it is gone.
         """
-        name = f"The picture {entry.location} of {self.path}"
+        name = f"The picture {entry.location[:200]} of {self.path}"
         try:
             if entry.suffix not in IMAGE_SUFFIXES:
                 raise OSError(f"it is none of {', '.join(IMAGE_SUFFIXES)}")
@@ -129,7 +129,7 @@ def parts_of(collection: Path) -> list[Part]:
             if name.endswith(".parquet") and f"{name.removesuffix('.parquet')}.tar" not in shards
         }
         parts += [Part(Path(folder, name)) for name in shards | tables]
-        covered = Path(folder).with_suffix(".parquet").is_file()
+        covered = bool(Path(folder).name) and Path(folder).with_suffix(".parquet").is_file()
         if not covered and any(_is_picture(name) for name in names):
             parts.append(Part(Path(folder)))
     if not parts:
