@@ -3,8 +3,8 @@
 from typing import Any
 
 import torch
-from custom_diffusion.host.clip_text import ClipTextEncoder
-from custom_diffusion.host.open_clip_vocabulary import clip_tokenizer
+from custom_diffusion.host.clip.text_encoder import ClipTextEncoder
+from custom_diffusion.host.open_clip.vocabulary import clip_tokenizer
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 

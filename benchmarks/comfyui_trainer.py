@@ -102,12 +102,15 @@ def _comfyui(model: Any, conditions: list[Any], batch: int, steps: int, checkpoi
 
 
 def _ours(model: Any, clip: Any, batch: int, steps: int) -> Iterator[float]:
-    from custom_diffusion.host.comfyui.models import ComfyDenoiser, text_encoder
-    from custom_diffusion.trainer.config import LATENT_PIXELS, TrainConfig
-    from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
-    from custom_diffusion.trainer.latents import EncodedView, LatentBank
+    from custom_diffusion.diffusion.latents import LATENT_PIXELS
+    from custom_diffusion.diffusion.protocols import whole_picture
+    from custom_diffusion.host.comfyui.models.text import text_encoder
+    from custom_diffusion.host.comfyui.models.unet import ComfyDenoiser
+    from custom_diffusion.trainer.config import TrainConfig
+    from custom_diffusion.trainer.data.captioned import CaptionedImage
+    from custom_diffusion.trainer.data.latents import EncodedView, LatentBank
+    from custom_diffusion.trainer.data.training_concept import TrainingConcept
     from custom_diffusion.trainer.loop import train
-    from custom_diffusion.trainer.protocols import whole_picture
     from PIL import Image
 
     edge = LATENT_EDGE * LATENT_PIXELS

@@ -15,9 +15,9 @@ from typing import Any
 import _pack  # noqa: F401  (puts the pack on the path)
 import torch
 from _measure import interleaved, options, write_json
+from custom_diffusion.compression.ranks import compress
 from custom_diffusion.concept.concept import Concept, Delta, DenseDelta, LowRankDelta
 from custom_diffusion.concept.layers import FAMILIES
-from custom_diffusion.merge.compression import compress
 from torch import Tensor
 
 from merge import BLOCKS

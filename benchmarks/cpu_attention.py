@@ -13,7 +13,7 @@ import _pack  # noqa: F401  (puts the pack on the path)
 import torch
 import torch.nn.functional as F
 from _measure import interleaved, options, write_json
-from custom_diffusion.trainer.cpu_attention import attention
+from custom_diffusion.trainer.economy.cpu_attention import attention
 from torch import Tensor
 
 SHAPES = {"512 px": (4096, 40), "512 px, second level": (1024, 80), "256 px": (1024, 40)}

@@ -19,7 +19,7 @@ import torch
 from _measure import interleaved, options, write_json
 from custom_diffusion.concept.concept import Concept, Delta, DenseDelta, LowRankDelta
 from custom_diffusion.concept.layers import FAMILIES
-from custom_diffusion.merge.compose import DEFAULT_RELATIVE_RIDGE, merged_deltas
+from custom_diffusion.merge.merging import DEFAULT_RELATIVE_RIDGE, merged_deltas
 from custom_diffusion.merge.projector import CaptionFactor, caption_factor, constraint_projector
 from custom_diffusion.merge.rows import ConstraintRow
 from safetensors.torch import load_file, save_file

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from _measure import Times, interleaved, options, peak_memory_gib, write_json
 from _models import VOCABULARY, random_text_model, random_unet, random_vae
-from custom_diffusion.trainer.config import LATENT_PIXELS, TrainConfig
-from custom_diffusion.trainer.optimizer import make_optimizer
+from custom_diffusion.diffusion.latents import LATENT_PIXELS
+from custom_diffusion.trainer.config import TrainConfig
+from custom_diffusion.trainer.learning.optimizer import make_optimizer
 from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
 from torch import nn

@@ -14,7 +14,7 @@ from typing import Any
 
 from _measure import options, write_json
 from _pack import ROOT
-from custom_diffusion.trainer.job_folder import JobFolder
+from custom_diffusion.trainer.jobs.folder import JobFolder
 
 sys.path.append(str(ROOT / "tests"))  # the server and the browser of the tests
 
@@ -40,7 +40,7 @@ class Metronome:
             names = [name for name in sys.modules if name.endswith(path)]
             return sys.modules[names[0]]
 
-        jobs, events = part(".trainer.jobs"), part(".trainer.events")
+        jobs, events = part(".trainer.jobs.work"), part(".trainer.events")
 
         def train(checkpoint, should_stop, on_event):
             step = 0
@@ -50,7 +50,7 @@ class Metronome:
                 time.sleep(1 / steps_per_s)
 
         work = jobs.Work(train, lambda concept: None)
-        part(".host.comfyui.jobs").training_service().submit("metronome", 10**6, {}, work)
+        part(".host.comfyui.jobs.service").training_service().submit("metronome", 10**6, {}, work)
         return ()
 
 NODE_CLASS_MAPPINGS = {"Metronome": Metronome}

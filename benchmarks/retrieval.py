@@ -23,11 +23,11 @@ from typing import Any
 import _pack  # noqa: F401  (puts the pack on the path)
 import torch
 from _measure import interleaved, options, peak_memory_gib, write_json
-from custom_diffusion.host.open_clip_text import MODEL, OpenClipText
+from custom_diffusion.host.open_clip.text import MODEL, OpenClipText
 from custom_diffusion.merge.captions import regularization_captions
-from custom_diffusion.trainer.retrieval.collection import parts_of
-from custom_diffusion.trainer.retrieval.index import CaptionIndex
-from custom_diffusion.trainer.retrieval.retrieve import COUNT, LEAST_SIMILARITY
+from custom_diffusion.trainer.regularization.caption_index import CaptionIndex
+from custom_diffusion.trainer.regularization.collection import parts_of
+from custom_diffusion.trainer.regularization.retrieved import COUNT, LEAST_SIMILARITY
 from torch import Tensor
 
 ROWS = 10_000

@@ -28,15 +28,15 @@ import torch
 import torch.nn.functional as F
 from _measure import options, write_json
 from _models import text_config
-from custom_diffusion.host.clip_text import ClipTextEncoder
-from custom_diffusion.host.diffusers import DiffusersDenoiser
-from custom_diffusion.host.open_clip_vocabulary import clip_tokenizer
-from custom_diffusion.trainer.backward import checkpointed
+from custom_diffusion.host.clip.text_encoder import ClipTextEncoder
+from custom_diffusion.host.diffusers.denoiser import DiffusersDenoiser
+from custom_diffusion.host.open_clip.vocabulary import clip_tokenizer
 from custom_diffusion.trainer.config import TrainConfig
-from custom_diffusion.trainer.frozen_layers import keeping_less
+from custom_diffusion.trainer.economy.backward import checkpointed
+from custom_diffusion.trainer.economy.frozen_layers import keeping_less
+from custom_diffusion.trainer.learning.projections import KeyValueProjections
+from custom_diffusion.trainer.learning.prompt_features import PromptFeatures
 from custom_diffusion.trainer.methods import METHODS
-from custom_diffusion.trainer.projections import KeyValueProjections
-from custom_diffusion.trainer.prompt_features import PromptFeatures
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode

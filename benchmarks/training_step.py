@@ -20,16 +20,18 @@ import _pack  # noqa: F401  (puts the pack on the path)
 import torch
 from _measure import Times, options, peak_memory_gib, write_json
 from _models import random_text_encoder, random_unet, random_vae
-from custom_diffusion.host.clip_text import ClipTextEncoder
-from custom_diffusion.host.diffusers import DiffusersDenoiser, DiffusersLatentEncoder
+from custom_diffusion.diffusion.latents import LATENT_PIXELS
+from custom_diffusion.diffusion.protocols import whole_picture
+from custom_diffusion.host.clip.text_encoder import ClipTextEncoder
+from custom_diffusion.host.diffusers.denoiser import DiffusersDenoiser, DiffusersLatentEncoder
 from custom_diffusion.trainer import loop
-from custom_diffusion.trainer.config import LATENT_PIXELS, TrainConfig
-from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
+from custom_diffusion.trainer.config import TrainConfig
+from custom_diffusion.trainer.data.captioned import CaptionedImage
+from custom_diffusion.trainer.data.latents import EncodedView, LatentBank
+from custom_diffusion.trainer.data.training_concept import TrainingConcept
 from custom_diffusion.trainer.events import Event, StepDone
-from custom_diffusion.trainer.latents import EncodedView, LatentBank
+from custom_diffusion.trainer.learning.projections import DenseProjections
 from custom_diffusion.trainer.loop import train
-from custom_diffusion.trainer.projections import DenseProjections
-from custom_diffusion.trainer.protocols import whole_picture
 from diffusers import DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn

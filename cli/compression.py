@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..compression.ranks import compress
 from ..concept.atomic import write_atomically
 from ..concept.file import read_concept
-from ..merge.compression import compress
 from .output import check_new, save
 
 
@@ -33,7 +33,7 @@ def add_to(commands: Any) -> None:
 
 
 def compress_command(options: argparse.Namespace) -> None:
-    from ..evaluation.spectrum_plot import spectrum_plot
+    from ..compression.spectrum_plot import spectrum_plot
 
     check_new(options.output)
     concept = read_concept(options.file)

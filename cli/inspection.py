@@ -7,18 +7,18 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..concept.card import ConceptCard, read_card
 from ..concept.concept import Concept
 from ..concept.errors import ConceptFileError
 from ..concept.fit import Fit, fit_to
-from ..concept.inspection import aligned, inspect_concept
 from ..concept.layers import FAMILIES
-from ..concept.library import ORDERS, SORTS, Listing, list_concepts
 from ..concept.plain import json_text
 from ..formats.base import BaseModel
-from ..formats.card import read_any_card
 from ..formats.content import ENDINGS
 from ..formats.importing import open_concept
+from ..inspection.any_card import read_any_card
+from ..inspection.card import ConceptCard, read_card
+from ..inspection.library import ORDERS, SORTS, Listing, list_concepts
+from ..inspection.report import aligned, inspect_concept
 from .models import base_model
 
 

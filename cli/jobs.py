@@ -11,7 +11,7 @@ from typing import Any
 
 from ..concept.errors import JobError
 from ..concept.plain import json_text
-from ..trainer.service import TrainingService
+from ..trainer.jobs.service import TrainingService
 from .job_server import JobServer
 
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ..concept.errors import ConfigError
 from ..concept.file import read_concept
 from ..merge.captions import read_captions
-from ..merge.compose import DEFAULT_RELATIVE_RIDGE, merge_concepts
+from ..merge.merging import DEFAULT_RELATIVE_RIDGE, merge_concepts
 from .models import MINIATURE, load, need_miniature
 from .output import check_new, save
 
@@ -30,7 +30,7 @@ def add_to(commands: Any) -> None:
 
 
 def merge_command(options: argparse.Namespace) -> None:
-    from ..host.diffusers import text_encoder
+    from ..host.diffusers.lending import text_encoder
 
     check_new(options.output)
     concepts = [read_concept(path) for path in options.concepts]

@@ -58,7 +58,7 @@ def load(model: str, device: str = "cpu", dtype: torch.dtype = torch.float32) ->
         from ..miniature.model import miniature_pipeline
 
         return miniature_pipeline().to(device)
-    from ..host.diffusers import load_pipeline
+    from ..host.diffusers.loading import load_pipeline
 
     return load_pipeline(model, device, dtype)
 

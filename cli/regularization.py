@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..host.open_clip_text import MODEL, MODELS
-from ..trainer.data import instance_caption
-from ..trainer.generated_set import generated_set
-from ..trainer.projections import base_hash
-from ..trainer.retrieval.collection import parts_of
-from ..trainer.retrieval.index import CaptionIndex
-from ..trainer.retrieval.retrieve import COUNT, LEAST_SIMILARITY, retrieve
+from ..host.open_clip.text import MODEL, MODELS
+from ..trainer.data.training_concept import instance_caption
+from ..trainer.learning.projections import base_hash
+from ..trainer.regularization.caption_index import CaptionIndex
+from ..trainer.regularization.collection import parts_of
+from ..trainer.regularization.drawn import generated_set
+from ..trainer.regularization.retrieved import COUNT, LEAST_SIMILARITY, retrieve
 from .models import DEFAULTS, add_model_options, load, precision, recipe_for
 from .output import progress
 
@@ -69,7 +69,8 @@ def add_to(commands: Any) -> None:
 
 
 def regularize_command(options: argparse.Namespace) -> None:
-    from ..host.diffusers import borrowed_models, sample
+    from ..host.diffusers.lending import borrowed_models
+    from ..host.diffusers.sampling import sample
 
     pipeline = load(options.model, options.device, precision(options.precision, options.device))
     resolution = options.resolution or recipe_for(options.model).resolution
@@ -102,7 +103,7 @@ def regularize_command(options: argparse.Namespace) -> None:
 
 
 def retrieve_command(options: argparse.Namespace) -> None:
-    from ..host.open_clip_text import OpenClipText
+    from ..host.open_clip.text import OpenClipText
 
     parts_of(options.collection)  # a wrong folder is refused before CLIP is loaded
     embed = OpenClipText(options.clip, options.clip_weights, options.device)

@@ -27,7 +27,8 @@ def add_to(commands: Any) -> None:
 
 
 def sample_command(options: argparse.Namespace) -> None:
-    from ..host.diffusers import load_network, sample, side_by_side
+    from ..host.diffusers.loading import load_network
+    from ..host.diffusers.sampling import sample, side_by_side
 
     pipeline = load(options.model, options.device, precision(options.precision, options.device))
     if options.unet:

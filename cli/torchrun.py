@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ..concept.concept import Concept
-from ..trainer.data_parallel import DataParallel
+from ..trainer.economy.processes import DataParallel
 
 _CPU = torch.device("cpu")
 

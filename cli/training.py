@@ -16,12 +16,13 @@ from ..concept.errors import ConfigError
 from ..concept.file import read_concept, size_of
 from ..concept.prompts import DEFAULT_TEMPLATE, STYLE_TEMPLATE
 from ..trainer.config import Fit, GradientCut, OptimizerName, TrainConfig
-from ..trainer.data import TrainingConcept, instance_caption, load_folder
+from ..trainer.data.folders import load_folder
+from ..trainer.data.training_concept import TrainingConcept, instance_caption
 from ..trainer.events import Event, MemoryShort, StepDone
-from ..trainer.fingerprint import training_fingerprint
+from ..trainer.jobs.fingerprint import training_fingerprint
+from ..trainer.learning.network_file import fold_in, write_network
 from ..trainer.loop import train
 from ..trainer.methods import METHODS
-from ..trainer.network_file import fold_in, write_network
 from ..trainer.prepare import prepare
 from ..trainer.start import check_start
 from .models import DEFAULTS, add_model_options, load, precision, recipe_for
@@ -30,7 +31,7 @@ from .torchrun import Team, team
 from .training_job import run_as_job
 
 if TYPE_CHECKING:
-    from ..host.diffusers import DiffusersDenoiser
+    from ..host.diffusers.denoiser import DiffusersDenoiser
 
 _RECIPE = (
     "rank",
@@ -139,7 +140,7 @@ def _train(
     start: Concept | None,
     together: Team,
 ) -> None:
-    from ..host.diffusers import borrowed_models
+    from ..host.diffusers.lending import borrowed_models
 
     pipeline = load(options.model, together.device, precision(options.precision, together.device))
     with borrowed_models(pipeline) as models:

@@ -12,9 +12,9 @@ from ..concept.errors import TrainingError
 from ..trainer.checkpoint import Checkpoint
 from ..trainer.config import TrainConfig
 from ..trainer.events import Event
-from ..trainer.job_snapshot import JobState
-from ..trainer.jobs import Work
-from ..trainer.service import TrainingService
+from ..trainer.jobs.service import TrainingService
+from ..trainer.jobs.snapshot import JobState
+from ..trainer.jobs.work import Work
 from .output import stop_on_interrupt
 
 CHECKPOINT_EVERY_STEPS = 50

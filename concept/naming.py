@@ -8,6 +8,8 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
+THUMBNAIL = ".preview.png"
+"""`my-cat.preview.png` beside `my-cat.safetensors`, where ComfyUI and its model managers look."""
 _HARMLESS = ".-_"
 _MOST_BYTES = 100
 """Of the 255 that a name may have, so that a number, an ending or a hash fits beside it"""

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from ..concept.concept import Concept
 from ..concept.prompts import subject
-from ..merge.compose import merge_concepts
+from ..merge.merging import merge_concepts
 from ..trainer.config import GradientCut
 from .cells import markdown_table, options, run_command
 from .laboratory import Laboratory, Subject, added, pair_of_subjects

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from ..concept.concept import Concept
-from ..merge.compose import merge_concepts
+from ..merge.merging import merge_concepts
 from .cells import markdown_table, options, run_command
 from .laboratory import Laboratory, Score, added, pair_of_subjects
 from .model import CONFIG

@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 
+from ..compression.ranks import compress
 from ..concept.atomic import write_atomically, write_text_atomically
 from ..concept.concept import Concept
 from ..concept.file import read_concept, write_concept
-from ..evaluation.plot import COLOURS, Axis, Series, line_plot
-from ..merge.compression import compress
+from ..pictures.plot import COLOURS, Axis, Series, line_plot
 from .cells import markdown_table
 from .laboratory import Laboratory, pair_of_subjects
 from .model import CONFIG

@@ -11,7 +11,8 @@ import random
 from PIL import Image
 from torch import Tensor
 
-from ..trainer.data import CaptionedImage, TrainingConcept, instance_caption
+from ..trainer.data.captioned import CaptionedImage
+from ..trainer.data.training_concept import TrainingConcept, instance_caption
 from .drawing import draw
 from .model import PICTURE_EDGE
 from .world import (

@@ -15,13 +15,15 @@ from tqdm import tqdm
 from ..concept.atomic import write_atomically
 from ..concept.concept import Concept
 from ..concept.file import read_concept, write_concept
-from ..host.diffusers import borrowed_models, sample, text_encoder
-from ..merge.compose import merge_concepts
-from ..trainer.data import instance_caption, load_folder
+from ..host.diffusers.lending import borrowed_models, text_encoder
+from ..host.diffusers.sampling import sample
+from ..merge.merging import merge_concepts
+from ..pictures.sheet import Row, lay_out
+from ..trainer.data.folders import load_folder
+from ..trainer.data.training_concept import instance_caption
 from ..trainer.events import Event, StepDone
 from ..trainer.loop import train
 from ..trainer.prepare import prepare
-from ..trainer.sheet import Row, lay_out
 from .laboratory import Subject, pair_of_subjects
 from .model import CONFIG, GUIDANCE, PICTURE_EDGE, SAMPLING_STEPS, miniature_pipeline
 from .world import class_caption, world_captions

@@ -21,17 +21,7 @@ import torch
 from torch import Tensor
 
 from .recognizer import Seen
-from .world import (
-    BACKGROUNDS,
-    COLORS,
-    MARKS,
-    PATTERNS,
-    PLACES,
-    RELATIONS,
-    SHAPES,
-    Color,
-    Look,
-)
+from .world import BACKGROUNDS, COLORS, MARKS, PATTERNS, PLACES, RELATIONS, SHAPES, Color, Look
 
 COLOR_TOLERANCE = 0.25
 """Distance in RGB at which two colours count as alike by 1/e."""

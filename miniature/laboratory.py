@@ -14,14 +14,11 @@ from torch import Tensor
 from ..concept.concept import Concept, DenseDelta
 from ..concept.prompts import subject
 from ..concept.text import TextEncoder
-from ..host.diffusers import (
-    DiffusersModels,
-    borrowed_models,
-    sample,
-    text_encoder,
-)
+from ..host.diffusers.lending import DiffusersModels, borrowed_models, text_encoder
+from ..host.diffusers.sampling import sample
 from ..trainer.config import TrainConfig
-from ..trainer.data import CaptionedImage, TrainingConcept
+from ..trainer.data.captioned import CaptionedImage
+from ..trainer.data.training_concept import TrainingConcept
 from ..trainer.loop import train
 from ..trainer.prepare import prepare
 from .concepts import (
@@ -31,14 +28,7 @@ from .concepts import (
     to_image,
     training_concept,
 )
-from .judge import (
-    Facts,
-    bleeds,
-    both_present,
-    image_alignment,
-    kernel_distance,
-    text_alignment,
-)
+from .judge import Facts, bleeds, both_present, image_alignment, kernel_distance, text_alignment
 from .model import GUIDANCE, PICTURE_EDGE, SAMPLING_STEPS, miniature_pipeline
 from .recognizer import Recognizer, Seen, load_recognizer
 from .world import SHAPES, Look, class_caption
@@ -231,7 +221,7 @@ def added(concepts: Sequence[Concept]) -> Concept:
 
 
 def look_at(recognizer: Recognizer, images: Sequence[CaptionedImage]) -> Seen:
-    from ..trainer.augmentation import whole_view
+    from ..trainer.data.augmentation import whole_view
 
     pictures = [whole_view(image.open(), PICTURE_EDGE).image_chw for image in images]
     return recognizer.look(torch.stack(pictures) / 2 + 0.5)

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from ..concept.errors import IncompatibleModelError
 from ..concept.tensors import read_tensors
-from ..host.clip_text import text_transformer
-from ..host.open_clip_vocabulary import read_tokenizer
-from ..trainer.config import LATENT_PIXELS, TrainConfig
+from ..diffusion.latents import LATENT_PIXELS
+from ..host.clip.text_encoder import text_transformer
+from ..host.open_clip.vocabulary import read_tokenizer
+from ..trainer.config import TrainConfig
 
 WEIGHTS = Path(__file__).parent / "weights"
 LATENT_EDGE = 24

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..host.clip_text import text_transformer
-from ..host.open_clip_vocabulary import END, START, clip_pieces, write_vocabulary
-from ..trainer.objective import add_noise, target
-from ..trainer.tokens import RARE_PIECES
+from ..diffusion.noise import add_noise, target
+from ..host.clip.text_encoder import text_transformer
+from ..host.open_clip.vocabulary import END, START, clip_pieces, write_vocabulary
+from ..trainer.learning.tokens import RARE_PIECES
 from .drawing import draw
 from .model import LATENT_EDGE, TEXT_FILE, UNET_FILE, WEIGHTS, untrained_pipeline
 from .words import WORD_STEPS, padded_ids, pretrain_words, thinned

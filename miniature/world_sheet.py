@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from ..trainer.sheet import Row, lay_out
+from ..pictures.sheet import Row, lay_out
 from .concepts import concept_look, concept_pictures, concept_style, to_image
 from .drawing import draw
 from .model import PICTURE_EDGE

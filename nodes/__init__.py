@@ -2,9 +2,19 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..host.comfyui.http.routes import add_routes
 from ..host.comfyui.paths import register_model_folder
-from ..host.comfyui.routes import add_routes
-from . import applying, compression, files, inspection, jobs, merging, regularization, training
+from . import (
+    applying,
+    compression,
+    concept,
+    files,
+    inspection,
+    jobs,
+    merging,
+    regularization,
+    training,
+)
 
 
 class CustomDiffusionExtension(ComfyExtension):
@@ -13,5 +23,5 @@ class CustomDiffusionExtension(ComfyExtension):
         register_model_folder()
         add_routes()
         concepts = (files, inspection, merging, compression, applying)
-        modules = (training, jobs, regularization, *concepts)
+        modules = (concept, training, jobs, regularization, *concepts)
         return [node for module in modules for node in module.NODES]

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ..evaluation.spectrum_plot import spectrum_plot
-from ..merge.compression import compress
+from ..compression.ranks import compress
+from ..compression.spectrum_plot import spectrum_plot
 from .types import CATEGORY, Concept, told
 
 

@@ -8,7 +8,7 @@ from ..concept.naming import safe_file_name
 from ..formats.exporting import FORMATS, export_concept
 from ..formats.importing import open_concept
 from ..host.comfyui.inputs import file_fingerprint
-from ..host.comfyui.models import base_model
+from ..host.comfyui.models.weights import base_model
 from ..host.comfyui.paths import concept_files, concept_folder, concept_path, export_folder
 from .types import CATEGORY, Concept, told
 

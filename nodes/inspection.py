@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..concept.inspection import inspect_concept
 from ..host.comfyui.inspection import fit_to_model
+from ..inspection.report import inspect_concept
 from .types import CATEGORY, Concept, told
 
 

@@ -4,7 +4,7 @@ import time
 
 from comfy_api.latest import io
 
-from ..host.comfyui.jobs import job_results
+from ..host.comfyui.jobs.service import job_results
 from .types import CATEGORY, Concept, told
 
 _NEWEST, _BEST = "newest", "best"

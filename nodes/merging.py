@@ -11,7 +11,7 @@ from ..host.comfyui.inputs import (
     captions_fingerprint,
     merge_in_comfyui,
 )
-from ..merge.compose import DEFAULT_RELATIVE_RIDGE
+from ..merge.merging import DEFAULT_RELATIVE_RIDGE
 from ..merge.report import MergeReport
 from .types import CATEGORY, Concept, told
 

@@ -11,8 +11,8 @@ from ..host.comfyui.regularization import (
     draw_regularization,
     retrieve_regularization,
 )
-from ..host.open_clip_text import MODEL, MODELS
-from ..trainer.retrieval.retrieve import COUNT, LEAST_SIMILARITY
+from ..host.open_clip.text import MODEL, MODELS
+from ..trainer.regularization.retrieved import COUNT, LEAST_SIMILARITY
 from .types import CATEGORY, RegularizationSet
 
 

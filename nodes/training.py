@@ -2,220 +2,17 @@
 
 from typing import get_args
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
-from ..host.comfyui.inputs import (
-    KINDS,
-    draw_contact_sheet,
-    draw_picture_sheet,
-    folder_fingerprint,
-    training_concept,
-)
-from ..host.comfyui.jobs import jobs_to_go_on_with, tell_node
-from ..host.comfyui.paths import NO_FOLDER, input_folders
-from ..host.comfyui.training import start_training, training_outputs
-from ..trainer.advice import advice
-from ..trainer.config import Fit, GradientCut, MethodName, OptimizerName, TrainConfig
-from ..trainer.methods import METHODS, recipe
-from .types import CATEGORY, Concept, RegularizationSet, TrainingConcept, told
+from ..host.comfyui.jobs.service import jobs_to_go_on_with, tell_node
+from ..host.comfyui.jobs.training import start_training, training_outputs
+from ..trainer.config import GradientCut, OptimizerName, TrainConfig
+from ..trainer.methods import METHODS
+from .training_inputs import DEFAULTS, method_inputs, resolution_input, seed_input, view_inputs
+from .types import CATEGORY, Concept, TrainingConcept
 
-DEFAULTS = TrainConfig()
 CHECKPOINT_EVERY_STEPS = 50
 MOST_CONCEPTS = 8
-
-
-def _resolution() -> io.Int.Input:
-    return io.Int.Input(
-        "resolution",
-        default=DEFAULTS.resolution,
-        min=64,
-        max=2048,
-        step=8,
-        tooltip="512 for SD 1.x and 2.x base, 768 for SD 2.1 768, 1024 for SDXL.",
-    )
-
-
-def _seed() -> io.Int.Input:
-    return io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False)
-
-
-def _method_inputs(name: MethodName) -> list[io.Input]:
-    """What a method has settings of its own for."""
-    defaults = recipe(name)
-    inputs = [
-        io.Int.Input("steps", default=defaults.steps, min=1, max=100_000),
-        io.Float.Input(
-            "learning_rate",
-            default=defaults.learning_rate,
-            min=1e-7,
-            max=0.1,
-            step=1e-6,
-            round=False,
-        ),
-    ]
-    if name == "low-rank":
-        inputs.append(io.Int.Input("rank", default=defaults.rank, min=1, max=320))
-    return inputs
-
-
-def _view_inputs() -> list[io.Input]:
-    """How views are made of pictures: the same for the training and for what shows them."""
-    return [
-        io.Boolean.Input(
-            "augment",
-            default=DEFAULTS.augment,
-            advanced=True,
-            tooltip="Random sizes with words that say so, as in the paper.",
-        ),
-        io.Boolean.Input(
-            "flip",
-            default=DEFAULTS.flip,
-            advanced=True,
-            tooltip="Mirror half of the pictures. Off for writing and faces.",
-        ),
-        io.Combo.Input(
-            "fit",
-            options=list(get_args(Fit)),
-            default=DEFAULTS.fit,
-            advanced=True,
-            tooltip="Pictures that are not square: crop to the middle, or letterbox: all of them, "
-            "between grey bars that do not count.",
-        ),
-    ]
-
-
-class CustomDiffusionConcept(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="CustomDiffusionConcept",
-            display_name="Custom Diffusion Concept",
-            category=CATEGORY,
-            description="What to teach: 4 to 20 pictures of a thing or a style, and its words.",
-            search_aliases=["dreambooth images", "training images", "instance images"],
-            is_input_list=True,
-            inputs=[
-                io.Image.Input(
-                    "images",
-                    optional=True,
-                    tooltip="Pictures of the concept. Leave it open to use a folder instead.",
-                ),
-                io.Mask.Input(
-                    "masks",
-                    optional=True,
-                    tooltip="One mask a picture: what is white (1) is learnt, the rest is not.",
-                ),
-                io.String.Input(
-                    "captions",
-                    optional=True,
-                    force_input=True,
-                    tooltip="One caption a picture, with the modifier token in it. Without: "
-                    "'photo of a <new1> cat'.",
-                ),
-                io.Combo.Input(
-                    "folder",
-                    options=input_folders(),
-                    default=NO_FOLDER,
-                    tooltip="A folder of pictures in ComfyUI's input folder, used when no images "
-                    "are connected. A .txt file beside a picture is its caption, a .mask.png file "
-                    "its mask.",
-                ),
-                io.String.Input(
-                    "class_noun",
-                    default="cat",
-                    tooltip="The everyday word for the thing: cat, mug, chair.",
-                ),
-                io.String.Input(
-                    "modifier_token",
-                    default="<new1>",
-                    tooltip="The new word, in angle brackets. Prompts then say '<new1> cat'. Give "
-                    "every concept its own. Empty: the class noun itself is taught, for a kind of "
-                    "thing that the model does not know.",
-                ),
-                io.Combo.Input(
-                    "regularization_folder",
-                    options=input_folders(),
-                    default=NO_FOLDER,
-                    tooltip="About 200 ordinary pictures of the class, which keep the model from "
-                    "drifting. A .txt file beside a picture is its caption.",
-                ),
-                RegularizationSet.Input(
-                    "regularization_set",
-                    optional=True,
-                    tooltip="Such pictures from another node, instead of a folder.",
-                ),
-                io.String.Input(
-                    "initializer",
-                    default="",
-                    advanced=True,
-                    tooltip="A word the token starts from. Empty: a rare one, as in the paper.",
-                ),
-                io.Combo.Input(
-                    "kind",
-                    options=list(KINDS),
-                    default="thing",
-                    tooltip="Of a thing there is a 'photo of a <new1> cat'; of a style, a "
-                    "'painting in the style of <new1> art', with the class noun art.",
-                ),
-            ],
-            outputs=[TrainingConcept.Output(display_name="training concept")],
-        )
-
-    @classmethod
-    def fingerprint_inputs(cls, **inputs: object) -> str:
-        return folder_fingerprint(inputs.get("folder"), inputs.get("regularization_folder"))
-
-    @classmethod
-    def execute(
-        cls,
-        folder,
-        class_noun,
-        modifier_token,
-        regularization_folder,
-        initializer,
-        kind,
-        images=None,
-        masks=None,
-        captions=None,
-        regularization_set=None,
-    ) -> io.NodeOutput:
-        concept = training_concept(
-            images=images or [],
-            masks=masks or [],
-            captions=captions or [],
-            folder=folder[0],
-            class_noun=class_noun[0],
-            token=modifier_token[0],
-            regularization_folder=regularization_folder[0],
-            regularization_set=regularization_set[0] if regularization_set else (),
-            initializer=initializer[0],
-            kind=kind[0],
-        )
-        sheet = draw_picture_sheet(concept)
-        words = f"{len(concept.images)} pictures, {len(concept.regularization)} regularization"
-        shown = told(words, warnings=advice(concept), **ui.PreviewImage(sheet, cls=cls).as_dict())
-        return io.NodeOutput(concept, ui=shown)
-
-
-class CustomDiffusionViews(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="CustomDiffusionViews",
-            display_name="Custom Diffusion Views",
-            category=CATEGORY,
-            description="Shows what a training will see: pictures as they are cropped, resized and "
-            "mirrored, with their captions. What does not count is dark.",
-            search_aliases=["contact sheet", "dataset preview"],
-            is_output_node=True,
-            inputs=[TrainingConcept.Input("concept"), _resolution(), _seed(), *_view_inputs()],
-            outputs=[io.Image.Output(display_name="contact sheet")],
-        )
-
-    @classmethod
-    def execute(cls, concept, **settings) -> io.NodeOutput:
-        sheet = draw_contact_sheet(concept, TrainConfig(**settings))
-        return io.NodeOutput(sheet, ui=ui.PreviewImage(sheet, cls=cls))
 
 
 class CustomDiffusionTrain(io.ComfyNode):
@@ -246,9 +43,7 @@ class CustomDiffusionTrain(io.ComfyNode):
                 ),
                 io.DynamicCombo.Input(
                     "method",
-                    options=[
-                        io.DynamicCombo.Option(name, _method_inputs(name)) for name in METHODS
-                    ],
+                    options=[io.DynamicCombo.Option(name, method_inputs(name)) for name in METHODS],
                     tooltip=". ".join(
                         f"{name}: {method.description}" for name, method in METHODS.items()
                     ),
@@ -260,8 +55,8 @@ class CustomDiffusionTrain(io.ComfyNode):
                     max=256,
                     tooltip="Pictures a step; half of them regularization, when there are any.",
                 ),
-                _resolution(),
-                _seed(),
+                resolution_input(),
+                seed_input(),
                 io.Boolean.Input(
                     "wait",
                     default=True,
@@ -269,7 +64,7 @@ class CustomDiffusionTrain(io.ComfyNode):
                     label_off="no, in the background",
                     tooltip="Wait, and hand the concept on; or return at once with the job's id.",
                 ),
-                *_view_inputs(),
+                *view_inputs(),
                 Concept.Input(
                     "start",
                     optional=True,
@@ -420,4 +215,4 @@ class CustomDiffusionTrain(io.ComfyNode):
         return io.NodeOutput(*training_outputs(job, wait, keep_on_interrupt))
 
 
-NODES = [CustomDiffusionConcept, CustomDiffusionViews, CustomDiffusionTrain]
+NODES = [CustomDiffusionTrain]

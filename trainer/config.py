@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from ..concept.errors import ConfigError
+from ..diffusion.latents import LATENT_PIXELS
 
 MethodName = Literal[
     "custom diffusion",
@@ -20,8 +21,6 @@ MethodName = Literal[
 OptimizerName = Literal["adamw", "adamw 8-bit"]
 GradientCut = Literal["none", "start", "start and padding"]
 Fit = Literal["crop", "letterbox"]
-LATENT_PIXELS = 8
-"""Edge of the square of pixels that one latent stands for."""
 
 
 @dataclass(frozen=True)

@@ -14,25 +14,26 @@ from ..concept.concept import Concept, Delta, ModifierToken
 from ..concept.errors import ConfigError, TrainingError
 from ..concept.prompts import subject
 from ..concept.text import TextEncoder
-from .backward import Backward
+from ..diffusion.noise import add_noise, target
+from ..diffusion.protocols import Denoiser
+from ..diffusion.sampling import ddim_sample
 from .checkpoint import Checkpoint
 from .config import TrainConfig
-from .cpu_attention import cpu_attention
-from .data import TrainingConcept
-from .data_parallel import DataParallel
+from .data.latents import LatentBank, batch_of_step, step_randomness
+from .data.training_concept import TrainingConcept
+from .economy.backward import Backward
+from .economy.cpu_attention import cpu_attention
+from .economy.frozen_layers import channels_last, keeping_less
+from .economy.processes import DataParallel
 from .events import CheckpointDue, Event, MemoryShort, PreviewDrawn, StepDone, WordsMoved
-from .frozen_layers import channels_last, keeping_less
-from .latents import LatentBank, batch_of_step, step_randomness
+from .learning.network_weights import NetworkWeights
+from .learning.objective import sample_losses, sample_weights
+from .learning.optimizer import make_optimizer
+from .learning.projections import KeyValueProjections
+from .learning.prompt_features import PromptFeatures
+from .learning.tokens import drift, words_to_teach
 from .methods import METHODS
-from .network_weights import NetworkWeights
-from .objective import add_noise, sample_losses, sample_weights, target
-from .optimizer import make_optimizer
-from .projections import KeyValueProjections
-from .prompt_features import PromptFeatures
-from .protocols import Denoiser
-from .sampling import ddim_sample
 from .start import check_start
-from .tokens import drift, words_to_teach
 
 _FINAL_LOSSES = 20
 _DRIFT_EVERY_STEPS = 10

@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 from ..concept.errors import ConfigError, DataError
 from ..concept.text import TextEncoder
-from .augmentation import PREFIXES
+from ..diffusion.protocols import LatentEncoder
 from .config import TrainConfig
-from .data import TrainingConcept, check_readable
-from .latents import LatentBank, encode_views
-from .optimizer import check_optimizer
-from .protocols import LatentEncoder
-from .tokens import initial_embedding
+from .data.augmentation import PREFIXES
+from .data.captioned import check_readable
+from .data.latents import LatentBank, encode_views
+from .data.training_concept import TrainingConcept
+from .learning.optimizer import check_optimizer
+from .learning.tokens import initial_embedding
 
 
 def prepare(

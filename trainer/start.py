@@ -4,10 +4,10 @@ from ..concept.concept import Concept
 from ..concept.errors import ConfigError, IncompatibleModelError
 from ..concept.fit import check_fit
 from ..concept.layers import is_projection
+from ..diffusion.protocols import Denoiser
 from .config import TrainConfig
+from .learning.projections import base_hash, low_rank_factors
 from .methods import METHODS
-from .projections import base_hash, low_rank_factors
-from .protocols import Denoiser
 
 
 def check_start(start: Concept, denoiser: Denoiser, config: TrainConfig) -> None:

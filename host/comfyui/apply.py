@@ -12,7 +12,7 @@ from ...concept.concept import Concept
 from ...concept.errors import IncompatibleModelError
 from ...concept.file import concept_tensors
 from ...concept.fit import check_fit
-from .models import cross_attention_unet, unet_family
+from .models.weights import cross_attention_unet, unet_family
 from .tokenizer import with_concept_tokens
 
 

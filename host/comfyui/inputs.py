@@ -16,12 +16,14 @@ from ...concept.concept import Concept
 from ...concept.errors import DataError
 from ...concept.prompts import DEFAULT_TEMPLATE, STYLE_TEMPLATE
 from ...merge.captions import read_captions
-from ...merge.compose import merge_concepts
+from ...merge.merging import merge_concepts
 from ...merge.report import MergeReport
 from ...trainer.config import TrainConfig
-from ...trainer.contact_sheet import contact_sheet, picture_sheet
-from ...trainer.data import CaptionedImage, TrainingConcept, instance_caption, load_folder
-from .models import text_encoder
+from ...trainer.data.captioned import CaptionedImage
+from ...trainer.data.contact_sheet import contact_sheet, picture_sheet
+from ...trainer.data.folders import load_folder
+from ...trainer.data.training_concept import TrainingConcept, instance_caption
+from .models.text import text_encoder
 from .paths import NO_FOLDER, cache_folder, input_folder
 
 BUILT_IN_CAPTIONS = "built-in"

@@ -7,7 +7,7 @@ from typing import Any
 from ...concept.concept import Concept
 from ...concept.errors import IncompatibleModelError
 from ...concept.fit import Fit, fit_to
-from .models import base_model
+from .models.weights import base_model
 
 
 def fit_to_model(concept: Concept, model: Any) -> Fit:

@@ -18,21 +18,15 @@ from ...concept.concept import hash_projections
 from ...concept.errors import DataError, IncompatibleModelError
 from ...concept.naming import safe_file_name
 from ...concept.prompts import DEFAULT_TEMPLATE
-from ...trainer.config import LATENT_PIXELS
-from ...trainer.data import CaptionedImage
-from ...trainer.generated_set import generated_set, settings_hash
-from ...trainer.retrieval.collection import parts_of
-from ...trainer.retrieval.index import CaptionIndex
-from ...trainer.retrieval.retrieve import retrieve
-from ..open_clip_text import OpenClipText, check_clip_model
-from .models import cross_attention_unet, patched_projections
-from .paths import (
-    NO_FOLDER,
-    cache_folder,
-    clip_weights_path,
-    input_folder,
-    regularization_folder,
-)
+from ...diffusion.latents import LATENT_PIXELS
+from ...trainer.data.captioned import CaptionedImage
+from ...trainer.regularization.caption_index import CaptionIndex
+from ...trainer.regularization.collection import parts_of
+from ...trainer.regularization.drawn import generated_set, settings_hash
+from ...trainer.regularization.retrieved import retrieve
+from ..open_clip.text import OpenClipText, check_clip_model
+from .models.weights import cross_attention_unet, patched_projections
+from .paths import NO_FOLDER, cache_folder, clip_weights_path, input_folder, regularization_folder
 
 log = logging.getLogger("custom_diffusion")
 SAMPLERS: list[str] = comfy.samplers.KSampler.SAMPLERS

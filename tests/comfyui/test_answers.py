@@ -24,9 +24,9 @@ from custom_diffusion.concept.errors import (  # noqa: E402
     UnknownConceptError,
     UnknownJobError,
 )
-from custom_diffusion.host.comfyui.answers import Handler, answering  # noqa: E402
-from custom_diffusion.host.comfyui.workers import Workers  # noqa: E402
-from custom_diffusion.host.http_api import ENDPOINTS, Endpoint  # noqa: E402
+from custom_diffusion.host.comfyui.http.answers import Handler, answering  # noqa: E402
+from custom_diffusion.host.comfyui.http.workers import Workers  # noqa: E402
+from custom_diffusion.host.http.api import ENDPOINTS, Endpoint  # noqa: E402
 
 MOVE = next(endpoint for endpoint in ENDPOINTS if endpoint.operation == "move_job")
 SHOW = next(endpoint for endpoint in ENDPOINTS if endpoint.operation == "show_job")

@@ -24,7 +24,7 @@ def apply(model: Any, clip: Any, concept: Concept, strength: float) -> tuple[Any
 
 
 def patched(model: Any) -> dict[str, torch.Tensor]:
-    from custom_diffusion.host.comfyui.models import patched_weights
+    from custom_diffusion.host.comfyui.models.weights import patched_weights
 
     return patched_weights(model, PREFIX)
 
@@ -156,7 +156,7 @@ def test_a_diffusion_transformer_is_refused(load: Any, sd15: Any, shapes: Any) -
 
 
 def test_a_loras_patches_are_part_of_the_model_that_is_trained(sd15: Any, shapes: Any) -> None:
-    from custom_diffusion.host.comfyui.models import ComfyDenoiser
+    from custom_diffusion.host.comfyui.models.unet import ComfyDenoiser
 
     concept = made_concept(shapes)
     model, _ = apply(sd15.model, sd15.clip, concept, 1.0)

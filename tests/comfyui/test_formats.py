@@ -22,7 +22,7 @@ PREFIX = "diffusion_model."
 
 def weights_with_lora(comfy: Any, loaded: Any, path: Path) -> dict[str, torch.Tensor]:
     """The UNet's weights after ComfyUI's own LoRA loader."""
-    from custom_diffusion.host.comfyui.models import patched_weights
+    from custom_diffusion.host.comfyui.models.weights import patched_weights
 
     lora = comfy.utils.load_torch_file(str(path), safe_load=True)
     model, _ = comfy.sd.load_lora_for_models(loaded.model, loaded.clip, lora, 1.0, 0.0)
@@ -31,7 +31,7 @@ def weights_with_lora(comfy: Any, loaded: Any, path: Path) -> dict[str, torch.Te
 
 def weights_with_concept(loaded: Any, concept: Concept) -> dict[str, torch.Tensor]:
     from custom_diffusion.host.comfyui.apply import apply_concept
-    from custom_diffusion.host.comfyui.models import patched_weights
+    from custom_diffusion.host.comfyui.models.weights import patched_weights
 
     with torch.inference_mode():
         model, _ = apply_concept(loaded.model, loaded.clip, concept, 1.0)
@@ -97,7 +97,7 @@ def test_lycoris_files_mean_to_us_what_they_mean_to_the_stock_loader(
 def test_dora_means_to_us_what_it_means_to_the_stock_loader(
     axis: int, comfy: Any, sd15: Any, shapes: Any, tmp_path: Path
 ) -> None:
-    from custom_diffusion.host.comfyui.models import base_model
+    from custom_diffusion.host.comfyui.models.weights import base_model
 
     with torch.inference_mode():
         base = base_model(sd15.model)
@@ -147,7 +147,7 @@ def test_the_stock_tokenizer_reads_an_exported_embedding(
 def test_whole_weights_are_read_with_their_model(
     kind: str, sd15: Any, shapes: Any, tmp_path: Path
 ) -> None:
-    from custom_diffusion.host.comfyui.models import base_model
+    from custom_diffusion.host.comfyui.models.weights import base_model
 
     concept = small_concept(shapes)
     with torch.inference_mode():
@@ -169,7 +169,7 @@ def small_concept(shapes: Any) -> Concept:
 def test_a_delta_is_dropped_in_compressed_exported_and_inspected(
     server: ComfyServer, sd15: Any, shapes: Any
 ) -> None:
-    from custom_diffusion.host.comfyui.models import base_model
+    from custom_diffusion.host.comfyui.models.weights import base_model
 
     concept = small_concept(shapes)
     with torch.inference_mode():

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from custom_diffusion.host.diffusers import borrowed_models
-from custom_diffusion.trainer.objective import add_noise, sample_losses, sample_weights, target
-from custom_diffusion.trainer.projections import DenseProjections
+from custom_diffusion.diffusion.noise import add_noise, target
+from custom_diffusion.host.diffusers.lending import borrowed_models
+from custom_diffusion.trainer.learning.objective import sample_losses, sample_weights
+from custom_diffusion.trainer.learning.projections import DenseProjections
 from support.diffusers_twin import diffusers_twin
 
 PROMPTS = ["photo of a <new1> cat", "very small photo of a <new1> cat", "a dog in the snow", ""]
@@ -20,11 +21,8 @@ LIMIT = 1e-4
 @pytest.fixture(scope="module", params=["sd15", "sd2_v"])
 def hosts(request: Any, load: Any, checkpoint_file: Callable[[str], Path]) -> Any:
     """(denoiser, text encoder, latent encoder) of both hosts."""
-    from custom_diffusion.host.comfyui.models import (
-        ComfyDenoiser,
-        ComfyLatentEncoder,
-        text_encoder,
-    )
+    from custom_diffusion.host.comfyui.models.text import text_encoder
+    from custom_diffusion.host.comfyui.models.unet import ComfyDenoiser, ComfyLatentEncoder
 
     loaded = load(request.param)
     encoder = text_encoder(loaded.clip)
@@ -75,7 +73,7 @@ def test_text_features_equal_comfyuis_own(hosts: Any, load: Any, request: Any) -
 
 @torch.no_grad()
 def test_clip_skip_is_respected(comfy: Any, load: Any) -> None:
-    from custom_diffusion.host.comfyui.models import text_encoder
+    from custom_diffusion.host.comfyui.models.text import text_encoder
 
     clip = load("sd15").clip.clone()
     clip.clip_layer(-2)

@@ -24,8 +24,8 @@ def fit(concept: Concept, model: Any) -> Fit:
 def test_a_concept_of_the_model_fits_and_knows_its_checkpoint(sd15: Any) -> None:
     """As long as the model is as it was when the training took its hash."""
     from custom_diffusion.host.comfyui.apply import apply_concept
-    from custom_diffusion.host.comfyui.models import ComfyDenoiser
-    from custom_diffusion.trainer.projections import base_hash
+    from custom_diffusion.host.comfyui.models.unet import ComfyDenoiser
+    from custom_diffusion.trainer.learning.projections import base_hash
 
     concept = made_concept({LAYER: (320, 768)})
     assert fit(concept, sd15.model) == Fit()

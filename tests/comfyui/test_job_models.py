@@ -23,7 +23,7 @@ CONFIG = TrainConfig()
 @pytest.fixture
 def lent(comfy: Any) -> Any:
     """The module; it can be imported once ComfyUI is there."""
-    from custom_diffusion.host.comfyui import job_models
+    from custom_diffusion.host.comfyui.jobs import models as job_models
 
     job_models.shared_copy.drop()
     yield job_models
@@ -196,9 +196,10 @@ def test_equal_models_are_remembered_no_longer_than_their_jobs(
 def test_a_prompt_does_not_wait_for_a_paused_job_that_nobody_here_can_resume(
     lent: Any, prompts: Any, tmp_path: Path, how: str
 ) -> None:
-    from custom_diffusion.host.comfyui.jobs import wait_for
-    from custom_diffusion.trainer.job_folder import JobFolder
-    from custom_diffusion.trainer.jobs import Job, Work
+    from custom_diffusion.host.comfyui.jobs.service import wait_for
+    from custom_diffusion.trainer.jobs.folder import JobFolder
+    from custom_diffusion.trainer.jobs.job import Job
+    from custom_diffusion.trainer.jobs.work import Work
 
     there = True
     work = Work(lambda *_: None, lambda _: Path(), has_models=lambda: there)

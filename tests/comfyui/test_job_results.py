@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from custom_diffusion.trainer.job_folder import SAMPLE_EDGE, JobFolder
-from custom_diffusion.trainer.service import TrainingService
+from custom_diffusion.trainer.jobs.folder import SAMPLE_EDGE, JobFolder
+from custom_diffusion.trainer.jobs.service import TrainingService
 from PIL import Image
 from support.hostile import concept
 
@@ -15,7 +15,7 @@ from support.hostile import concept
 def test_samples_of_any_size_and_number_are_one_batch_that_fits(
     comfy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from custom_diffusion.host.comfyui import jobs
+    from custom_diffusion.host.comfyui.jobs import service as jobs
 
     folder = JobFolder.create(tmp_path, "cat", {"steps": 9})
     for kind in ("concepts", "samples"):

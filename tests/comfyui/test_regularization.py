@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from custom_diffusion.concept.file import read_concept
-from custom_diffusion.host.open_clip_text import MODEL
+from custom_diffusion.host.open_clip.text import MODEL
 from PIL import Image
 from support.clip_weights import write_text_half
 from support.comfy_server import ComfyPromptError, ComfyServer

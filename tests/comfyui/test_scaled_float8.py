@@ -21,7 +21,7 @@ def scaled(load: Callable[[str], Any]) -> Any:
 
 
 def test_it_predicts_what_comfyui_does(comfy: Any, scaled: Any, sd15: Any) -> None:
-    from custom_diffusion.host.comfyui.models import ComfyDenoiser
+    from custom_diffusion.host.comfyui.models.unet import ComfyDenoiser
 
     draw = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 4, 8, 8, generator=draw)
@@ -42,7 +42,8 @@ def test_it_predicts_what_comfyui_does(comfy: Any, scaled: Any, sd15: Any) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_can_be_trained_on(scaled: Any, dtype: torch.dtype) -> None:
-    from custom_diffusion.host.comfyui.models import ComfyDenoiser, text_encoder
+    from custom_diffusion.host.comfyui.models.text import text_encoder
+    from custom_diffusion.host.comfyui.models.unet import ComfyDenoiser
 
     denoiser = ComfyDenoiser(scaled.model, dtype, keep_float8=True)
     concept = cat_concept(2)
@@ -55,7 +56,7 @@ def test_it_can_be_trained_on(scaled: Any, dtype: torch.dtype) -> None:
 def test_a_concept_is_added_to_what_the_numbers_stand_for(scaled: Any, shapes: Any) -> None:
     from custom_diffusion.host.comfyui.apply import apply_concept
     from custom_diffusion.host.comfyui.inspection import fit_to_model
-    from custom_diffusion.host.comfyui.models import patched_weights
+    from custom_diffusion.host.comfyui.models.weights import patched_weights
 
     concept = made_concept(shapes)
     with torch.inference_mode():

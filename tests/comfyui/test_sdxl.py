@@ -12,8 +12,8 @@ from custom_diffusion.concept.errors import IncompatibleModelError
 from custom_diffusion.concept.file import write_concept
 from custom_diffusion.concept.fit import check_text_width
 from custom_diffusion.concept.layers import FAMILIES
-from custom_diffusion.host.diffusers import DiffusersDenoiser
-from custom_diffusion.merge.compose import merge_concepts
+from custom_diffusion.host.diffusers.denoiser import DiffusersDenoiser
+from custom_diffusion.merge.merging import merge_concepts
 from custom_diffusion.trainer.config import TrainConfig
 from custom_diffusion.trainer.loop import train
 from support.comfy_xl import (
@@ -49,7 +49,7 @@ def clip(comfy: Any, embeddings_folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def denoiser(model: Any) -> Any:
-    from custom_diffusion.host.comfyui.models import ComfyDenoiser
+    from custom_diffusion.host.comfyui.models.unet import ComfyDenoiser
 
     with torch.inference_mode():  # as in a node
         return ComfyDenoiser(model, torch.float32)
@@ -57,7 +57,7 @@ def denoiser(model: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def encoder(clip: Any) -> Any:
-    from custom_diffusion.host.comfyui.models import text_encoder
+    from custom_diffusion.host.comfyui.models.text import text_encoder
 
     with torch.inference_mode():
         return text_encoder(clip)
@@ -92,7 +92,7 @@ def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
 @torch.no_grad()
 @pytest.mark.parametrize("skip", [None, -1, -3])
 def test_features_and_pooled_equal_comfyuis_own(clip: Any, skip: int | None) -> None:
-    from custom_diffusion.host.comfyui.models import text_encoder
+    from custom_diffusion.host.comfyui.models.text import text_encoder
 
     if skip is not None:
         clip = clip.clone()
@@ -164,7 +164,7 @@ def test_a_token_means_what_a_stock_embedding_file_means(
 
 def test_features_with_a_token_equal_comfyuis_own(model: Any, clip: Any, encoder: Any) -> None:
     """Both where the word comes with a concept and where the CLIP knows it already."""
-    from custom_diffusion.host.comfyui.models import text_encoder
+    from custom_diffusion.host.comfyui.models.text import text_encoder
 
     concept = made_concept(shapes_of(model), family="sdxl")
     _, knowing = apply(model, clip, concept)
@@ -200,7 +200,8 @@ def test_concepts_are_taught_merged_and_applied(
 
 
 def test_the_refiner_and_other_variants_are_refused(comfy: Any) -> None:
-    from custom_diffusion.host.comfyui.models import ComfyDenoiser, text_encoder
+    from custom_diffusion.host.comfyui.models.text import text_encoder
+    from custom_diffusion.host.comfyui.models.unet import ComfyDenoiser
 
     for variant, message in (
         (comfy_refiner(comfy), "width 1280; known families are"),

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from custom_diffusion.trainer.config import TrainConfig
-from custom_diffusion.trainer.cpu_attention import cpu_attention
-from custom_diffusion.trainer.frozen_layers import keeping_less
+from custom_diffusion.trainer.economy.cpu_attention import cpu_attention
+from custom_diffusion.trainer.economy.frozen_layers import keeping_less
+from custom_diffusion.trainer.learning.projections import DenseProjections
 from custom_diffusion.trainer.loop import train
-from custom_diffusion.trainer.projections import DenseProjections
 from support.kept import kept_bytes
 from support.tiny_models import RESOLUTION, cat_concept, random_bank
 from torch import Tensor
@@ -44,7 +44,7 @@ def prediction_and_gradient(denoiser: Any, edge: int = 8) -> tuple[Tensor, Tenso
 
 
 def test_comfyuis_unet_keeps_less_for_the_same_numbers(sd15: Any) -> None:
-    from custom_diffusion.host.comfyui.models import ComfyDenoiser
+    from custom_diffusion.host.comfyui.models.unet import ComfyDenoiser
 
     denoiser = ComfyDenoiser(sd15.model, torch.bfloat16)
     whole = prediction_and_gradient(denoiser)
@@ -56,7 +56,7 @@ def test_comfyuis_unet_keeps_less_for_the_same_numbers(sd15: Any) -> None:
 
 
 def test_our_attention_in_comfyuis_unet_is_nearly_as_exact_and_keeps_no_more(sd15: Any) -> None:
-    from custom_diffusion.host.comfyui.models import ComfyDenoiser
+    from custom_diffusion.host.comfyui.models.unet import ComfyDenoiser
 
     exact = prediction_and_gradient(ComfyDenoiser(sd15.model, torch.float32), edge=32)
     denoiser = ComfyDenoiser(sd15.model, torch.bfloat16)
@@ -71,7 +71,8 @@ def test_our_attention_in_comfyuis_unet_is_nearly_as_exact_and_keeps_no_more(sd1
 
 def test_half_precision_computes_what_float32_does_but_for_rounding(sd15: Any) -> None:
     """As on a GPU with bfloat16: UNet, text encoder, and channels last, which 256 px bring."""
-    from custom_diffusion.host.comfyui.models import ComfyDenoiser, text_encoder
+    from custom_diffusion.host.comfyui.models.text import text_encoder
+    from custom_diffusion.host.comfyui.models.unet import ComfyDenoiser
 
     prompt = "photo of a cat in the rain"
     ((wanted, _),) = sd15.clip.encode_from_tokens_scheduled(sd15.clip.tokenize(prompt))
@@ -91,7 +92,7 @@ def test_half_precision_computes_what_float32_does_but_for_rounding(sd15: Any) -
 
 
 def test_weights_in_eight_bits_stay_so_and_train_as_if_they_were_cast(float8_model: Any) -> None:
-    from custom_diffusion.host.comfyui.models import ComfyDenoiser
+    from custom_diffusion.host.comfyui.models.unet import ComfyDenoiser
 
     cast = ComfyDenoiser(float8_model, torch.bfloat16)
     small = ComfyDenoiser(float8_model, torch.bfloat16, keep_float8=True)
@@ -108,7 +109,8 @@ def test_weights_in_eight_bits_stay_so_and_train_as_if_they_were_cast(float8_mod
 
 
 def test_a_training_on_eight_bits_learns(float8_model: Any, sd15: Any) -> None:
-    from custom_diffusion.host.comfyui.models import ComfyDenoiser, text_encoder
+    from custom_diffusion.host.comfyui.models.text import text_encoder
+    from custom_diffusion.host.comfyui.models.unet import ComfyDenoiser
 
     denoiser = ComfyDenoiser(float8_model, torch.bfloat16, keep_float8=True)
     concept = cat_concept(2)

@@ -29,10 +29,10 @@ if __package__ is None and "custom_diffusion" not in sys.modules:
 import torch
 from custom_diffusion.concept.errors import CheckpointError, JobError
 from custom_diffusion.trainer import checkpoint
-from custom_diffusion.trainer.job_records import Description, MetricsLine, Outcome
-from custom_diffusion.trainer.job_snapshot import JobState
-from custom_diffusion.trainer.jobs import Job
-from custom_diffusion.trainer.service import TrainingService
+from custom_diffusion.trainer.jobs.job import Job
+from custom_diffusion.trainer.jobs.records import Description, MetricsLine, Outcome
+from custom_diffusion.trainer.jobs.service import TrainingService
+from custom_diffusion.trainer.jobs.snapshot import JobState
 from safetensors.torch import save_file
 from support.odd_jobs import GOOD, OLD_JOB
 

@@ -28,8 +28,9 @@ with atheris.instrument_imports(include=["custom_diffusion", "PIL", "tarfile"]):
     import PIL.Image
     from custom_diffusion.concept.errors import DataError
     from custom_diffusion.merge.captions import read_captions
-    from custom_diffusion.trainer.data import check_readable, load_folder
-    from custom_diffusion.trainer.retrieval.collection import parts_of
+    from custom_diffusion.trainer.data.captioned import check_readable
+    from custom_diffusion.trainer.data.folders import load_folder
+    from custom_diffusion.trainer.regularization.collection import parts_of
 
 import pyarrow
 import pyarrow.parquet

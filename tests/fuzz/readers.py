@@ -20,7 +20,6 @@ from typing import Any
 import atheris
 
 with atheris.instrument_imports(include=["custom_diffusion"]):
-    from custom_diffusion.concept.card import ConceptCard
     from custom_diffusion.concept.concept import Concept, DenseDelta, LowRankDelta, ModifierToken
     from custom_diffusion.concept.errors import CustomDiffusionError
     from custom_diffusion.concept.file import read_concept, write_concept
@@ -28,9 +27,10 @@ with atheris.instrument_imports(include=["custom_diffusion"]):
     from custom_diffusion.concept.layers import FAMILIES
     from custom_diffusion.concept.plain import is_plain
     from custom_diffusion.formats.base import BaseModel, read_base
-    from custom_diffusion.formats.card import read_any_card
     from custom_diffusion.formats.exporting import FORMATS, export_concept
     from custom_diffusion.formats.importing import open_concept
+    from custom_diffusion.inspection.any_card import read_any_card
+    from custom_diffusion.inspection.card import ConceptCard
 
 import torch
 from safetensors.torch import save_file

@@ -21,8 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests"))
 import conftest  # noqa: E402, F401  makes the package importable
-from custom_diffusion.host import openapi  # noqa: E402
-from custom_diffusion.trainer.job_folder import DESCRIPTION  # noqa: E402
+from custom_diffusion.host.http import openapi  # noqa: E402
+from custom_diffusion.trainer.jobs.folder import DESCRIPTION  # noqa: E402
 from support import pack_content  # noqa: E402
 from support.comfy_server import ComfyServer, find_comfyui  # noqa: E402
 

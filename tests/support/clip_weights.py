@@ -7,7 +7,7 @@ from typing import Any
 
 import open_clip
 import torch
-from custom_diffusion.host.open_clip_text import MODEL
+from custom_diffusion.host.open_clip.text import MODEL
 from safetensors.torch import save_file
 
 

@@ -15,8 +15,8 @@ from custom_diffusion.concept import atomic
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.file import write_new_concept
 from custom_diffusion.trainer.config import TrainConfig
-from custom_diffusion.trainer.jobs import Work
-from custom_diffusion.trainer.service import TrainingService
+from custom_diffusion.trainer.jobs.service import TrainingService
+from custom_diffusion.trainer.jobs.work import Work
 from diffusers import StableDiffusionPipeline
 
 from .tiny_models import RESOLUTION, tiny_pipeline

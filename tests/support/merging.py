@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from custom_diffusion.concept.concept import Concept, LowRankDelta
 from custom_diffusion.merge.captions import regularization_captions
-from custom_diffusion.merge.compose import merge_concepts
+from custom_diffusion.merge.merging import merge_concepts
 from custom_diffusion.merge.report import MergeReport
 from torch import Tensor
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from custom_diffusion.concept.layers import layer_from_diffusers
 from custom_diffusion.trainer.config import TrainConfig
-from custom_diffusion.trainer.data import TrainingConcept
-from custom_diffusion.trainer.latents import LatentBank, batch_of_step, step_randomness
+from custom_diffusion.trainer.data.latents import LatentBank, batch_of_step, step_randomness
+from custom_diffusion.trainer.data.training_concept import TrainingConcept
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 

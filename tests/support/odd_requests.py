@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from custom_diffusion.host.http_api import ENDPOINTS, JSON_TYPE, PREFIX, Endpoint
+from custom_diffusion.host.http.api import ENDPOINTS, JSON_TYPE, PREFIX, Endpoint
 
 NAMES = (
     *(

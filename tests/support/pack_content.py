@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from custom_diffusion.concept.file import write_concept
 from custom_diffusion.concept.layers import FAMILIES
-from custom_diffusion.trainer.job_folder import JobFolder
+from custom_diffusion.trainer.jobs.folder import JobFolder
 from PIL import Image
 from support.concepts import random_concept
 

@@ -18,8 +18,8 @@ from types import TracebackType
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import CustomDiffusionError
 from custom_diffusion.concept.layers import FAMILIES
-from custom_diffusion.trainer.jobs import Work
-from custom_diffusion.trainer.service import TrainingService
+from custom_diffusion.trainer.jobs.service import TrainingService
+from custom_diffusion.trainer.jobs.work import Work
 
 
 class SecondProcess:

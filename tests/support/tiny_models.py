@@ -11,9 +11,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from custom_diffusion.host import open_clip_vocabulary
-from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
-from custom_diffusion.trainer.latents import EncodedView, LatentBank
+from custom_diffusion.host.open_clip import vocabulary as open_clip_vocabulary
+from custom_diffusion.trainer.data.captioned import CaptionedImage
+from custom_diffusion.trainer.data.latents import EncodedView, LatentBank
+from custom_diffusion.trainer.data.training_concept import TrainingConcept
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,

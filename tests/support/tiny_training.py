@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from custom_diffusion.concept.concept import Concept
-from custom_diffusion.host.diffusers import borrowed_models
+from custom_diffusion.host.diffusers.lending import borrowed_models
 from custom_diffusion.trainer.checkpoint import Checkpoint
 from custom_diffusion.trainer.config import TrainConfig
 from custom_diffusion.trainer.events import Event

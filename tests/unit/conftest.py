@@ -8,7 +8,7 @@ import copy
 from collections.abc import Iterator
 
 import pytest
-from custom_diffusion.host.diffusers import DiffusersModels, borrowed_models
+from custom_diffusion.host.diffusers.lending import DiffusersModels, borrowed_models
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from support import tiny_models
 from transformers import CLIPTokenizer

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from custom_diffusion.trainer.advice import advice
-from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
+from custom_diffusion.trainer.data.advice import advice
+from custom_diffusion.trainer.data.captioned import CaptionedImage
+from custom_diffusion.trainer.data.training_concept import TrainingConcept
 from PIL import Image
 
 OWN = "a <new1> cat on a sofa"

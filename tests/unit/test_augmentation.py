@@ -8,7 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from custom_diffusion.trainer.augmentation import (
+from custom_diffusion.trainer.config import Fit
+from custom_diffusion.trainer.data.augmentation import (
     LARGE_PREFIXES,
     SMALL_PREFIXES,
     View,
@@ -16,8 +17,7 @@ from custom_diffusion.trainer.augmentation import (
     random_view,
     whole_view,
 )
-from custom_diffusion.trainer.config import Fit
-from custom_diffusion.trainer.data import Picture
+from custom_diffusion.trainer.data.captioned import Picture
 from PIL import Image, ImageDraw
 
 WHITE = Image.new("RGB", (24, 24), "white")

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from custom_diffusion.concept.concept import Concept
-from custom_diffusion.host.diffusers import DiffusersModels
-from custom_diffusion.trainer.backward import checkpointed
+from custom_diffusion.host.diffusers.lending import DiffusersModels
 from custom_diffusion.trainer.config import TrainConfig
+from custom_diffusion.trainer.economy.backward import checkpointed
 from custom_diffusion.trainer.events import Event, MemoryShort, StepDone
 from custom_diffusion.trainer.loop import train
 from support.kept import kept_bytes

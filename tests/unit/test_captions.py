@@ -9,7 +9,7 @@ import pytest
 import torch
 from custom_diffusion.concept.errors import DataError
 from custom_diffusion.concept.text import encode_unpadded
-from custom_diffusion.host.clip_text import ClipTextEncoder, text_transformer
+from custom_diffusion.host.clip.text_encoder import ClipTextEncoder, text_transformer
 from custom_diffusion.merge.captions import (
     DEFAULT_COUNT,
     MINIMUM_COUNT,

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from custom_diffusion.concept.card import read_card, thumbnail
 from custom_diffusion.concept.errors import ConceptFileError
 from custom_diffusion.concept.file import write_concept
+from custom_diffusion.inspection.card import read_card, thumbnail
 from support.concepts import random_concept
 
 

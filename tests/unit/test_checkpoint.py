@@ -11,7 +11,7 @@ import torch
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import CheckpointError
 from custom_diffusion.concept.file import concept_tensors
-from custom_diffusion.host.diffusers import borrowed_models
+from custom_diffusion.host.diffusers.lending import borrowed_models
 from custom_diffusion.trainer.checkpoint import (
     FORMAT,
     FORMAT_VERSION,

@@ -9,8 +9,8 @@ import pytest
 import torch
 from custom_diffusion.concept.errors import TokenError
 from custom_diffusion.concept.text import encode_unpadded
-from custom_diffusion.host.clip_text import ClipTextEncoder, text_transformer
-from custom_diffusion.trainer.tokens import RARE_PIECES, initial_embedding
+from custom_diffusion.host.clip.text_encoder import ClipTextEncoder, text_transformer
+from custom_diffusion.trainer.learning.tokens import RARE_PIECES, initial_embedding
 from support.tiny_models import CONTEXT_WIDTH, VOCABULARY_SIZE, same_state, state
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer

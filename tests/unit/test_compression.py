@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from custom_diffusion.cli import main
+from custom_diffusion.compression.ranks import compress
+from custom_diffusion.compression.spectrum import components, singular_values, spectra
 from custom_diffusion.concept.concept import Concept, Delta, DenseDelta, LowRankDelta
 from custom_diffusion.concept.errors import ConfigError
 from custom_diffusion.concept.file import read_concept, write_concept
 from custom_diffusion.concept.layers import FAMILIES
-from custom_diffusion.concept.spectrum import components, singular_values, spectra
-from custom_diffusion.merge.compression import compress
 from PIL import Image
 from support.concepts import KEY, LAYERS, MIDDLE, VALUE, densified, narrow_family, random_concept
 from support.merging import CAT, DOG, merge

@@ -10,9 +10,10 @@ import pytest
 import torch
 from custom_diffusion.concept.errors import DataError
 from custom_diffusion.trainer.config import TrainConfig
-from custom_diffusion.trainer.contact_sheet import contact_sheet, picture_sheet
-from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
-from custom_diffusion.trainer.latents import encode_views
+from custom_diffusion.trainer.data.captioned import CaptionedImage
+from custom_diffusion.trainer.data.contact_sheet import contact_sheet, picture_sheet
+from custom_diffusion.trainer.data.latents import encode_views
+from custom_diffusion.trainer.data.training_concept import TrainingConcept
 from PIL import Image, ImageChops
 from torch import Tensor
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from custom_diffusion.trainer import cpu_attention
-from custom_diffusion.trainer.cpu_attention import CpuAttention
+from custom_diffusion.trainer.economy import cpu_attention
+from custom_diffusion.trainer.economy.cpu_attention import CpuAttention
 from torch import Tensor
 
 TOKENS, WIDTH = 600, 40

@@ -8,13 +8,9 @@ import numpy as np
 import pytest
 from custom_diffusion.concept.errors import DataError, TokenError
 from custom_diffusion.concept.prompts import STYLE_TEMPLATE
-from custom_diffusion.trainer.data import (
-    CaptionedImage,
-    TrainingConcept,
-    check_readable,
-    instance_caption,
-    load_folder,
-)
+from custom_diffusion.trainer.data.captioned import CaptionedImage, check_readable
+from custom_diffusion.trainer.data.folders import load_folder
+from custom_diffusion.trainer.data.training_concept import TrainingConcept, instance_caption
 from PIL import Image
 
 RED = Image.new("RGB", (20, 10), "red")

@@ -15,19 +15,14 @@ from custom_diffusion.concept.concept import Concept, DenseDelta, LowRankDelta, 
 from custom_diffusion.concept.errors import IncompatibleModelError
 from custom_diffusion.concept.file import read_concept, write_concept
 from custom_diffusion.concept.layers import FAMILIES, layer_to_diffusers
-from custom_diffusion.host.diffusers import (
-    DiffusersDenoiser,
-    DiffusersLatentEncoder,
-    applied_concept,
-    borrowed_models,
-    load_pipeline,
-    sample,
-    side_by_side,
-    text_encoder,
-)
+from custom_diffusion.host.diffusers.denoiser import DiffusersDenoiser, DiffusersLatentEncoder
+from custom_diffusion.host.diffusers.lending import borrowed_models, text_encoder
+from custom_diffusion.host.diffusers.loading import load_pipeline
+from custom_diffusion.host.diffusers.sampling import applied_concept, sample, side_by_side
 from custom_diffusion.trainer.config import TrainConfig
-from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
-from custom_diffusion.trainer.latents import encode_views
+from custom_diffusion.trainer.data.captioned import CaptionedImage
+from custom_diffusion.trainer.data.latents import encode_views
+from custom_diffusion.trainer.data.training_concept import TrainingConcept
 from custom_diffusion.trainer.loop import train
 from diffusers import StableDiffusionPipeline
 from PIL import Image

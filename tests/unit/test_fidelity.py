@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.file import read_concept, write_concept
-from custom_diffusion.merge.compose import merge_concepts
+from custom_diffusion.merge.merging import merge_concepts
 from custom_diffusion.miniature.check import caption_table, concept_table, prompt_following
 from custom_diffusion.miniature.laboratory import Laboratory, Subject, pair_of_subjects
 from custom_diffusion.miniature.model import CONFIG

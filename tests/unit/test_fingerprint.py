@@ -13,10 +13,11 @@ import pytest
 import torch
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import DataError
-from custom_diffusion.host.diffusers import borrowed_models
+from custom_diffusion.host.diffusers.lending import borrowed_models
 from custom_diffusion.trainer.config import TrainConfig
-from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
-from custom_diffusion.trainer.fingerprint import training_fingerprint
+from custom_diffusion.trainer.data.captioned import CaptionedImage
+from custom_diffusion.trainer.data.training_concept import TrainingConcept
+from custom_diffusion.trainer.jobs.fingerprint import training_fingerprint
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from support.concepts import random_concept

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from custom_diffusion.host.diffusers import DiffusersModels
-from custom_diffusion.trainer.backward import checkpointed
-from custom_diffusion.trainer.frozen_layers import keeping_less
+from custom_diffusion.host.diffusers.lending import DiffusersModels
+from custom_diffusion.trainer.economy.backward import checkpointed
+from custom_diffusion.trainer.economy.frozen_layers import keeping_less
 from support.kept import kept_bytes
 from support.tiny_models import RESOLUTION
 from torch import Tensor, nn

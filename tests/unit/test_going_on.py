@@ -11,9 +11,10 @@ import pytest
 import torch
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import ConfigError, IncompatibleModelError
-from custom_diffusion.host.diffusers import DiffusersModels, applied_concept, borrowed_models
+from custom_diffusion.host.diffusers.lending import DiffusersModels, borrowed_models
+from custom_diffusion.host.diffusers.sampling import applied_concept
 from custom_diffusion.trainer.config import MethodName, TrainConfig
-from custom_diffusion.trainer.data import TrainingConcept
+from custom_diffusion.trainer.data.training_concept import TrainingConcept
 from custom_diffusion.trainer.loop import train
 from diffusers import StableDiffusionPipeline
 from support.naive_training import layer_of, naive_training

@@ -15,14 +15,14 @@ import torch
 from custom_diffusion.cli import main
 from custom_diffusion.concept.errors import ConceptFileError, CustomDiffusionError
 from custom_diffusion.concept.file import read_concept, write_concept
-from custom_diffusion.concept.inspection import inspect_concept
 from custom_diffusion.concept.layers import FAMILIES
-from custom_diffusion.concept.library import Listing, list_concepts
 from custom_diffusion.concept.plain import is_plain, plain_text
 from custom_diffusion.formats.base import read_base
-from custom_diffusion.formats.card import read_any_card
 from custom_diffusion.formats.content import ENDINGS
 from custom_diffusion.formats.importing import open_concept
+from custom_diffusion.inspection.any_card import read_any_card
+from custom_diffusion.inspection.library import Listing, list_concepts
+from custom_diffusion.inspection.report import inspect_concept
 from support.concepts import random_concept
 from support.hostile import CARD, Hostile, concept, concept_with, hostile_files
 
@@ -117,8 +117,8 @@ import os, sys
 sys.path.insert(0, {str(tests)!r})
 import conftest
 from pathlib import Path
-from custom_diffusion.concept.library import list_concepts
-from custom_diffusion.formats.card import read_any_card
+from custom_diffusion.inspection.library import list_concepts
+from custom_diffusion.inspection.any_card import read_any_card
 name = "secret.safetensors"
 os.chmod(name, 0)
 root = os.geteuid() == 0

@@ -17,11 +17,11 @@ from custom_diffusion.cli import main
 from custom_diffusion.concept.concept import Concept, DenseDelta, ModifierToken, hash_projections
 from custom_diffusion.concept.file import read_concept, write_concept
 from custom_diffusion.concept.fit import Fit, fit_to
-from custom_diffusion.concept.inspection import SHARES, inspect_concept
 from custom_diffusion.concept.layers import FAMILIES
-from custom_diffusion.host.diffusers import borrowed_models
+from custom_diffusion.host.diffusers.lending import borrowed_models
+from custom_diffusion.inspection.report import SHARES, inspect_concept
 from custom_diffusion.miniature.model import miniature_pipeline
-from custom_diffusion.trainer.projections import base_hash
+from custom_diffusion.trainer.learning.projections import base_hash
 from support.concepts import KEY, LAYERS, MIDDLE, VALUE, base_weights, random_concept
 from support.made_concepts import made_concept
 

@@ -21,11 +21,12 @@ from custom_diffusion.concept.layers import FAMILIES
 from custom_diffusion.trainer.checkpoint import Checkpoint, read_checkpoint
 from custom_diffusion.trainer.config import TrainConfig
 from custom_diffusion.trainer.events import CheckpointDue, Event, StepDone
-from custom_diffusion.trainer.job_folder import JobFolder
-from custom_diffusion.trainer.job_snapshot import JobState
-from custom_diffusion.trainer.job_trash import delete_folder
-from custom_diffusion.trainer.jobs import Job, Work
-from custom_diffusion.trainer.service import TrainingService
+from custom_diffusion.trainer.jobs.folder import JobFolder
+from custom_diffusion.trainer.jobs.job import Job
+from custom_diffusion.trainer.jobs.service import TrainingService
+from custom_diffusion.trainer.jobs.snapshot import JobState
+from custom_diffusion.trainer.jobs.trash import delete_folder
+from custom_diffusion.trainer.jobs.work import Work
 from diffusers import StableDiffusionPipeline
 from support.odd_jobs import good_job
 from support.second_process import SecondProcess, endless

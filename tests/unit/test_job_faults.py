@@ -21,16 +21,17 @@ from custom_diffusion.concept.concept import Concept, DenseDelta
 from custom_diffusion.concept.errors import CustomDiffusionError, JobError
 from custom_diffusion.concept.file import write_new_concept
 from custom_diffusion.concept.layers import FAMILIES
-from custom_diffusion.host.diffusers import borrowed_models
+from custom_diffusion.host.diffusers.lending import borrowed_models
 from custom_diffusion.trainer.checkpoint import Checkpoint
-from custom_diffusion.trainer.data import load_folder
+from custom_diffusion.trainer.data.folders import load_folder
 from custom_diffusion.trainer.events import CheckpointDue, Event, PreviewDrawn, StepDone
-from custom_diffusion.trainer.job_folder import JobFolder
-from custom_diffusion.trainer.job_snapshot import JobState
-from custom_diffusion.trainer.jobs import Job, Work
+from custom_diffusion.trainer.jobs.folder import JobFolder
+from custom_diffusion.trainer.jobs.job import Job
+from custom_diffusion.trainer.jobs.service import TrainingService
+from custom_diffusion.trainer.jobs.snapshot import JobState
+from custom_diffusion.trainer.jobs.work import Work
 from custom_diffusion.trainer.loop import train
 from custom_diffusion.trainer.prepare import prepare
-from custom_diffusion.trainer.service import TrainingService
 from diffusers import StableDiffusionPipeline
 from support.graphs import draw_pictures
 from support.killed_training import CONFIG, Processes

@@ -16,10 +16,11 @@ from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import ConfigError, CustomDiffusionError, JobError
 from custom_diffusion.concept.layers import FAMILIES
 from custom_diffusion.trainer.events import Event, StepDone
-from custom_diffusion.trainer.job_records import Description, MetricsLine, Outcome
-from custom_diffusion.trainer.job_snapshot import ENDED, JobState, Snapshot
-from custom_diffusion.trainer.jobs import Job, Work
-from custom_diffusion.trainer.service import TrainingService
+from custom_diffusion.trainer.jobs.job import Job
+from custom_diffusion.trainer.jobs.records import Description, MetricsLine, Outcome
+from custom_diffusion.trainer.jobs.service import TrainingService
+from custom_diffusion.trainer.jobs.snapshot import ENDED, JobState, Snapshot
+from custom_diffusion.trainer.jobs.work import Work
 from support.odd_jobs import (
     DEEP,
     GOOD,

@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from custom_diffusion.concept.card import thumbnail
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import JobError
 from custom_diffusion.concept.file import write_new_concept
+from custom_diffusion.inspection.card import thumbnail
 from custom_diffusion.trainer.checkpoint import Checkpoint
 from custom_diffusion.trainer.config import TrainConfig
 from custom_diffusion.trainer.events import Event
-from custom_diffusion.trainer.job_folder import JobFolder
-from custom_diffusion.trainer.job_snapshot import JobState
-from custom_diffusion.trainer.jobs import Job, Work
-from custom_diffusion.trainer.service import TrainingService
+from custom_diffusion.trainer.jobs.folder import JobFolder
+from custom_diffusion.trainer.jobs.job import Job
+from custom_diffusion.trainer.jobs.service import TrainingService
+from custom_diffusion.trainer.jobs.snapshot import JobState
+from custom_diffusion.trainer.jobs.work import Work
 from diffusers import StableDiffusionPipeline
 from support.concepts import random_concept
 from support.tiny_models import RESOLUTION

@@ -14,9 +14,10 @@ from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import JobError, ModelsGoneError
 from custom_diffusion.trainer.checkpoint import Checkpoint
 from custom_diffusion.trainer.events import CheckpointDue, StepDone
-from custom_diffusion.trainer.job_snapshot import JobState
-from custom_diffusion.trainer.jobs import Job, Work
-from custom_diffusion.trainer.service import TrainingService
+from custom_diffusion.trainer.jobs.job import Job
+from custom_diffusion.trainer.jobs.service import TrainingService
+from custom_diffusion.trainer.jobs.snapshot import JobState
+from custom_diffusion.trainer.jobs.work import Work
 from support.concepts import random_concept
 
 LONG_S = 30.0

@@ -21,9 +21,10 @@ from custom_diffusion.concept.layers import FAMILIES
 from custom_diffusion.concept.naming import safe_file_name
 from custom_diffusion.trainer.checkpoint import Checkpoint
 from custom_diffusion.trainer.events import Event, PreviewDrawn, StepDone
-from custom_diffusion.trainer.job_snapshot import JobState, Snapshot
-from custom_diffusion.trainer.jobs import Job, Work
-from custom_diffusion.trainer.service import TrainingService
+from custom_diffusion.trainer.jobs.job import Job
+from custom_diffusion.trainer.jobs.service import TrainingService
+from custom_diffusion.trainer.jobs.snapshot import JobState, Snapshot
+from custom_diffusion.trainer.jobs.work import Work
 
 CONCEPT = Concept(FAMILIES["sd15"], {})
 LONG_S = 20.0

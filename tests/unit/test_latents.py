@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from custom_diffusion.concept.errors import ConfigError, DataError, TokenError
-from custom_diffusion.host.diffusers import DiffusersModels
-from custom_diffusion.trainer.augmentation import LARGE_PREFIXES, PREFIXES, SMALL_PREFIXES
+from custom_diffusion.diffusion.protocols import whole_picture
+from custom_diffusion.host.diffusers.lending import DiffusersModels
 from custom_diffusion.trainer.config import TrainConfig
-from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
-from custom_diffusion.trainer.latents import (
+from custom_diffusion.trainer.data.augmentation import LARGE_PREFIXES, PREFIXES, SMALL_PREFIXES
+from custom_diffusion.trainer.data.captioned import CaptionedImage
+from custom_diffusion.trainer.data.latents import (
     Batch,
     EncodedView,
     LatentBank,
@@ -25,8 +26,8 @@ from custom_diffusion.trainer.latents import (
     encode_views,
     step_randomness,
 )
+from custom_diffusion.trainer.data.training_concept import TrainingConcept
 from custom_diffusion.trainer.prepare import prepare
-from custom_diffusion.trainer.protocols import whole_picture
 from PIL import Image
 from support.children import run_python
 from torch import Tensor
@@ -432,8 +433,9 @@ def test_a_thousand_repeats_cost_no_memory_and_no_time(tmp_path: Path) -> None:
 import random, time, torch
 from pathlib import Path
 from custom_diffusion.trainer.config import TrainConfig
-from custom_diffusion.trainer.data import TrainingConcept, load_folder
-from custom_diffusion.trainer.latents import batch_of_step, encode_views, step_randomness
+from custom_diffusion.trainer.data.training_concept import TrainingConcept
+from custom_diffusion.trainer.data.folders import load_folder
+from custom_diffusion.trainer.data.latents import batch_of_step, encode_views, step_randomness
 
 class Encoder:
     calls = 0

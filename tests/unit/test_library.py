@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from custom_diffusion.cli import main
-from custom_diffusion.concept.card import ConceptCard
 from custom_diffusion.concept.concept import Concept, ModifierToken
 from custom_diffusion.concept.file import write_concept
 from custom_diffusion.concept.layers import FAMILIES
-from custom_diffusion.concept.library import Listing, list_concepts
-from custom_diffusion.formats.card import read_any_card
+from custom_diffusion.inspection.any_card import read_any_card
+from custom_diffusion.inspection.card import ConceptCard
+from custom_diffusion.inspection.library import Listing, list_concepts
 from safetensors import safe_open
 from safetensors.torch import save_file
 

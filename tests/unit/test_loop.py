@@ -18,18 +18,16 @@ import torch
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import ConfigError, TokenError, TrainingError
 from custom_diffusion.concept.text import TextFeatures
-from custom_diffusion.host.clip_text import ClipTextEncoder
-from custom_diffusion.host.diffusers import (
-    DiffusersDenoiser,
-    DiffusersModels,
-    borrowed_models,
-)
-from custom_diffusion.merge.compose import merge_concepts
-from custom_diffusion.trainer import cpu_attention
+from custom_diffusion.host.clip.text_encoder import ClipTextEncoder
+from custom_diffusion.host.diffusers.denoiser import DiffusersDenoiser
+from custom_diffusion.host.diffusers.lending import DiffusersModels, borrowed_models
+from custom_diffusion.merge.merging import merge_concepts
 from custom_diffusion.trainer.config import GradientCut, TrainConfig
-from custom_diffusion.trainer.data import CaptionedImage, TrainingConcept
+from custom_diffusion.trainer.data.captioned import CaptionedImage
+from custom_diffusion.trainer.data.latents import LatentBank
+from custom_diffusion.trainer.data.training_concept import TrainingConcept
+from custom_diffusion.trainer.economy import cpu_attention
 from custom_diffusion.trainer.events import Event, PreviewDrawn, StepDone, WordsMoved
-from custom_diffusion.trainer.latents import LatentBank
 from custom_diffusion.trainer.loop import train
 from diffusers import StableDiffusionPipeline
 from PIL import Image

@@ -27,7 +27,7 @@ from custom_diffusion.concept.layers import FAMILIES
 from custom_diffusion.concept.text import encode_unpadded
 from custom_diffusion.merge.caption_cache import cached_caption_factor
 from custom_diffusion.merge.closed_form import constrained_least_squares
-from custom_diffusion.merge.compose import merge_concepts
+from custom_diffusion.merge.merging import merge_concepts
 from custom_diffusion.merge.projector import (
     EXACT_CONDITION_LIMIT,
     caption_factor,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from custom_diffusion.concept.concept import Concept
-from custom_diffusion.merge.compose import (
+from custom_diffusion.merge.merging import (
     DEFAULT_NULL_WEIGHT,
     DEFAULT_PADDING_WEIGHT,
     merge_concepts,

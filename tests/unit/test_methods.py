@@ -14,12 +14,13 @@ from custom_diffusion.concept.concept import Concept, LowRankDelta
 from custom_diffusion.concept.errors import ConfigError, MergeError
 from custom_diffusion.concept.file import read_concept, write_concept
 from custom_diffusion.concept.layers import is_projection
-from custom_diffusion.host.diffusers import DiffusersModels, applied_concept, borrowed_models
-from custom_diffusion.merge.compose import merge_concepts
+from custom_diffusion.host.diffusers.lending import DiffusersModels, borrowed_models
+from custom_diffusion.host.diffusers.sampling import applied_concept
+from custom_diffusion.merge.merging import merge_concepts
 from custom_diffusion.trainer.config import MethodName, TrainConfig
+from custom_diffusion.trainer.learning.projections import LowRankProjections
 from custom_diffusion.trainer.loop import train
 from custom_diffusion.trainer.methods import METHODS, recipe
-from custom_diffusion.trainer.projections import LowRankProjections
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model
 from support.naive_training import is_key_or_value, layer_of, naive_training

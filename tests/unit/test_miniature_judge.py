@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from custom_diffusion.host.diffusers import DiffusersLatentEncoder
+from custom_diffusion.host.diffusers.denoiser import DiffusersLatentEncoder
 from custom_diffusion.miniature import judge
 from custom_diffusion.miniature.cells import markdown_table
 from custom_diffusion.miniature.concepts import concept_look

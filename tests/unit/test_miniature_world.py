@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from custom_diffusion.host.open_clip_vocabulary import clip_tokenizer, read_tokenizer
+from custom_diffusion.host.open_clip.vocabulary import clip_tokenizer, read_tokenizer
 from custom_diffusion.miniature import world
 from custom_diffusion.miniature.concepts import concept_look, concept_style
 from custom_diffusion.miniature.drawing import draw
@@ -20,7 +20,7 @@ from custom_diffusion.miniature.judge import Facts
 from custom_diffusion.miniature.model import CONTEXT_LENGTH
 from custom_diffusion.miniature.pretrain import write_world_vocabulary
 from custom_diffusion.miniature.world import Look, Placed, Scene, Style, color_name
-from custom_diffusion.trainer.tokens import RARE_PIECES
+from custom_diffusion.trainer.learning.tokens import RARE_PIECES
 from PIL import Image, ImageDraw
 from torch import Tensor
 

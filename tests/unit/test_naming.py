@@ -12,7 +12,7 @@ from custom_diffusion.concept.errors import ConceptFileError
 from custom_diffusion.concept.file import write_new_concept
 from custom_diffusion.concept.layers import FAMILIES
 from custom_diffusion.concept.naming import safe_file_name, write_new
-from custom_diffusion.trainer.job_folder import JobFolder
+from custom_diffusion.trainer.jobs.folder import JobFolder
 from support.concepts import random_concept
 
 SUFFIXES = ("", ".safetensors", ".preview.png", "-2.safetensors", "-0123456789ab")

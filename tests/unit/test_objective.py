@@ -8,15 +8,10 @@ import numpy as np
 import pytest
 import torch
 from custom_diffusion.concept.text import TextFeatures
-from custom_diffusion.trainer.objective import (
-    add_noise,
-    denoised,
-    sample_losses,
-    sample_weights,
-    target,
-)
-from custom_diffusion.trainer.protocols import Prediction
-from custom_diffusion.trainer.sampling import ddim_sample
+from custom_diffusion.diffusion.noise import add_noise, denoised, target
+from custom_diffusion.diffusion.protocols import Prediction
+from custom_diffusion.diffusion.sampling import ddim_sample
+from custom_diffusion.trainer.learning.objective import sample_losses, sample_weights
 from support.tiny_models import sd_scheduler
 from torch import Tensor
 

@@ -12,8 +12,8 @@ from custom_diffusion.cli import main
 from custom_diffusion.concept.file import read_concept
 from custom_diffusion.concept.plain import json_text, read_json
 from custom_diffusion.concept.regular_files import open_regular
-from custom_diffusion.trainer.data import load_folder
-from custom_diffusion.trainer.retrieval.collection import parts_of
+from custom_diffusion.trainer.data.folders import load_folder
+from custom_diffusion.trainer.regularization.collection import parts_of
 from PIL import Image
 from support.hostile import concept
 

@@ -10,8 +10,8 @@ import open_clip
 import pytest
 import torch
 from custom_diffusion.concept.errors import IncompatibleModelError
-from custom_diffusion.host import open_clip_text
-from custom_diffusion.host.open_clip_text import MODEL, MODELS, OpenClipText
+from custom_diffusion.host.open_clip import text as open_clip_text
+from custom_diffusion.host.open_clip.text import MODEL, MODELS, OpenClipText
 from open_clip.pretrained import get_pretrained_cfg
 from safetensors.torch import load_file, save_file
 from support.tiny_models import TINY_CLIP

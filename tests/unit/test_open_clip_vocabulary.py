@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from custom_diffusion.host.open_clip_vocabulary import END, START, clip_pieces
+from custom_diffusion.host.open_clip.vocabulary import END, START, clip_pieces
 from transformers import CLIPTokenizer
 
 WORDS = ["cat", "tortoise", "mississippi", "xqzzvk", "hottentotten", "aaaaaa", "a", ",", "7"]

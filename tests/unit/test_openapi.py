@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from custom_diffusion.host import openapi
-from custom_diffusion.host.http_api import ENDPOINTS, PREFIX
+from custom_diffusion.host.http import openapi
+from custom_diffusion.host.http.api import ENDPOINTS, PREFIX
 from openapi_spec_validator import validate
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def test_the_file_is_what_the_table_gives() -> None:
-    """Else: python -m custom_diffusion.host.openapi > docs/openapi.json"""
+    """Else: python -m custom_diffusion.host.http.openapi > docs/openapi.json"""
     assert (DOCS / "openapi.json").read_text(encoding="utf-8") == openapi.text()
 
 

@@ -12,7 +12,7 @@ from custom_diffusion.concept.errors import ConfigError
 from custom_diffusion.trainer.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from custom_diffusion.trainer.config import TrainConfig
 from custom_diffusion.trainer.events import CheckpointDue, Event
-from custom_diffusion.trainer.optimizer import make_optimizer
+from custom_diffusion.trainer.learning.optimizer import make_optimizer
 from diffusers import StableDiffusionPipeline
 from support.tiny_models import RESOLUTION, tiny_pipeline
 from support.tiny_training import train_cat
@@ -80,7 +80,7 @@ def test_without_the_package_the_message_says_what_to_install() -> None:
         import sys
         sys.modules["bitsandbytes"] = None
         from custom_diffusion.trainer.config import TrainConfig
-        from custom_diffusion.trainer.optimizer import check_optimizer
+        from custom_diffusion.trainer.learning.optimizer import check_optimizer
         check_optimizer(TrainConfig())
         check_optimizer(TrainConfig(optimizer="adamw 8-bit"))
     """

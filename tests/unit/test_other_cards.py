@@ -8,8 +8,8 @@ import pytest
 import torch
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.layers import FAMILIES
-from custom_diffusion.formats.card import read_any_card
 from custom_diffusion.formats.exporting import export_concept
+from custom_diffusion.inspection.any_card import read_any_card
 from safetensors.torch import save_file
 from support.made_concepts import made_concept
 

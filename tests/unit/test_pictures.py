@@ -16,14 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from custom_diffusion.concept.errors import DataError
-from custom_diffusion.trainer.data import check_readable, load_folder
-from custom_diffusion.trainer.pictures import (
+from custom_diffusion.pictures.opening import (
     FORMATS,
     MOST_PIXELS,
     PictureError,
     decode_picture,
     read_picture,
 )
+from custom_diffusion.trainer.data.captioned import check_readable
+from custom_diffusion.trainer.data.folders import load_folder
 from PIL import Image, ImageOps, PngImagePlugin
 from support.children import ROOT, run_python
 
@@ -69,7 +70,7 @@ def test_one_place_opens_pictures_and_names_the_formats() -> None:
                 assert "open" not in [name.name for name in node.names], inside
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open"):
                 found.append((inside.as_posix(), [keyword.arg for keyword in node.keywords]))
-    assert found == [("trainer/pictures.py", ["formats"])]
+    assert found == [("pictures/opening.py", ["formats"])]
 
 
 # What is no file
@@ -212,7 +213,8 @@ def test_postscript_starts_no_other_program(tmp_path: Path) -> None:
         "ours": f"""
 from pathlib import Path
 from custom_diffusion.concept.errors import DataError
-from custom_diffusion.trainer.data import check_readable, load_folder
+from custom_diffusion.trainer.data.captioned import check_readable
+from custom_diffusion.trainer.data.folders import load_folder
 try:
     check_readable(load_folder(Path({str(tmp_path / "set")!r}), "a cat"))
 except DataError as error:
@@ -262,7 +264,7 @@ def test_two_hundred_megabytes_of_packed_text_are_not_unpacked(kind: bytes, tmp_
     (tmp_path / "a.png").write_bytes(with_chunks(content(noise(), "PNG"), *[bomb] * 30))
     code = f"""
 from pathlib import Path
-from custom_diffusion.trainer.pictures import read_picture
+from custom_diffusion.pictures.opening import read_picture
 before = peak_mb()
 assert read_picture(Path({str(tmp_path / "a.png")!r})).size == (40, 24)
 print(peak_mb() - before)

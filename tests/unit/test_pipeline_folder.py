@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import torch
 from custom_diffusion.concept.errors import IncompatibleModelError
-from custom_diffusion.host.diffusers import load_network, load_pipeline
-from custom_diffusion.host.open_clip_vocabulary import END, START, write_vocabulary
-from custom_diffusion.host.pipeline_folder import read_pipeline
+from custom_diffusion.host.diffusers.folder import read_pipeline
+from custom_diffusion.host.diffusers.loading import load_network, load_pipeline
+from custom_diffusion.host.open_clip.vocabulary import END, START, write_vocabulary
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import load_file, save_file

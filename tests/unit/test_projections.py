@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from custom_diffusion.concept.concept import hash_projections
-from custom_diffusion.host.diffusers import DiffusersDenoiser, DiffusersModels
-from custom_diffusion.trainer import projections as projections_file
-from custom_diffusion.trainer.projections import DenseProjections
+from custom_diffusion.host.diffusers.denoiser import DiffusersDenoiser
+from custom_diffusion.host.diffusers.lending import DiffusersModels
+from custom_diffusion.trainer.learning import projections as projections_file
+from custom_diffusion.trainer.learning.projections import DenseProjections
 from support.tiny_models import CONTEXT_WIDTH, requires_grad_map, same_state, state, training_map
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -284,7 +285,7 @@ def test_deltas_are_copies(denoiser: DiffusersDenoiser) -> None:
 
 
 def test_trained_weights_are_float32_when_the_network_is_not(inputs: Inputs) -> None:
-    from custom_diffusion.host.diffusers import DiffusersDenoiser as Host
+    from custom_diffusion.host.diffusers.denoiser import DiffusersDenoiser as Host
     from support.tiny_models import sd_scheduler, tiny_unet, tiny_vae
 
     with torch.random.fork_rng(devices=[]):

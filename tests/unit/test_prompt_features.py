@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from custom_diffusion.concept.text import TextFeatures
-from custom_diffusion.host.diffusers import borrowed_models
+from custom_diffusion.host.diffusers.lending import borrowed_models
 from custom_diffusion.trainer.config import GradientCut
-from custom_diffusion.trainer.prompt_features import PromptFeatures
+from custom_diffusion.trainer.learning.prompt_features import PromptFeatures
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from support.kept import kept_bytes
 from torch import Tensor, nn

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 from custom_diffusion.concept.errors import DataError
-from custom_diffusion.trainer.data import load_folder
-from custom_diffusion.trainer.pictures import PictureError
-from custom_diffusion.trainer.retrieval import index as index_module
-from custom_diffusion.trainer.retrieval.collection import Entry, Part, parts_of
-from custom_diffusion.trainer.retrieval.index import CaptionIndex
-from custom_diffusion.trainer.retrieval.retrieve import retrieve
+from custom_diffusion.pictures.opening import PictureError
+from custom_diffusion.trainer.data.folders import load_folder
+from custom_diffusion.trainer.regularization import caption_index as index_module
+from custom_diffusion.trainer.regularization.caption_index import CaptionIndex
+from custom_diffusion.trainer.regularization.collection import Entry, Part, parts_of
+from custom_diffusion.trainer.regularization.retrieved import retrieve
 from PIL import Image
 from support.children import run_python
 from torch import Tensor
@@ -483,7 +483,7 @@ def test_a_table_that_unpacks_without_end_is_named(tmp_path: Path) -> None:
 from pathlib import Path
 import pyarrow, pyarrow.parquet
 from custom_diffusion.concept.errors import DataError
-from custom_diffusion.trainer.retrieval.collection import Part
+from custom_diffusion.trainer.regularization.collection import Part
 file = Path({str(tmp_path / "c" / "t.parquet")!r})
 texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 100_000), ["x" * 10_000_000])
 table = pyarrow.table({{"caption": texts, "path": ["a.png"] * 100_000}})

@@ -17,20 +17,15 @@ from custom_diffusion.concept.errors import IncompatibleModelError, TokenError
 from custom_diffusion.concept.file import read_concept, write_concept
 from custom_diffusion.concept.layers import FAMILIES
 from custom_diffusion.concept.text import encode_unpadded
-from custom_diffusion.host.clip_pair import ClipTextEncoderPair
-from custom_diffusion.host.clip_text import ClipTextEncoder
-from custom_diffusion.host.diffusers import (
-    DiffusersDenoiser,
-    DiffusersModels,
-    applied_concept,
-    borrowed_models,
-    load_pipeline,
-    sample,
-    text_encoder,
-)
-from custom_diffusion.merge.compose import merge_concepts
+from custom_diffusion.host.clip.pair import ClipTextEncoderPair
+from custom_diffusion.host.clip.text_encoder import ClipTextEncoder
+from custom_diffusion.host.diffusers.denoiser import DiffusersDenoiser
+from custom_diffusion.host.diffusers.lending import DiffusersModels, borrowed_models, text_encoder
+from custom_diffusion.host.diffusers.loading import load_pipeline
+from custom_diffusion.host.diffusers.sampling import applied_concept, sample
+from custom_diffusion.merge.merging import merge_concepts
 from custom_diffusion.trainer.config import GradientCut, TrainConfig
-from custom_diffusion.trainer.data import TrainingConcept
+from custom_diffusion.trainer.data.training_concept import TrainingConcept
 from custom_diffusion.trainer.events import PreviewDrawn
 from custom_diffusion.trainer.loop import train
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel

@@ -187,7 +187,7 @@ sys.path.insert(0, {str(tests)!r})
 import conftest
 from pathlib import Path
 from custom_diffusion.concept.errors import CustomDiffusionError
-from custom_diffusion.formats.card import read_any_card
+from custom_diffusion.inspection.any_card import read_any_card
 from custom_diffusion.formats.importing import open_concept
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in Path(".").glob("*.safetensors"):

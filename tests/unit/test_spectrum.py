@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from custom_diffusion.compression.ranks import compress
+from custom_diffusion.compression.spectrum_plot import spectrum_plot
 from custom_diffusion.concept.concept import Concept, DenseDelta
-from custom_diffusion.evaluation.plot import COLOURS, Axis, Series, line_plot
-from custom_diffusion.evaluation.spectrum_plot import spectrum_plot
-from custom_diffusion.merge.compression import compress
+from custom_diffusion.pictures.plot import COLOURS, Axis, Series, line_plot
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
 from support.concepts import KEY, VALUE, narrow_family, random_concept

@@ -14,7 +14,7 @@ import torch
 from custom_diffusion.cli import main
 from custom_diffusion.concept.errors import ConfigError
 from custom_diffusion.concept.file import read_concept
-from custom_diffusion.trainer.data_parallel import DataParallel
+from custom_diffusion.trainer.economy.processes import DataParallel
 from safetensors.torch import load_file
 from support.graphs import draw_pictures
 from support.tiny_models import tiny_pipeline

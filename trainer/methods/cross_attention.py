@@ -3,8 +3,8 @@
 The larger choice in the reference's own training script. Biases stay as they are.
 """
 
-from ..projections import DenseProjections
-from ..protocols import Denoiser
+from ...diffusion.protocols import Denoiser
+from ..learning.projections import DenseProjections
 from .method import Method
 
 

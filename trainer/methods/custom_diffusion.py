@@ -1,7 +1,7 @@
 """Custom Diffusion (Kumari et al., CVPR 2023): keys, values and the modifier token."""
 
 from ..config import TrainConfig
-from ..projections import DenseProjections
+from ..learning.projections import DenseProjections
 from .method import Method
 
 METHOD = Method(

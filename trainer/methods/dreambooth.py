@@ -1,6 +1,6 @@
 """DreamBooth (Ruiz et al., CVPR 2023): the whole UNet learns, a rare word names the thing."""
 
-from ..projections import DenseProjections
+from ..learning.projections import DenseProjections
 from .method import Method
 
 METHOD = Method(

@@ -1,6 +1,6 @@
 """The ablation of Custom Diffusion's Table 3: its data and losses, but the whole UNet learns."""
 
-from ..projections import DenseProjections
+from ..learning.projections import DenseProjections
 from .method import Method
 
 METHOD = Method(

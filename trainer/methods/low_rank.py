@@ -1,6 +1,6 @@
 """Custom Diffusion through low-rank factors (LoRA, Hu et al. 2022): small from the start."""
 
-from ..projections import LowRankProjections
+from ..learning.projections import LowRankProjections
 from .method import Method
 
 METHOD = Method(

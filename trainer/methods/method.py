@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ...concept.concept import Delta
+from ...diffusion.protocols import Denoiser
 from ..config import TrainConfig
-from ..projections import KeyValueProjections
-from ..protocols import Denoiser
+from ..learning.projections import KeyValueProjections
 
 
 def no_more(denoiser: Denoiser) -> Mapping[str, str]:

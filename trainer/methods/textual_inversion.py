@@ -1,6 +1,6 @@
 """Textual Inversion (Gal et al., ICLR 2023): only the new word learns."""
 
-from ..projections import FrozenProjections
+from ..learning.projections import FrozenProjections
 from .method import Method
 
 METHOD = Method(

@@ -1,0 +1,1 @@
+"""Making concepts small: singular values, ranks, and what a rank costs."""

@@ -1,0 +1,1 @@
+"""CLIP text models that learn words, for every host."""

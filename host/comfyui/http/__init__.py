@@ -1,0 +1,1 @@
+"""The routes in ComfyUI's server."""

@@ -1,0 +1,169 @@
+"""Training jobs and concepts over HTTP, for the browser and for scripts: docs/http-api.md.
+
+Jobs are found in the service's list, never by a path that somebody sends; concepts by ComfyUI's own
+lookup of model files, which does not leave their folders. What may be sent and what is answered
+stands in `http_api.py`, and has been checked when a function here is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from server import PromptServer
+
+from ....concept.errors import ConceptFileError, JobError, UnknownConceptError, UnknownJobError
+from ....formats.importing import open_concept
+from ....inspection.any_card import read_any_card
+from ....inspection.card import ConceptCard, read_card, thumbnail
+from ....inspection.library import list_concepts
+from ....inspection.report import inspect_concept
+from ....trainer.jobs.job import Job
+from ...http.api import ENDPOINTS, PREFIX, Endpoint, Lane
+from ..jobs.service import delete_job, device_memory, training_service
+from ..paths import concept_files, concept_path
+from .answers import Handler, Values, answering, refusing
+from .workers import Workers
+
+
+def _list(sent: Values) -> dict[str, Any]:
+    service = training_service()
+    return {"jobs": [job.snapshot().as_json() for job in service.jobs()], "queue": service.queued()}
+
+
+def _show(sent: Values) -> dict[str, Any]:
+    job = _job(sent)
+    described = {
+        k: v for k, v in job.folder.description.content.items() if k not in ("graph", "name")
+    }
+    return {
+        **described,
+        **job.snapshot().as_json(),
+        "loaded": job.is_loaded,
+        "log": job.snapshot().log,
+        "memory": device_memory(),
+        "samples": list(job.folder.samples()),
+    }
+
+
+def _metrics(sent: Values) -> dict[str, Any]:
+    return {"after": sent["after"], "losses": _job(sent).losses(sent["after"])}
+
+
+def _graph(sent: Values) -> dict[str, Any]:
+    job = _job(sent)
+    graph = job.folder.description.graph
+    if not graph:
+        raise JobError(f"The training job {job.id} has no graph to queue again.")
+    return graph  # type: ignore[no-any-return]
+
+
+def _sample(sent: Values) -> Path:
+    job, step = _job(sent), sent["step"]
+    samples = job.folder.samples()
+    if step not in samples:
+        raise UnknownJobError(f"The training job {job.id} drew no sample at step {step}.")
+    return samples[step]
+
+
+def _control(sent: Values, *, action: str) -> dict[str, Any]:
+    service, job = training_service(), _job(sent)
+    getattr(service, action)(job.id)
+    return job.snapshot().as_json()
+
+
+def _move(sent: Values) -> dict[str, Any]:
+    training_service().reorder(_job(sent).id, sent["position"])
+    return {"queue": training_service().queued()}
+
+
+def _delete(sent: Values) -> dict[str, Any]:
+    job = _job(sent)
+    delete_job(job.id)
+    return {"deleted": job.id}
+
+
+def _concepts(sent: Values) -> dict[str, Any]:
+    return list_concepts(concept_files(), _card, **sent).as_json()
+
+
+def _concept(sent: Values) -> dict[str, Any]:
+    return {"name": sent["name"], **_card(sent["name"]).as_json()}
+
+
+def _inspection(sent: Values) -> dict[str, Any]:
+    name, path = sent["name"], concept_path(sent["name"])
+    opened = open_concept(path)
+    created = "" if opened.foreign else read_card(path).created
+    return {"name": name, **inspect_concept(opened.concept, path, created=created).as_json()}
+
+
+def _thumbnail(sent: Values) -> Path:
+    picture = thumbnail(concept_path(sent["name"]))
+    if picture is None:
+        raise UnknownConceptError(f"There is no picture beside the concept {sent['name']}.")
+    return picture
+
+
+HANDLERS: Mapping[str, Handler] = {
+    "list_jobs": _list,
+    "show_job": _show,
+    "delete_job": _delete,
+    "show_losses": _metrics,
+    "show_graph": _graph,
+    "show_sample": _sample,
+    "pause_job": partial(_control, action="pause"),
+    "resume_job": partial(_control, action="resume"),
+    "stop_job": partial(_control, action="stop"),
+    "move_job": _move,
+    "list_concepts": _concepts,
+    "show_thumbnail": _thumbnail,
+    "inspect_concept": _inspection,
+    "show_concept": _concept,
+}
+
+
+def add_routes() -> None:
+    """Called once, while ComfyUI loads the pack."""
+    server = getattr(PromptServer, "instance", None)
+    if server is None:
+        return
+    workers: Mapping[Lane, Workers] = {
+        "jobs": Workers("jobs", threads=2, waiting=64, retry_after_s=1),
+        "concepts": Workers("concepts", threads=2, waiting=64, retry_after_s=2),
+        "inspections": Workers("inspections", threads=1, waiting=4, retry_after_s=10),
+    }
+    methods: dict[str, list[str]] = {}
+    for endpoint in ENDPOINTS:
+        answer = answering(endpoint, HANDLERS[endpoint.operation], workers[endpoint.lane])
+        server.routes.route(endpoint.method, PREFIX + _pattern(endpoint))(answer)
+        allowed = methods.setdefault(_pattern(endpoint), [])
+        allowed += ["GET", "HEAD"] if endpoint.method == "GET" else [endpoint.method]
+    # After all that are right, because aiohttp takes the first that fits.
+    for pattern, allowed in methods.items():
+        needed = ", ".join(allowed)
+        wrong = refusing(405, f"This path takes {needed} only.", {"Allow": needed})
+        server.routes.route("*", PREFIX + pattern)(wrong)
+    nothing = refusing(404, "This pack has no such path. docs/http-api.md lists those it has.")
+    server.routes.route("*", PREFIX + r"{rest:(/[\s\S]*)?}")(nothing)
+
+
+def _pattern(endpoint: Endpoint) -> str:
+    """As aiohttp writes it. Names of concepts may hold slashes, and any name a line break."""
+    return endpoint.path.replace("{name}", r"{name:[\s\S]+}").replace("{id}", "{id:[^/]+}")
+
+
+def _card(name: str) -> ConceptCard:
+    try:
+        return read_any_card(concept_path(name))
+    except OSError as error:  # it may go while the others are read
+        raise ConceptFileError(
+            f"{name} cannot be read ({error.strerror}). Refresh the list, and look at the "
+            f"permissions of the file."
+        ) from error
+
+
+def _job(sent: Values) -> Job:
+    return training_service().job(sent["id"])

@@ -1,0 +1,1 @@
+"""ComfyUI's models as the trainer and the merge see them: copies, patches included."""

@@ -1,0 +1,94 @@
+"""Weights of ComfyUI's models as copies, with the patches that lie on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.latent_formats
+import comfy.ldm.modules.attention
+import comfy.lora
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.sd1_clip
+import comfy.sdxl_clip
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from torch import Tensor, nn
+
+from ....concept.errors import IncompatibleModelError
+from ....concept.layers import Family, family_of_width, is_cross_attention, is_projection
+from ....formats.base import BaseModel
+
+_UNET_PREFIX = "diffusion_model."
+
+
+def cross_attention_unet(model: Any) -> UNetModel:
+    """The UNet of a MODEL; raises IncompatibleModelError when it has no cross-attention."""
+    network = model.model.diffusion_model
+    if not isinstance(network, UNetModel) or not _projections(network):
+        raise IncompatibleModelError(
+            f"This model is a {type(network).__name__} ({type(model.model).__name__}), which has "
+            "no cross-attention with key and value projections. Custom Diffusion needs a Stable "
+            "Diffusion UNet: load a checkpoint of SD 1.x, SD 2.x or SDXL."
+        )
+    return network
+
+
+def unet_family(network: UNetModel) -> Family:
+    """The family of a UNet, from the width of the text features it reads."""
+    path = next(iter(_projections(network).values()))
+    return family_of_width(network.get_submodule(path).weight.shape[1])
+
+
+def patched_weights(
+    patcher: Any,
+    prefix: str,
+    dtype_of: Callable[[str, Tensor], torch.dtype] = lambda name, weight: weight.dtype,
+) -> dict[str, Tensor]:
+    """Copies of the weights below `prefix`, on the CPU, with the patches (LoRAs) applied.
+
+    Numbers that are stored with a scale come as what they stand for. `dtype_of` says what a weight
+    is cast to, at once: two copies of a whole model would be the peak of memory.
+
+    ComfyUI's `get_key_patches` gives the same, but not of a model whose state has keys beside its
+    parameters, as scales are.
+    """
+    weights = {}
+    for key, _ in patcher.model.named_parameters():
+        if not key.startswith(prefix):
+            continue
+        weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+        if key in patcher.backup:
+            weight = patcher.backup[key].weight
+        if key in patcher.hook_backup:
+            weight = patcher.hook_backup[key][0]
+        copy = weight.detach().to("cpu", copy=True)
+        if convert is not None:
+            copy = convert(copy, inplace=True)
+        if key in patcher.patches:
+            changed = comfy.lora.calculate_weight(patcher.patches[key], copy.float(), key)
+            copy = changed.to(weight.dtype)
+        name = key.removeprefix(prefix)
+        weights[name] = copy.to(dtype_of(name, copy))
+    return weights
+
+
+def patched_projections(model: Any) -> dict[str, Tensor]:
+    """Copies of the key and value projections of a MODEL's UNet, by layer, patches applied."""
+    return {
+        layer: patched_weights(model, f"{_UNET_PREFIX}{layer}.")["weight"]
+        for layer in _projections(model.model.diffusion_model)
+    }
+
+
+def base_model(model: Any) -> BaseModel:
+    """Copies of the cross-attention of a MODEL's UNet, patches applied."""
+    network = cross_attention_unet(model)
+    layers = [path for path, _ in network.named_modules() if is_cross_attention(path)]
+    return BaseModel({k: patched_weights(model, f"{_UNET_PREFIX}{k}.")["weight"] for k in layers})
+
+
+def _projections(network: nn.Module) -> dict[str, str]:
+    return {path: path for path, _ in network.named_modules() if is_projection(path)}

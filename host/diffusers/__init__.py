@@ -1,0 +1,1 @@
+"""The pack without ComfyUI: on the components of a diffusers pipeline."""

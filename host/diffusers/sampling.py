@@ -1,0 +1,103 @@
+"""Drawing with a pipeline, with and without a concept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ...concept.concept import Concept
+from ...concept.fit import check_fit
+from ...concept.layers import family_of_width, is_cross_attention, layer_from_diffusers
+from ...concept.text import TextEncoder
+from ...diffusion.latents import LATENT_PIXELS
+from ...diffusion.sampling import ddim_sample
+from .lending import borrowed_models, text_encoder
+
+
+@contextmanager
+def applied_concept(
+    pipeline: Any, concept: Concept | None, strength: float = 1.0
+) -> Iterator[TextEncoder]:
+    """The pipeline with a concept added to its UNet; yields a text encoder that knows the tokens.
+
+    Afterwards every weight is bit for bit what it was. Without a concept it is the base model.
+    """
+    unet = pipeline.unet
+    own = {
+        path: module.weight.data
+        for path, module in unet.named_modules()
+        if is_cross_attention(path)
+    }
+    layers = {layer_from_diffusers(path): path for path in own}
+    if concept is not None:
+        family = family_of_width(unet.config.cross_attention_dim)
+        check_fit(
+            concept, family, {layer: tuple(own[path].shape) for layer, path in layers.items()}
+        )
+    try:
+        for layer, path in layers.items():
+            weight = own[path].float()
+            if concept is not None and layer in concept.deltas:
+                weight = weight + strength * concept.deltas[layer].dense().to(weight)
+            unet.get_submodule(path).weight.data = weight.to(unet.conv_in.weight.dtype)
+        words = concept.embeddings() if concept is not None else {}
+        yield text_encoder(pipeline).with_tokens(words)
+    finally:
+        for path, weight in own.items():
+            unet.get_submodule(path).weight.data = weight
+
+
+@torch.no_grad()
+def sample(
+    pipeline: Any,
+    prompts: Sequence[str],
+    concept: Concept | None = None,
+    *,
+    strength: float = 1.0,
+    resolution: int = 512,
+    seeds: Sequence[int] = (),
+    steps: int = 50,
+    guidance: float = 6.0,
+) -> Tensor:
+    """A picture of each prompt (b, h, w, 3) in 0..1, with the concept or without.
+
+    Each starts from noise of its own seed, by default 0, 1, 2 and so on.
+    """
+    with (
+        applied_concept(pipeline, concept, strength) as encoder,
+        borrowed_models(pipeline) as models,
+    ):
+        text, nothing = (
+            encoder.encode_with_pooled(encoder.pad([encoder.tokenize(prompt) for prompt in texts]))
+            for texts in (prompts, [""] * len(prompts))
+        )
+        edge = resolution // LATENT_PIXELS
+        shape = (pipeline.unet.config.in_channels, edge, edge)
+        noise = torch.stack(
+            [
+                torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+                for _, seed in zip(prompts, seeds or range(len(prompts)), strict=True)
+            ]
+        )
+        latents = ddim_sample(
+            models.denoiser.predict,
+            noise.to(models.denoiser.device),
+            text,
+            nothing,
+            models.denoiser.alphas_cumprod,
+            models.denoiser.prediction,
+            steps,
+            guidance,
+        )
+        return models.denoiser.preview(latents).cpu()
+
+
+def side_by_side(images_bhwc: Tensor) -> Image.Image:
+    """Pictures in 0..1 as one."""
+    row = torch.cat(list(images_bhwc), dim=1)
+    return Image.fromarray((row * 255).round().byte().numpy())

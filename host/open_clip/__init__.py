@@ -1,0 +1,1 @@
+"""open_clip: the vocabulary of CLIP, and its text space."""

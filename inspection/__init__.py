@@ -1,0 +1,1 @@
+"""What lists, cards and nodes say of a concept and of other tools' files."""

@@ -1,0 +1,1 @@
+"""Pictures: opened from strangers' files, laid out in sheets, drawn as plots."""

@@ -1,0 +1,1 @@
+"""From a picture's file to a latent."""

@@ -1,0 +1,95 @@
+"""What a concept is taught from: captioned pictures, checked before any time is spent on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageChops
+
+from ...concept.errors import DataError
+from ...pictures.opening import read_picture
+
+GREY = (128, 128, 128)
+"""What stands for nothing: the middle of the range that the autoencoder sees."""
+MOST_REPEATS = 1000
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Pixels, upright and in RGB, and where they count."""
+
+    image: Image.Image
+    mask: Image.Image | None = None
+    """Of the same size, in shades: the whiter, the more; None where all of it counts."""
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """A picture, in memory or still on disk, its caption, and a mask where there is one."""
+
+    source: Image.Image | Path
+    caption: str
+    mask: Image.Image | Path | None = None
+    repeats: int = 1
+    """How often it comes up for once that others do"""
+
+    @property
+    def name(self) -> str:
+        return self.source.name if isinstance(self.source, Path) else "an image in memory"
+
+    def open(self) -> Picture:
+        """Transparent parts become grey and do not count.
+
+        Raises DataError naming a file that cannot be read or a mask that fits no pixel.
+        """
+        picture = _opaque(_upright(self.source))
+        if self.mask is None:
+            mask = picture.mask
+        else:
+            mask = _upright(self.mask).convert("L")
+            if mask.size != picture.image.size:
+                raise DataError(
+                    f"The mask of {self.name} is {mask.width} x {mask.height} pixels, the picture "
+                    f"{picture.image.width} x {picture.image.height}. Give a mask of its size."
+                )
+            if picture.mask:
+                mask = ImageChops.multiply(mask, picture.mask)
+        if mask and not mask.getbbox():
+            raise DataError(
+                f"The mask of {self.name} is black everywhere, so nothing could be learnt from the "
+                f"picture. Paint white what counts, or leave the mask out."
+            )
+        return Picture(picture.image, mask)
+
+
+def check_readable(images: Sequence[CaptionedImage]) -> None:
+    """Opens every picture; raises one DataError that names all that cannot be read."""
+    broken = []
+    for image in images:
+        try:
+            image.open()
+        except DataError as error:
+            broken.append(str(error))
+    if broken:
+        raise DataError("\n".join(broken))
+
+
+def _upright(source: Image.Image | Path) -> Image.Image:
+    return read_picture(source) if isinstance(source, Path) else source
+
+
+def _opaque(image: Image.Image) -> Picture:
+    if image.mode.startswith("I;16"):  # Pillow would turn every shade above 255 white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return Picture(image.convert("RGB"))
+    image = image.convert("RGBA")
+    alpha = image.getchannel("A")
+    if alpha.getextrema() == (255, 255):
+        return Picture(image.convert("RGB"))
+    ground = Image.new("RGB", image.size, GREY)
+    ground.paste(image, mask=alpha)
+    return Picture(ground, alpha)

@@ -1,0 +1,187 @@
+"""The latent bank: views are encoded once, before training, and drawn from at every step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ...concept.errors import DataError
+from ...diffusion.latents import LATENT_PIXELS
+from ...diffusion.protocols import LatentEncoder, Sizes
+from ..config import TrainConfig
+from .augmentation import View, random_view, whole_view
+from .captioned import CaptionedImage, Picture
+from .training_concept import TrainingConcept
+
+T = TypeVar("T")
+MOST_ELONGATED = 4
+"""Sides of a picture that fits into a letterbox: beyond, almost all of a view would be grey."""
+
+
+@dataclass(frozen=True)
+class EncodedView:
+    """Mean and deviation (4, h, w) of a view's latents, its valid region (h, w), its prompt, and
+    where it comes from.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    mask: Tensor
+    prompt: str
+    sizes: Sizes
+
+
+@dataclass(frozen=True)
+class LatentBank:
+    """All views a run can draw: several an instance image, one a regularization image.
+
+    An image stands here as often as it has repeats, with the same views: a reference, no copy.
+    """
+
+    instances: tuple[tuple[EncodedView, ...], ...]
+    regularization: tuple[EncodedView, ...]
+
+
+def encode_views(
+    concept: TrainingConcept,
+    encoder: LatentEncoder,
+    config: TrainConfig,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> LatentBank:
+    """Draws and encodes the views of a run. Random choices depend on `config.seed` alone."""
+    per_image = views_per_image(config)
+    total = len(concept.images) * per_image + len(concept.regularization)
+    done = 0
+
+    def encode(prompt: str, view: View) -> EncodedView:
+        nonlocal done
+        mean, deviation = encoder.moments(view.image_chw)
+        on_progress(done := done + 1, total)
+        return EncodedView(mean, deviation, view.mask, prompt, view.sizes)
+
+    views = [encode(prompt, view) for prompt, view in instance_views(concept, config)]
+    instances = [
+        tuple(views[start : start + per_image]) for start in range(0, len(views), per_image)
+    ]
+    regularization = [
+        encode(captioned.caption, regularization_view(captioned, config))
+        for captioned in concept.regularization
+    ]
+    return LatentBank(
+        _repeated(instances, concept.images), _repeated(regularization, concept.regularization)
+    )
+
+
+def _repeated(items: Sequence[T], images: Sequence[CaptionedImage]) -> tuple[T, ...]:
+    pairs = zip(items, images, strict=True)
+    return tuple(item for item, image in pairs for _ in range(image.repeats))
+
+
+def instance_views(concept: TrainingConcept, config: TrainConfig) -> Iterator[tuple[str, View]]:
+    """All views of a run with their prompts, image by image. They depend on `config.seed` alone."""
+    rng = random.Random(config.seed)
+    for captioned in concept.images:
+        picture = captioned.open()
+        _whole_view(captioned.name, picture, config)  # raises where nothing of it counts
+        for index in range(views_per_image(config)):
+            flip = config.flip and index % 2 == 1  # every other view
+            if config.augment:
+                view = random_view(picture, config.resolution, rng, flip, config.fit)
+            else:
+                view = whole_view(picture, config.resolution, flip, config.fit)
+            yield f"{view.prefix} {captioned.caption}".strip(), view
+
+
+def views_per_image(config: TrainConfig) -> int:
+    if config.augment:
+        return config.views_per_image
+    return 2 if config.flip else 1
+
+
+def regularization_view(captioned: CaptionedImage, config: TrainConfig) -> View:
+    """Regularization images are neither resized nor mirrored."""
+    return _whole_view(captioned.name, captioned.open(), config)
+
+
+def _whole_view(name: str, picture: Picture, config: TrainConfig) -> View:
+    width, height = picture.image.size
+    if config.fit == "letterbox" and max(width, height) > MOST_ELONGATED * min(width, height):
+        raise DataError(
+            f"{name} is {width} x {height} pixels, too long for a letterbox. Crop it, or set fit "
+            f"to 'crop'."
+        )
+    view = whole_view(picture, config.resolution, fit=config.fit)
+    if view.mask.sum() < 1:
+        raise DataError(
+            f"What the mask of {name} lets count is less than {LATENT_PIXELS} x {LATENT_PIXELS} "
+            f"pixels, or outside the middle square of the picture. Set fit to 'letterbox', or "
+            f"paint a larger mask."
+        )
+    return view
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step is trained on. The last `prior` samples are regularization images."""
+
+    latents_bchw: Tensor
+    masks_bhw: Tensor
+    prompts: tuple[str, ...]
+    sizes: Tensor
+    """`Sizes` of each, (b, 6)"""
+    prior: int
+
+
+def batch_of_step(
+    banks: Sequence[LatentBank],
+    config: TrainConfig,
+    step: int,
+    rng: random.Random,
+    generator: torch.Generator,
+) -> Batch:
+    """What step `step` (from 0 on) is trained on: concepts take turns, every image of a concept
+    comes up equally often, its views and latents are drawn at random.
+    """
+    instances = [bank.instances for bank in banks]
+    regularization = [bank.regularization for bank in banks if bank.regularization]
+    prior = config.batch_size // 2 if regularization else 0
+    taught = config.batch_size - prior
+    turns = range(step * taught, (step + 1) * taught)
+    views = [rng.choice(_in_turn(instances, turn, f"{config.seed} images")) for turn in turns]
+    turns = range(step * prior, (step + 1) * prior)
+    views += [_in_turn(regularization, turn, f"{config.seed} regularization") for turn in turns]
+    mean, deviation = (torch.stack([getattr(v, k) for v in views]) for k in ("mean", "deviation"))
+    return Batch(
+        latents_bchw=mean + deviation * torch.randn(mean.shape, generator=generator),
+        masks_bhw=torch.stack([view.mask for view in views]),
+        prompts=tuple(view.prompt for view in views),
+        sizes=torch.tensor([view.sizes for view in views]),
+        prior=prior,
+    )
+
+
+def step_randomness(seed: int, step: int) -> tuple[random.Random, torch.Generator]:
+    """Everything random of a step follows from the run's seed and the number of the step: so a run
+    goes on from any step without its past.
+    """
+    rng = random.Random(f"{seed} step {step}")
+    return rng, torch.Generator().manual_seed(rng.getrandbits(32))
+
+
+def _in_turn(lists: Sequence[Sequence[T]], turn: int, seed: str) -> T:
+    """What comes at a turn when lists take turns, each in another order every time around."""
+    turn, which = divmod(turn, len(lists))
+    items = lists[which]
+    time_around, place = divmod(turn, len(items))
+    return items[_order(f"{seed} {which} {time_around}", len(items))[place]]
+
+
+@lru_cache(maxsize=64)
+def _order(seed: str, count: int) -> list[int]:
+    return random.Random(seed).sample(range(count), count)

@@ -1,0 +1,68 @@
+"""One thing to teach: its pictures, its words, and what must not change meanwhile.
+
+Checked when it is made, before any time is spent on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...concept.errors import DataError
+from ...concept.prompts import DEFAULT_TEMPLATE, check_modifier_token, subject
+from .captioned import CaptionedImage
+
+
+@dataclass(frozen=True)
+class TrainingConcept:
+    """One thing to teach: its pictures, its words, and what must not change meanwhile."""
+
+    images: tuple[CaptionedImage, ...]
+    class_noun: str
+    token: str = ""
+    """The new word; empty to teach the class noun itself, a category that the model lacks."""
+    initializer: str = ""
+    """Word whose embedding the token starts from; empty for a rare token."""
+    regularization: tuple[CaptionedImage, ...] = ()
+    template: str = DEFAULT_TEMPLATE
+    """What is said of it; STYLE_TEMPLATE for a style, whose class noun is `art`, say."""
+
+    @property
+    def prompt(self) -> str:
+        """`photo of a <new1> cat`"""
+        return instance_caption(self.token, self.class_noun, self.template)
+
+    def __post_init__(self) -> None:
+        if self.token:
+            check_modifier_token(self.token)
+        elif self.initializer:
+            raise DataError(
+                f"The initializer {self.initializer!r} has no modifier token to start. Give a "
+                f"token, or leave the initializer empty."
+            )
+        if not self.images:
+            raise DataError(
+                "No instance images were given. Connect 4 to 20 pictures of the concept."
+            )
+        if not self.class_noun.strip():
+            raise DataError(
+                "The class noun is empty. Write the everyday word for the thing, 'cat' for a cat."
+            )
+        for image in self.images:
+            if self.token not in image.caption:
+                raise DataError(
+                    f"The caption {image.caption!r} of {image.name} does not contain the modifier "
+                    f"token {self.token}, so nothing could be learnt from it. Write it like "
+                    f"'{self.prompt}'."
+                )
+        for image in self.regularization:
+            if self.token and self.token in image.caption:
+                raise DataError(
+                    f"The regularization caption {image.caption!r} of {image.name} contains the "
+                    f"modifier token {self.token}. Regularization images show the ordinary class: "
+                    f"remove the token from their captions."
+                )
+
+
+def instance_caption(token: str, class_noun: str, template: str = DEFAULT_TEMPLATE) -> str:
+    """`photo of a <new1> cat`"""
+    return template.format(subject(token, class_noun))

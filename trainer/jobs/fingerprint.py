@@ -1,0 +1,94 @@
+"""What goes into a training, as one short text: equal for two that take the same steps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ...concept.concept import Concept
+from ...concept.errors import DataError
+from ...concept.file import concept_tensors
+from ...concept.regular_files import read_regular
+from ...concept.text import TextEncoder
+from ...pictures.opening import MOST_BYTES
+from ..config import TrainConfig
+from ..data.training_concept import TrainingConcept
+
+_SAMPLED = 4096  # entries of each weight that are looked at
+_PROBE = "photo of a cat on the left of a red mug"
+
+
+def training_fingerprint(
+    config: TrainConfig,
+    concepts: Sequence[TrainingConcept],
+    encoder: TextEncoder,
+    networks: Iterable[nn.Module],
+    start: Concept | None = None,
+) -> str:
+    """Of settings, pictures, words and models. Raises DataError for a picture that is not there.
+
+    The number of steps does not count: a longer training begins as a shorter one does.
+    Of every weight of the networks some thousand entries count, of the text encoder what it says of
+    one prompt: another checkpoint, or a LoRA, changes them.
+    """
+    settings = {name: value for name, value in config.as_json().items() if name != "steps"}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for concept in concepts:
+        words = (concept.token, concept.class_noun, concept.initializer, concept.template)
+        digest.update(repr(words).encode())
+        for images in (concept.images, concept.regularization):
+            digest.update(f"{len(images)} pictures".encode())
+            for image in images:
+                digest.update(image.caption.encode())
+                if image.repeats > 1:  # nothing for one: jobs from before it was counted are found
+                    digest.update(f"{image.repeats} times".encode())
+                for source in (image.source, image.mask):
+                    digest.update(_content(source))
+    _update_with_models(digest, encoder, networks)
+    for name, tensor in sorted(concept_tensors(start).items()) if start else ():
+        _update(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def models_fingerprint(encoder: TextEncoder, networks: Iterable[nn.Module]) -> str:
+    """Of models alone: equal for two that nothing of a training can tell apart."""
+    digest = hashlib.sha256()
+    _update_with_models(digest, encoder, networks)
+    return digest.hexdigest()
+
+
+def _update_with_models(
+    digest: hashlib._Hash, encoder: TextEncoder, networks: Iterable[nn.Module]
+) -> None:
+    ids = encoder.pad([encoder.tokenize(_PROBE)])
+    with torch.no_grad():
+        _update(digest, "text", encoder.encode_with_pooled(ids).context)
+    for network in networks:
+        for name, tensor in network.state_dict().items():
+            _update(digest, name, tensor)
+
+
+def _update(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    flat = tensor.detach().reshape(-1)
+    some = flat[:: max(1, len(flat) // _SAMPLED)].cpu().contiguous()
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(some.view(torch.uint8).numpy().data)
+
+
+def _content(source: Image.Image | Path | None) -> bytes:
+    if source is None:
+        return b"none"
+    if isinstance(source, Path):
+        try:
+            return hashlib.sha256(read_regular(source, MOST_BYTES)).digest()
+        except OSError as error:
+            raise DataError(
+                f"{source} cannot be read ({error.strerror}). Put it back, or leave it out."
+            ) from error
+    return hashlib.sha256(repr((source.mode, source.size)).encode() + source.tobytes()).digest()

@@ -1,0 +1,343 @@
+"""The folder of a training job: everything about it that outlives the process.
+
+    job.json         what it was asked to do; written once
+    metrics.jsonl    one line a step
+    checkpoints/     000000050.safetensors: what it goes on from
+    concepts/        000000050.safetensors: what it had learnt by then
+    samples/         000000050.png
+    outcome.json     how it ended; absent until then
+
+Every file is complete or absent, but for the last line of the metrics.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from filelock import FileLock, Timeout
+from PIL import Image
+from torch import Tensor
+
+from ...concept.atomic import write_atomically, write_bytes_atomically, write_text_atomically
+from ...concept.concept import Concept
+from ...concept.errors import CheckpointError, ConfigError, CustomDiffusionError, JobError
+from ...concept.file import write_concept
+from ...concept.naming import THUMBNAIL, safe_file_name
+from ..checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from .locks import CLAIM, LOCK, acquire, is_taken
+from .records import (
+    LINE_BYTES,
+    Description,
+    MetricsLine,
+    Outcome,
+    RecordFile,
+    description_bytes,
+    text_that_fits,
+)
+from .step_files import copy_unless_gone, remove, step_file, step_files
+from .trash import TRASH, delete_folder
+
+DESCRIPTION, METRICS, OUTCOME = "job.json", "metrics.jsonl", "outcome.json"
+KEPT_CHECKPOINTS = 2
+"""The newest, and one more in case that it is damaged"""
+SAMPLE_EDGE = 512
+
+
+class JobFolder:
+    """One job's folder, which exists."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._metrics: TextIO | None = None
+        self._claim: FileLock | None = None
+        self._description = RecordFile(path / DESCRIPTION, Description.parse, self._unusable)
+        self._outcome = RecordFile(path / OUTCOME, Outcome.parse, self._unknown_outcome)
+
+    @staticmethod
+    def create(jobs: Path, name: str, description: dict[str, Any]) -> JobFolder:
+        """A new folder in `jobs`. Raises ConfigError where it cannot be made, or `description` is
+        nothing that can be read again.
+        """
+        content = description_bytes({"name": name, "created": time.time(), **description})
+        stem = f"{datetime.now():%Y%m%d-%H%M%S}-{safe_file_name(name)}"
+        for number in range(1, 1000):
+            path = jobs / (stem if number == 1 else f"{stem}-{number}")
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise ConfigError(
+                    f"The job's folder {path} could not be made ({error.strerror}). Make "
+                    f"{jobs} writable, or free some space there."
+                ) from error
+            try:
+                write_bytes_atomically(path / DESCRIPTION, content)
+            except CustomDiffusionError:
+                path.rmdir()
+                raise
+            return JobFolder(path)
+        raise ConfigError(f"There are too many job folders called {stem} in {jobs}.")
+
+    @staticmethod
+    def all_in(jobs: Path) -> list[JobFolder]:
+        """Every folder in `jobs` with a description, readable or not, in the order of their names.
+
+        Raises JobError when `jobs` cannot be looked at.
+        """
+        try:
+            paths = sorted(jobs.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise JobError(
+                f"The folder of jobs {jobs} cannot be read ({error.strerror}). Give yourself "
+                f"permission to."
+            ) from error
+        jobs_there = (path for path in paths if not path.name.startswith(TRASH))
+        return [JobFolder(path) for path in jobs_there if os.path.lexists(path / DESCRIPTION)]
+
+    @property
+    def id(self) -> str:
+        """The folder's name; bytes of it that are no text are written in ASCII."""
+        return os.fsencode(self.path.name).decode(errors="backslashreplace")
+
+    @property
+    def description(self) -> Description:
+        """What job.json says, or in its `fault` why it says nothing."""
+        return self._description.read() or self._unusable("it is not there")
+
+    def _unusable(self, reason: str) -> Description:
+        path = self.path / DESCRIPTION
+        fault = f"{path} describes no training job ({reason}). Mend the file, or delete the job."
+        return Description(name=self.id, steps=0, fault=text_that_fits(fault))
+
+    # Whose it is
+
+    def claim(self) -> None:
+        """Until `release` no other process queues, runs or deletes the job.
+
+        Raises JobError when one has it.
+        """
+        if self._claim:
+            return
+        with suppress(OSError):  # a folder that nobody can write: `locked` says so at its turn
+            self._claim = self._acquire(CLAIM)
+
+    def release(self) -> None:
+        if self._claim:
+            self._claim.release()
+        self._claim = None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """While the context lasts no other process works on the job. Raises JobError when one does,
+        and when the folder cannot be written.
+        """
+        try:
+            lock = self._acquire(LOCK)
+        except OSError as error:
+            raise JobError(
+                f"The job's folder {self.path} cannot be written ({error.strerror}). Give yourself "
+                f"permission to, or train again with another name."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def is_locked(self) -> bool:
+        """Whether somebody works on the job at this moment."""
+        return is_taken(self.path, LOCK)
+
+    def is_claimed(self) -> bool:
+        """Whether a process has the job in its queue, or works on it."""
+        return is_taken(self.path, CLAIM)
+
+    def _acquire(self, name: str) -> FileLock:
+        try:
+            return acquire(self.path, name)
+        except Timeout as error:
+            raise self._is_elsewhere() from error
+
+    def _is_elsewhere(self) -> JobError:
+        what = "is at work" if self.is_locked() else "waits for its turn"
+        return JobError(
+            f"The training job {self.id} {what} in another process. Wait for its end there, or "
+            f"stop or pause it there."
+        )
+
+    # Metrics
+
+    @contextmanager
+    def metrics_after(self, losses: Sequence[float]) -> Iterator[None]:
+        """While the context lasts `add_metrics` can be called. Before that the lines are as a run
+        had them that has come so far: later ones are dropped, lost ones made again.
+        """
+        lines = list(islice(self._lines(), len(losses)))
+        for step in range(len(lines), len(losses)):
+            lines.append(MetricsLine(step + 1, losses[step], None))
+        write_text_atomically(self.path / METRICS, "".join(f"{line.as_json()}\n" for line in lines))
+        with open(self.path / METRICS, "a", encoding="utf-8") as self._metrics:
+            yield
+        self._metrics = None
+
+    def add_metrics(self, step: int, loss: float) -> None:
+        assert self._metrics is not None, "metrics_after comes first"
+        self._metrics.write(MetricsLine(step, loss, round(time.time(), 3)).as_json() + "\n")
+        self._metrics.flush()
+
+    def losses(self) -> list[float]:
+        """Of every step that is on disk."""
+        return [line.loss for line in self._lines()]
+
+    def _lines(self) -> Iterator[MetricsLine]:
+        """Up to the first that is no metrics line: a killed process may have left half of one."""
+        path = self.path / METRICS
+        if not path.is_file():
+            return
+        with open(path, "rb") as file:
+            for step in range(1, self.description.steps + 1):
+                try:
+                    line = MetricsLine.parse(file.readline(LINE_BYTES))
+                except ValueError:
+                    return
+                if line.step != step:
+                    return
+                yield line
+
+    # Checkpoints, and what was learnt by then
+
+    def write_checkpoint(self, checkpoint: Checkpoint) -> list[str]:
+        """Keeps the newest `KEPT_CHECKPOINTS`; returns what `prune` does."""
+        write_checkpoint(checkpoint, step_file(self.path / "checkpoints", checkpoint.step))
+        return self.prune()
+
+    def prune(self) -> list[str]:
+        """Removes the checkpoints and concepts that are not to be kept; returns which could not be,
+        and why. The next call tries them again.
+        """
+        keep = {self.newest_concept(), *self._best_first()[: self.description.keep_best]}
+        surplus = self._step_files("checkpoints")[:-KEPT_CHECKPOINTS]
+        surplus += [path for path in self._step_files("concepts") if path not in keep]
+        return remove(surplus)
+
+    def newest_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest that can be read, and what is wrong with those that are newer."""
+        problems: list[str] = []
+        for path in reversed(self._step_files("checkpoints")):
+            try:
+                return read_checkpoint(path), problems
+            except CheckpointError as error:
+                problems.append(str(error))
+        return None, problems
+
+    def newest_step(self, at_most: int | None = None) -> int:
+        """The step of the newest checkpoint, by its name, of those before some step; 0 without."""
+        steps = [int(path.stem) for path in self._step_files("checkpoints")]
+        return max((step for step in steps if at_most is None or step <= at_most), default=0)
+
+    def begin_where(self, other: JobFolder, at_most: int) -> None:
+        """Takes over another job's checkpoints up to a step, but for those that it drops meanwhile.
+
+        Raises ConceptFileError when the disk is full.
+        """
+        for source in other._step_files("checkpoints"):
+            if int(source.stem) <= at_most:
+                copy_unless_gone(source, self.path / "checkpoints" / source.name)
+
+    def write_concept(self, concept: Concept, step: int) -> list[str]:
+        """Keeps the newest, and as many of the best as the description says: one, if nothing.
+        Returns what `prune` does.
+        """
+        write_concept(concept, step_file(self.path / "concepts", step))
+        return self.prune()
+
+    def newest_concept(self) -> Path | None:
+        return max(self._step_files("concepts"), default=None)
+
+    def best_concept(self) -> Path | None:
+        """That before which the mean loss of up to 50 steps was lowest: single steps say little."""
+        return next(iter(self._best_first()), None)
+
+    def _best_first(self) -> list[Path]:
+        losses = self.losses()
+
+        def loss_before(path: Path) -> float:
+            step = int(path.stem)
+            return statistics.fmean(losses[max(step - 50, 0) : step] or [float("inf")])
+
+        return sorted(self._step_files("concepts"), key=loss_before)
+
+    # Samples
+
+    def write_sample(self, image_hwc: Tensor, step: int) -> None:
+        """`image_hwc` (h, w, 3) in 0..1."""
+        picture = sample_picture(image_hwc)
+        path = step_file(self.path / "samples", step, ".png")
+        write_atomically(path, lambda temporary: picture.save(temporary, "PNG"))
+
+    def samples(self) -> dict[int, Path]:
+        """Step → picture, in order."""
+        return {int(path.stem): path for path in step_files(self.path / "samples", ".png")}
+
+    def write_thumbnail(self, concept_file: Path) -> None:
+        """The newest sample beside a concept, where there is one."""
+        newest = max(self.samples().items(), default=None)
+        if newest:
+            target = concept_file.with_suffix(THUMBNAIL)
+            write_atomically(target, lambda temporary: shutil.copyfile(newest[1], temporary))
+
+    # The end
+
+    def write_outcome(self, outcome: Outcome) -> None:
+        write_text_atomically(self.path / OUTCOME, outcome.as_json())
+
+    def outcome(self) -> Outcome | None:
+        """How the job ended, the same object until that changes; None while it has not.
+
+        A file that does not say it is a failure, with the reason as its error.
+        """
+        return self._outcome.read()
+
+    def _unknown_outcome(self, reason: str) -> Outcome:
+        path = self.path / OUTCOME
+        why = (
+            f"{path} does not say how the job ended ({reason}). Queue the graph again to go on "
+            f"from the last checkpoint, or delete the job."
+        )
+        return Outcome("failed", error=text_that_fits(why))
+
+    def clear_outcome(self) -> None:
+        (self.path / OUTCOME).unlink(missing_ok=True)
+
+    def delete(self) -> None:
+        """Removes all of it; for whoever looks on it is gone at once.
+
+        Raises JobError while a process has the job or a program one of its files, and then nothing
+        is removed; and where files could not be removed, which the next deletion tries again.
+        """
+        delete_folder(self.path, self._check_free)
+
+    def _check_free(self, path: Path) -> None:
+        if is_taken(path, CLAIM) or is_taken(path, LOCK):
+            raise self._is_elsewhere()
+
+    def _step_files(self, kind: str) -> list[Path]:
+        return step_files(self.path / kind)
+
+
+def sample_picture(image_hwc: Tensor) -> Image.Image:
+    """A sample (h, w, 3) in 0..1, enlarged so that its latents can be seen."""
+    picture = Image.fromarray((image_hwc * 255).round().to(torch.uint8).numpy())
+    return picture.resize((SAMPLE_EDGE, SAMPLE_EDGE), Image.Resampling.BICUBIC)

@@ -1,0 +1,363 @@
+"""Training jobs: one run each, in a folder of its own, to be paused, stopped and gone on with.
+
+    queued → preparing → running ⇄ paused → finished | stopped | failed
+
+Pausing writes a checkpoint and lets go of the model; going on reads it, in this process or, after
+a restart, in another. Stopping saves what was learnt. Readers never see a job's own state, only
+frozen snapshots of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ...concept.errors import CustomDiffusionError, JobError, ModelsGoneError
+from ..events import CheckpointDue, Event, MemoryShort, PreviewDrawn, StepDone, WordsMoved
+from .folder import JobFolder
+from .records import Outcome
+from .snapshot import ACTIVE, ENDED, JobState, Snapshot, outcome_of, snapshot_on_disk
+from .work import Work
+
+log = logging.getLogger("custom_diffusion")
+_POLL_S = 0.05
+_AVERAGED_STEPS = 20
+
+
+class Job:
+    """One training run. `TrainingService` makes jobs, runs them and passes wishes on to them."""
+
+    def __init__(
+        self,
+        folder: JobFolder,
+        work: Work | None = None,
+        on_change: Callable[[Job], None] = lambda job: None,
+    ) -> None:
+        """Without `work` the job is one that another process left, or runs: it can be looked at."""
+        self.folder = folder
+        self._work: Work | None = None
+        self._on_change = on_change
+        self._lock = threading.RLock()
+        self._asked: JobState | None = None
+        self._leaves_to: JobState | None = None
+        """What the loop was left for"""
+        self._losses: list[float] = []
+        self._ended = threading.Event()
+        self._last_step_s = 0.0
+        self._snapshot: Snapshot
+        self._outcome: Outcome | None = None
+        """As the folder had it when it was looked at last"""
+        self._look()
+        if work:
+            folder.claim()
+            self._work = work
+            self._snapshot = replace(self._snapshot, state=JobState.QUEUED)
+
+    @property
+    def id(self) -> str:
+        return self.folder.id
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it can go on in this process: its models are here, or can be made again."""
+        with self._lock:
+            return self._work is not None and self._work.has_models()
+
+    @property
+    def runs_here(self) -> bool:
+        with self._lock:
+            return self._work is not None and self._snapshot.state in ACTIVE
+
+    def snapshot(self) -> Snapshot:
+        with self._lock:
+            if self._may_be_elsewhere():
+                self._look()
+            return self._snapshot
+
+    def _may_be_elsewhere(self) -> bool:
+        """Whether another process may have changed what is known of the job."""
+        if self.runs_here or not self.folder.path.is_dir():
+            return False
+        if self.folder.outcome() is not self._outcome:
+            return True
+        if self._work:  # paused: who queues it first has it
+            return self.folder.is_claimed() or self.folder.is_locked()
+        return not self._snapshot.ended
+
+    def _look(self) -> None:
+        """Knows of the job what its folder says."""
+        self._outcome, self._snapshot = self.folder.outcome(), snapshot_on_disk(self.folder)
+        self._work, self._losses = None, []
+        if self._snapshot.ended:
+            self._ended.set()
+        else:
+            self._ended.clear()
+
+    def losses(self, after_step: int = 0) -> list[float]:
+        """Of the steps done after that one."""
+        with self._lock:
+            if self._work is None and not self._losses:
+                return self.folder.losses()[after_step:]
+            return self._losses[after_step:]
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Waits for the end; whether it was reached."""
+        return self._ended.wait(timeout_s)
+
+    def pause(self) -> None:
+        """Asks the job to write a checkpoint and let go of the device; returns at once.
+
+        Raises JobError when it has ended, or is another process's.
+        """
+        with self._lock:
+            state = self.snapshot().state
+            if state is JobState.PAUSED:
+                return
+            if self._work is None:
+                raise self._not_now(state)
+            self._ask(JobState.PAUSED)
+
+    def stop(self) -> None:
+        """Asks the job to save what was learnt and end; returns at once.
+
+        A job that waits for its turn ends without learning. Stopping a job that has ended changes
+        nothing. Raises JobError when it is another process's.
+        """
+        with self._lock:
+            state = self.snapshot().state
+            if state in ENDED:
+                return
+            if self.is_loaded or self.runs_here:
+                self._ask(JobState.STOPPED)
+            elif state is JobState.PAUSED:
+                self.folder.claim()
+                file = self.folder.newest_concept()
+                self._end_at_once(state=JobState.STOPPED, concept_file=file)
+            else:
+                raise self._not_now(state)
+
+    def queue(self, work: Work | None = None) -> None:
+        """Makes the job ready to be run (again): from where it is, with new work where given.
+
+        Raises JobError when it is another process's, or has no work any more.
+        """
+        with self._lock:
+            state = self.snapshot().state
+            if state in ACTIVE:
+                if self._work is None:
+                    raise self._not_now(state)
+                if self._asked is JobState.PAUSED:  # it has not come to that
+                    self._asked = None
+                return
+            work = work or (self._work if self.is_loaded else None)
+            if self.folder.description.fault:
+                raise JobError(self.folder.description.fault)
+            if work is None and state is JobState.FINISHED:
+                raise self._not_now(state)
+            if work is None:
+                raise JobError(
+                    f"The training job {self.id} is {state.value} at step "
+                    f"{self._snapshot.step} of {self._snapshot.steps}, and its models are not "
+                    f"loaded. Queue the graph again that it came from: it goes on from there."
+                )
+            self.folder.claim()
+            self._work, self._asked = work, None
+            self._ended.clear()
+            self._update(state=JobState.QUEUED, error="", log="", concept_file=None)
+
+    def delete(self) -> None:
+        """Removes the job's folder, and ends it for those who wait.
+
+        Raises JobError while it is at work, here or in another process, and where something is left
+        of the folder; it is no job any more when its path is free.
+        """
+        with self._lock:
+            if self.runs_here:
+                raise JobError(f"The training job {self.id} is at work. Stop or pause it first.")
+            try:
+                self.folder.delete()
+            finally:
+                if not self.folder.path.exists():
+                    self.forget()
+
+    def forget(self) -> None:
+        """Ends a job whose folder is gone, for those who wait."""
+        with self._lock:
+            if not self._snapshot.ended:
+                self._become({"state": JobState.STOPPED})
+
+    def run(self) -> None:
+        """Trains and saves, on the calling thread; a failure ends in the snapshot and the log."""
+        with self._lock:
+            work = self._work
+            if work is None or self._snapshot.state is not JobState.QUEUED:
+                return
+            self._update(state=JobState.PREPARING)
+        end: dict[str, Any] = _failed("the trainer thread was ended")
+        try:
+            with self.folder.locked():
+                end = self._run(work)
+                self._write_outcome(end)
+        except JobError as error:  # the folder is another process's, or cannot be written
+            log.error("training job %s: %s", self.id, error)
+            end = _failed(error)
+        finally:
+            self._become(end)  # now that the folder is free for others
+
+    def _run(self, work: Work) -> dict[str, Any]:
+        """What becomes of the snapshot."""
+        try:
+            return self._train_and_save(work)
+        except ModelsGoneError as error:
+            self._note(str(error))
+            return self._left_before_its_turn()
+        except BaseException as error:  # also SystemExit, which would end the thread without a word
+            log.exception("training job %s failed", self.id)
+            return _failed(error, traceback.format_exc())
+
+    def _train_and_save(self, work: Work) -> dict[str, Any]:
+        checkpoint, problems = self.folder.newest_checkpoint()
+        self.folder.clear_outcome()
+        with self._lock:
+            self._outcome = None
+            self._losses = list(checkpoint.losses) if checkpoint else []
+            self._update(step=len(self._losses))
+        for problem in problems:
+            self._note(f"{problem} So the training goes on from step {len(self._losses)}.")
+        self._last_step_s = time.monotonic()
+        with work.turn(lambda: self._should_leave(work)) as ready:
+            if not ready:
+                return self._left_before_its_turn()
+            with self.folder.metrics_after(self._losses):
+                concept = work.train(checkpoint, lambda: self._should_leave(work), self._record)
+            self._note_troubles(self.folder.prune())
+            done, steps = len(self._losses), self._snapshot.steps
+            if self._leaves_to is JobState.PAUSED and done < steps:
+                return {"state": JobState.PAUSED}
+            if done == 0:  # stopped before the first step: there is nothing to save
+                return {"state": JobState.STOPPED}
+            path = work.save(concept)
+        self._leave_thumbnail(path)
+        state = JobState.FINISHED if done == steps else JobState.STOPPED
+        log.info("training job %s %s after %d steps: %s", self.id, state.value, done, path)
+        return {"state": state, "concept_file": path}
+
+    def _left_before_its_turn(self) -> dict[str, Any]:
+        """Without models nothing can be learnt: what was learnt before is in the folder."""
+        if self._asked is JobState.STOPPED:
+            return {"state": JobState.STOPPED, "concept_file": self.folder.newest_concept()}
+        return {"state": JobState.PAUSED}
+
+    def _should_leave(self, work: Work) -> bool:
+        """Asked between steps; waits here for others."""
+        while self._asked is None and work.is_busy():
+            if not self._snapshot.waiting:
+                self._update(waiting=True)
+            time.sleep(_POLL_S)
+            self._last_step_s = time.monotonic()
+        if self._snapshot.waiting:
+            self._update(waiting=False)
+        self._leaves_to = self._asked
+        return self._leaves_to is not None
+
+    def _record(self, event: Event) -> None:
+        if isinstance(event, StepDone):
+            self.folder.add_metrics(event.step, event.loss)
+            with self._lock:
+                self._losses.append(event.loss)
+                self._update(
+                    state=JobState.RUNNING,
+                    step=event.step,
+                    loss=event.loss,
+                    seconds_per_step=self._pace(self._snapshot.seconds_per_step),
+                )
+        elif isinstance(event, WordsMoved):
+            self._update(drift=event.drift)
+        elif isinstance(event, PreviewDrawn):
+            self.folder.write_sample(event.image_hwc, event.step)
+            self._update(preview_hwc=event.image_hwc, preview_step=event.step)
+        elif isinstance(event, CheckpointDue):
+            self._note_troubles(self.folder.write_checkpoint(event.checkpoint))
+            if event.concept:
+                step = event.checkpoint.step
+                self._note_troubles(self.folder.write_concept(event.concept, step))
+        elif isinstance(event, MemoryShort):
+            self._note(event.text())
+
+    def _leave_thumbnail(self, concept_file: Path) -> None:
+        try:
+            self.folder.write_thumbnail(concept_file)
+        except CustomDiffusionError as error:  # what was learnt is saved: a picture is no reason
+            self._note(f"The concept has no thumbnail: {error}")
+
+    def _note_troubles(self, troubles: list[str]) -> None:
+        """Once each: they come again until they are over."""
+        for trouble in troubles:
+            if trouble not in self._snapshot.notes:
+                self._note(trouble)
+
+    def _note(self, trouble: str) -> None:
+        log.warning("training job %s: %s", self.id, trouble)
+        self._update(notes=(*self._snapshot.notes, trouble))
+
+    def _pace(self, before: float | None) -> float:
+        now = time.monotonic()
+        last, self._last_step_s = now - self._last_step_s, now
+        return last if before is None else before + (last - before) / _AVERAGED_STEPS
+
+    def _ask(self, what: JobState) -> None:
+        """What a job that only waits becomes at once, and one that runs after its step."""
+        state = self._snapshot.state
+        if state is JobState.QUEUED and what is JobState.PAUSED:
+            self._update(state=what)
+        elif state is JobState.QUEUED and self._snapshot.step == 0:
+            self._end_at_once(state=what)
+        else:
+            if state is JobState.PAUSED:
+                self.queue()  # its turn is what saves it
+            self._asked = what
+
+    def _end_at_once(self, **changes: Any) -> None:
+        """Of a job that nobody works on."""
+        self._write_outcome(changes)
+        self._become(changes)
+
+    def _become(self, changes: dict[str, Any]) -> None:
+        with self._lock:
+            self._asked, self._outcome = None, self.folder.outcome()
+            if changes["state"] in ENDED:
+                self._work = None  # the models that it holds are free to go
+            self._update(waiting=False, **changes)
+            if changes["state"] in ENDED:
+                self._ended.set()
+
+    def _write_outcome(self, changes: dict[str, Any]) -> None:
+        if changes["state"] is JobState.PAUSED:
+            return
+        last = replace(self._snapshot, **changes)
+        try:
+            self.folder.write_outcome(outcome_of(last))
+        except (CustomDiffusionError, ValueError) as error:
+            # On disk it stays paused, and can be gone on with.
+            log.error("how the training job %s ended is not on disk: %s", self.id, error)
+
+    def _update(self, **changes: Any) -> None:
+        with self._lock:
+            self._snapshot = replace(self._snapshot, **changes)
+            if self._snapshot.state not in ACTIVE:
+                self.folder.release()  # others may have it
+        self._on_change(self)
+
+    def _not_now(self, state: JobState) -> JobError:
+        where = "" if state in ENDED else " in another process: do it there"
+        return JobError(f"The training job {self.id} is {state.value}{where}.")
+
+
+def _failed(error: object, log: str = "") -> dict[str, Any]:
+    return {"state": JobState.FAILED, "error": str(error) or type(error).__name__, "log": log}

@@ -1,0 +1,120 @@
+"""What readers see of a job: its state and figures as they were at one moment, here or on disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .folder import JobFolder
+from .records import MOST_NOTES, Outcome, text_that_fits
+
+
+class JobState(str, Enum):
+    QUEUED = "queued"
+    PREPARING = "preparing"
+    RUNNING = "running"
+    PAUSED = "paused"
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+ENDED = (JobState.FINISHED, JobState.STOPPED, JobState.FAILED)
+ACTIVE = (JobState.QUEUED, JobState.PREPARING, JobState.RUNNING)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A job as it was at one moment."""
+
+    id: str
+    name: str
+    state: JobState
+    step: int
+    steps: int
+    waiting: bool = False
+    """It lets somebody else have the device first."""
+    loss: float | None = None
+    """Of the last step"""
+    seconds_per_step: float | None = None
+    """Lately; without the time it waited"""
+    drift: Mapping[str, float] = field(default_factory=dict)
+    """How far the modifier tokens have moved: `trainer.tokens.drift`"""
+    preview_hwc: Tensor | None = None
+    preview_step: int = 0
+    notes: tuple[str, ...] = ()
+    """What went wrong and was mended"""
+    error: str = ""
+    log: str = ""
+    """Of a failed job: where it happened, for whoever looks for the fault"""
+    concept_file: Path | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
+
+    def as_json(self) -> dict[str, Any]:
+        """Without the preview, because samples are files, and without the log."""
+        loss = self.loss if self.loss is not None and math.isfinite(self.loss) else None
+        return {
+            "id": self.id,
+            "name": self.name,
+            "state": self.state.value,
+            "step": self.step,
+            "steps": self.steps,
+            "waiting": self.waiting,
+            "loss": loss,
+            "seconds_per_step": self.seconds_per_step,
+            "drift": dict(self.drift),
+            "preview_step": self.preview_step,
+            "notes": self.notes,
+            "error": self.error,
+            "concept_file": self.concept_file.name if self.concept_file else None,
+        }
+
+
+def outcome_of(snapshot: Snapshot) -> Outcome:
+    """How a job ended, as its folder keeps it. Raises ValueError for what no file can hold."""
+    return Outcome(
+        state=snapshot.state.value,
+        step=snapshot.step,
+        concept_file=str(snapshot.concept_file or ""),
+        error=text_that_fits(snapshot.error),
+        log=text_that_fits(snapshot.log),
+        notes=tuple(map(text_that_fits, snapshot.notes[-MOST_NOTES:])),
+    )
+
+
+def snapshot_on_disk(folder: JobFolder) -> Snapshot:
+    """A job as its folder tells: running when somebody works on it, queued when somebody has it,
+    else as it ended, or paused; and failed where the folder cannot tell.
+    """
+    description = folder.description
+    if description.fault:
+        return Snapshot(folder.id, folder.id, JobState.FAILED, 0, 0, error=description.fault)
+    state = None
+    if folder.is_locked():
+        state = JobState.RUNNING
+    elif folder.is_claimed():
+        state = JobState.QUEUED
+    outcome = None if state else folder.outcome()
+    if outcome is None:
+        state, step = state or JobState.PAUSED, folder.newest_step()
+        return Snapshot(folder.id, description.name, state, step, description.steps)
+    return Snapshot(
+        id=folder.id,
+        name=description.name,
+        state=JobState(outcome.state),
+        step=folder.newest_step() if outcome.step is None else outcome.step,
+        steps=description.steps,
+        notes=outcome.notes,
+        error=outcome.error,
+        log=outcome.log,
+        concept_file=Path(outcome.concept_file) if outcome.concept_file else None,
+    )

@@ -1,0 +1,1 @@
+"""What changes in a training, and by what: projections, words, further weights, loss, optimiser."""

@@ -1,0 +1,1 @@
+"""Where pictures of the class come from: drawn by the model, or out of a captioned collection."""

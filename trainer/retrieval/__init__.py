@@ -1,1 +1,0 @@
-"""Regularization pictures out of a user's own large captioned collection, by what captions say."""
