@@ -1,7 +1,8 @@
 """Sets the project up in `.venv` and runs it: `python3 dev.py demo` or `python3 dev.py test`.
 
-`python3 dev.py test --lowest` runs the unit tests in `.venv-lowest`, on the lowest versions that
-pyproject.toml allows, of Python too where it is found.
+`python3 dev.py test --fast` checks what two minutes can: linters, types, and the tests that need no
+ComfyUI and take no training. `python3 dev.py test --lowest` runs the unit tests in `.venv-lowest`, on
+the lowest versions that pyproject.toml allows, of Python too where it is found.
 
 Needs nothing but Python 3.10 or newer. When a ComfyUI is found (COMFYUI_PATH, an enclosing one, or
 ~/comfy/ComfyUI) its requirements are installed too and the tests run against it.
@@ -49,6 +50,9 @@ def main() -> int:
         return run(VENV / BIN / "custom-diffusion", "demo", *sys.argv[2:])
     if command == "test" and sys.argv[2:3] == ["--lowest"]:
         return test_lowest(sys.argv[3:])
+    if command == "test" and sys.argv[2:3] == ["--fast"]:
+        install(VENV, sys.executable, "test", CONSTRAINTS, find_comfyui())
+        return test(None, ["-q", "-m", "not slow", str(ROOT / "tests" / "unit"), *sys.argv[3:]])
     if command == "test":
         comfyui = find_comfyui()
         install(VENV, sys.executable, "test", CONSTRAINTS, comfyui)

@@ -17,6 +17,8 @@ from support.tiny_models import RESOLUTION, cat_concept, random_bank
 from support.tiny_training import assert_same_but_for_rounding
 from torch import Tensor
 
+pytestmark = pytest.mark.slow
+
 
 def trained(models: DiffusersModels, denoiser: Any = None, **changes: Any) -> Concept:
     on_event = changes.pop("on_event", lambda event: None)

@@ -27,6 +27,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from support.tiny_models import RESOLUTION, cat_concept, dog_concept, random_bank, tiny_pipeline
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 
 

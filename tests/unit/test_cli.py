@@ -25,6 +25,8 @@ from support.clip_weights import write_text_half
 from support.graphs import draw_pictures
 from support.tiny_models import tiny_pipeline
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--steps", "2", "--batch-size", "2", "--resolution", "64", "--device", "cpu"]
 

@@ -14,6 +14,8 @@ from custom_diffusion.formats.exporting import FORMATS
 from safetensors.torch import load_file
 from support.tiny_models import tiny_pipeline
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

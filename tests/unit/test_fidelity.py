@@ -19,6 +19,8 @@ from custom_diffusion.miniature.laboratory import Laboratory, Subject, pair_of_s
 from custom_diffusion.miniature.model import CONFIG
 from custom_diffusion.miniature.world import world_captions
 
+pytestmark = pytest.mark.slow
+
 PAIR = 50
 """Any pair that nothing was tuned on"""
 LEARNT, PART, BOTH = 0.6, 0.2, 0.4

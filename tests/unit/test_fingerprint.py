@@ -23,6 +23,8 @@ from PIL import Image
 from support.concepts import random_concept
 from support.tiny_models import cat_concept, dog_concept, tiny_pipeline
 
+pytestmark = pytest.mark.slow
+
 Inputs = dict[str, Any]
 
 

@@ -20,6 +20,8 @@ from diffusers import StableDiffusionPipeline
 from support.naive_training import layer_of, naive_training
 from support.tiny_models import RESOLUTION, cat_concept, dog_concept, random_bank
 
+pytestmark = pytest.mark.slow
+
 KEPT: tuple[MethodName, ...] = (
     "custom diffusion",
     "low-rank",

@@ -37,6 +37,8 @@ from support.graphs import draw_pictures
 from support.killed_training import CONFIG, Processes
 from support.tiny_models import cat_concept
 
+pytestmark = pytest.mark.slow
+
 LONG_S = 120.0
 KILLS = 50
 NOBODY = 65534

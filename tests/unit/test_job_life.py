@@ -28,6 +28,8 @@ from support.concepts import random_concept
 from support.tiny_models import RESOLUTION
 from support.tiny_training import train_cat
 
+pytestmark = pytest.mark.slow
+
 LONG_S = 60.0
 STEPS = 8
 CONFIG = TrainConfig(

@@ -45,6 +45,8 @@ from support.tiny_models import (
 )
 from torch import Tensor
 
+pytestmark = pytest.mark.slow
+
 
 def config(**changes: Any) -> TrainConfig:
     settings = {

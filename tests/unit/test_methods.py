@@ -26,6 +26,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from support.naive_training import is_key_or_value, layer_of, naive_training
 from support.tiny_models import RESOLUTION, cat_concept, random_bank
 
+pytestmark = pytest.mark.slow
+
 QUERIES_AND_OUTPUTS = ("attn2.to_q.weight", "attn2.to_out.0.weight")
 # What learns in the UNet, and whether the new word does.
 LEARNS: dict[MethodName, tuple[Callable[[str], bool], bool]] = {

@@ -20,6 +20,8 @@ from custom_diffusion.miniature.world import SHAPES, Look, Placed, Scene
 from diffusers.models.attention_processor import AttnProcessor2_0
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 RED = (0.86, 0.12, 0.12)
 
 

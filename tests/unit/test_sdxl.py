@@ -46,6 +46,8 @@ from support.tiny_models import (
 )
 from torch import Tensor
 
+pytestmark = pytest.mark.slow
+
 START, END = 49406, 49407
 PROMPTS = ["", "photo of a cat", "a cat! and a dog", "cat dog " * 50]
 WIDTHS = {"clip_l": 768, "clip_g": XL_POOLED_WIDTH}

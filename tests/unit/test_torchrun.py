@@ -20,6 +20,8 @@ from support.graphs import draw_pictures
 from support.tiny_models import tiny_pipeline
 from support.tiny_training import assert_same_but_for_rounding
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 LONG_S = 120.0
 
