@@ -1,8 +1,8 @@
 """Sets the project up in `.venv` and runs it: `python3 dev.py demo` or `python3 dev.py test`.
 
 `python3 dev.py test --fast` checks what two minutes can: linters, types, and the tests that need no
-ComfyUI and take no training. `python3 dev.py test --lowest` runs the unit tests in `.venv-lowest`, on
-the lowest versions that pyproject.toml allows, of Python too where it is found.
+ComfyUI and take no training. `python3 dev.py test --lowest` runs the unit tests in `.venv-lowest`,
+on the lowest versions that pyproject.toml allows, of Python too where it is found.
 
 Needs nothing but Python 3.10 or newer. When a ComfyUI is found (COMFYUI_PATH, an enclosing one, or
 ~/comfy/ComfyUI) its requirements are installed too and the tests run against it.

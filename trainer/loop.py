@@ -3,41 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..concept.concept import Concept, Delta, ModifierToken
-from ..concept.errors import ConfigError, TrainingError
-from ..concept.prompts import subject
+from ..concept.concept import Concept
+from ..concept.errors import TrainingError
 from ..concept.text import TextEncoder
-from ..diffusion.noise import add_noise, target
 from ..diffusion.protocols import Denoiser
 from ..diffusion.sampling import ddim_sample
 from .checkpoint import Checkpoint
 from .config import TrainConfig
-from .data.latents import LatentBank, batch_of_step, step_randomness
+from .data.latents import Batch, LatentBank, batch_of_step, step_randomness
 from .data.training_concept import TrainingConcept
 from .economy.backward import Backward
-from .economy.cpu_attention import cpu_attention
-from .economy.frozen_layers import channels_last, keeping_less
+from .economy.frozen_layers import keeping_less
+from .economy.layout import fastest_for
 from .economy.processes import DataParallel
-from .events import CheckpointDue, Event, MemoryShort, PreviewDrawn, StepDone, WordsMoved
-from .learning.network_weights import NetworkWeights
-from .learning.objective import sample_losses, sample_weights
-from .learning.optimizer import make_optimizer
-from .learning.projections import KeyValueProjections
-from .learning.prompt_features import PromptFeatures
-from .learning.tokens import drift, words_to_teach
-from .methods import METHODS
-from .start import check_start
+from .events import Event, MemoryShort, PreviewDrawn, StepDone, WordsMoved
+from .learner import Learner
+from .learning.samples import loss_of, samples_of
 
-_FINAL_LOSSES = 20
 _DRIFT_EVERY_STEPS = 10
-_LARGE_FROM = 256  # pixels
 
 
 def train(
@@ -69,40 +58,8 @@ def train(
     """
     if len(training_concepts) != len(banks):
         raise ValueError(f"{len(training_concepts)} concepts need as many banks, not {len(banks)}")
-
     parallel.check(config.batch_size)
-
-    # What is trained, all in float32: keys and values, the embedding of every V*, and in some
-    # methods more of the network.
-    method = METHODS[config.method]
-    start = start or Concept(denoiser.family, {})
-    further_layers = method.further_layers(denoiser)
-    check_start(start, denoiser, config)
-    words = words_to_teach(training_concepts, start, text_encoder, denoiser.device)
-    began = {name: {t: r.detach().clone() for t, r in rows.items()} for name, rows in words.items()}
-    learning_words = words if method.learns_words else {}
-    known = {name: {**r, **words.get(name, {})} for name, r in start.embeddings().items()}
-    prompts = PromptFeatures(text_encoder.with_tokens(known), learning_words, config.gradient_cut)
-    projections = method.projections(denoiser, start.deltas, config)
-    network = NetworkWeights(denoiser, start.deltas, further_layers, method.whole_network)
-    rows = [row for tokens in learning_words.values() for row in tokens.values()]
-    parameters = [*projections.parameters(), *rows, *network.parameters()]
-    if not words and (method.whole_network or not parameters):
-        raise _nothing_to_keep(config)
-    optimizer = make_optimizer(config, parameters)
-
-    base_hash = projections.base_hash  # of the network's own keys and values
-
-    def learnt() -> Concept:
-        deltas = {**projections.deltas(), **network.deltas()}
-        return _concept(
-            config, training_concepts, start, denoiser, base_hash, deltas, words, losses
-        )
-
-    def report_checkpoint() -> None:
-        concept = None if method.whole_network else learnt()
-        on_event(CheckpointDue(Checkpoint.of(optimizer, losses), concept))
-
+    learner = Learner(config, training_concepts, start, denoiser, text_encoder)
     losses: list[float] = []
     backward = Backward(
         denoiser,
@@ -110,96 +67,53 @@ def train(
         config.gradient_checkpointing,
         on_less=lambda *now: on_event(MemoryShort(len(losses) + 1, *now)),
     )
-
-    # Measured on a CPU: neither helps with small latents, nor channels last in float32.
-    large = config.resolution >= _LARGE_FROM and denoiser.dtype != torch.float32
-    layout = channels_last(denoiser.network) if large else nullcontext()
-    on_cpu = large and denoiser.device.type == "cpu"
-    attention = cpu_attention(denoiser.network) if on_cpu else nullcontext()
     with (
-        layout,
-        attention,
-        projections.installed(),
-        network.learning(),
+        fastest_for(denoiser, config.resolution),
+        learner.learning(),
         keeping_less(denoiser.network),
     ):
         if checkpoint:
-            losses = checkpoint.restore(optimizer)
+            losses = checkpoint.restore(learner.optimizer)
         while len(losses) < config.steps and not should_stop():
-            # Data: latents, noise, timesteps.
+            # Data: latents, noise, timesteps; text, once for all samples, as leaves.
             rng, generator = step_randomness(config.seed, len(losses))
             batch = batch_of_step(banks, config, len(losses), rng, generator)
-            noise = torch.randn(batch.latents_bchw.shape, generator=generator)
-            timesteps = torch.randint(
-                len(denoiser.alphas_cumprod), (config.batch_size,), generator=generator
-            )
-            latents, noise, timesteps, masks, sizes = (
-                t.to(denoiser.device)
-                for t in (batch.latents_bchw, noise, timesteps, batch.masks_bhw, batch.sizes)
-            )
+            text, keep = learner.prompts.encode(batch.prompts)
+            context = _leaf(text.context)
+            pooled = None if text.pooled is None else _leaf(text.pooled)
+            samples = samples_of(batch, generator, context, pooled, keep, denoiser, config)
 
-            # Text, once for all samples: leaves take the gradients of its features.
-            text, keep = prompts.encode(batch.prompts)
-            context, pooled = (_leaf(features) for features in text)
-
-            # Loss: denoising in the valid region, and prior preservation.
-            noisy = add_noise(latents, noise, timesteps, denoiser.alphas_cumprod)
-            wanted = target(latents, noise, timesteps, denoiser.alphas_cumprod, denoiser.prediction)
-            weights = sample_weights(len(noisy), batch.prior, config.prior_weight).to(noisy)
-
-            # Gradients: of the UNet, then through it of the text encoder.
-            samples = (noisy, timesteps, context, pooled, sizes, keep, wanted, masks, weights)
+            # Gradients: of the UNet, then through the leaves of the text encoder.
             leaves = [leaf for leaf in (context, pooled) if leaf is not None]
-            own = parallel.part(samples)
-            loss = backward(partial(_loss_of, projections), own, [*parameters, *leaves])
+            loss = backward(
+                partial(loss_of, learner.projections),
+                parallel.part(samples),
+                [*learner.parameters, *leaves],
+            )
             _pass_on(leaves, [features for features in text if features is not None])
-            loss = parallel.add_up(loss, parameters)
+            loss = parallel.add_up(loss, learner.parameters)
             _check_finite(loss, len(losses) + 1, config, denoiser)
 
-            # Update.
-            if config.max_gradient_norm is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, config.max_gradient_norm)
-            optimizer.step()
-
-            # Report.
+            # Update, and report.
+            learner.step()
             losses.append(loss)
-            on_event(StepDone(len(losses), losses[-1]))
-            if learning_words and len(losses) % _DRIFT_EVERY_STEPS == 0:
-                on_event(WordsMoved(drift(words, began)))
+            on_event(StepDone(len(losses), loss))
+            if len(losses) % _DRIFT_EVERY_STEPS == 0 and (drift := learner.drift()):
+                on_event(WordsMoved(drift))
             if config.preview_every_steps and len(losses) % config.preview_every_steps == 0:
-                fixed = torch.Generator().manual_seed(config.seed)
-                noise = torch.randn(batch.latents_bchw[:1].shape, generator=fixed)
-                picture = _preview(noise, training_concepts[0], prompts, projections, denoiser)
+                picture = _preview(config, training_concepts[0], learner, denoiser, batch)
                 on_event(PreviewDrawn(len(losses), picture))
             if checkpoint_every_steps and len(losses) % checkpoint_every_steps == 0:
-                report_checkpoint()
+                on_event(learner.checkpoint(losses))
 
         if checkpoint_every_steps and len(losses) % checkpoint_every_steps:
-            report_checkpoint()
-        return learnt()
+            on_event(learner.checkpoint(losses))
+        return learner.concept(losses)
 
 
-def _loss_of(
-    projections: KeyValueProjections,
-    noisy: Tensor,
-    timesteps: Tensor,
-    context: Tensor,
-    pooled: Tensor | None,
-    sizes: Tensor,
-    keep: Tensor | None,
-    wanted: Tensor,
-    masks: Tensor,
-    weights: Tensor,
-) -> Tensor:
-    """What some samples add to the loss of a step."""
-    prediction = projections.predict(noisy, timesteps, context, pooled, sizes, keep=keep)
-    # Not as a product of vectors: where weights of the network learn, autocast would round it.
-    return (weights * sample_losses(prediction, wanted, masks)).sum()
-
-
-def _leaf(features: Tensor | None) -> Tensor | None:
+def _leaf(features: Tensor) -> Tensor:
     """The same numbers, as a tensor that gradients stop at."""
-    return None if features is None else features.detach().requires_grad_(features.requires_grad)
+    return features.detach().requires_grad_(features.requires_grad)
 
 
 def _pass_on(leaves: Sequence[Tensor], features: Sequence[Tensor]) -> None:
@@ -214,64 +128,21 @@ def _pass_on(leaves: Sequence[Tensor], features: Sequence[Tensor]) -> None:
         torch.autograd.backward(made_from, gradients)
 
 
-def _concept(
-    config: TrainConfig,
-    training_concepts: Sequence[TrainingConcept],
-    start: Concept,
-    denoiser: Denoiser,
-    base_hash: str,
-    deltas: Mapping[str, Delta],
-    words: Mapping[str, Mapping[str, Tensor]],
-    losses: list[float],
-) -> Concept:
-    taught = {
-        concept.token: ModifierToken(
-            name=concept.token,
-            class_noun=concept.class_noun,
-            initializer=concept.initializer,
-            embeddings={name: rows[concept.token].detach().cpu() for name, rows in words.items()},
-        )
-        for concept in training_concepts
-        if concept.token
-    }
-    prompts = [
-        prompt
-        for concept in training_concepts
-        for prompt in (subject(concept.token, concept.class_noun), concept.prompt)
-    ]
-    return Concept(
-        family=denoiser.family,
-        deltas=deltas,
-        tokens=tuple(({token.name: token for token in start.tokens} | taught).values()),
-        base_hash=base_hash,
-        constraint_prompts=tuple(dict.fromkeys([*start.constraint_prompts, *prompts])),
-        provenance={
-            **({"went_on_from": start.describe()} if start.tokens or start.deltas else {}),
-            "method": config.method,
-            "steps": len(losses),
-            "final_losses": losses[-_FINAL_LOSSES:],
-            "instance_images": sum(len(concept.images) for concept in training_concepts),
-            "regularization_images": sum(
-                len(concept.regularization) for concept in training_concepts
-            ),
-            "config": config.as_json(),
-        },
-    )
-
-
 def _preview(
-    noise: Tensor,
+    config: TrainConfig,
     training_concept: TrainingConcept,
-    prompts: PromptFeatures,
-    projections: KeyValueProjections,
+    learner: Learner,
     denoiser: Denoiser,
+    batch: Batch,
 ) -> Tensor:
     """A sample from the same noise every time, so that previews of one run can be compared."""
+    fixed = torch.Generator().manual_seed(config.seed)
+    noise = torch.randn(batch.latents_bchw[:1].shape, generator=fixed)
     with torch.no_grad():
-        text, _ = prompts.encode([training_concept.prompt])
-        nothing, _ = prompts.encode([""])
+        text, _ = learner.prompts.encode([training_concept.prompt])
+        nothing, _ = learner.prompts.encode([""])
         latents = ddim_sample(
-            projections.predict,
+            learner.projections.predict,
             noise.to(denoiser.device),
             text,
             nothing,
@@ -279,13 +150,6 @@ def _preview(
             denoiser.prediction,
         )
         return denoiser.preview(latents)[0].float().cpu()
-
-
-def _nothing_to_keep(config: TrainConfig) -> ConfigError:
-    return ConfigError(
-        f"What the method {config.method!r} leaves beside a UNet is a word, and no concept has "
-        f"a modifier token. Give one, '<new1>' say, or choose another method."
-    )
 
 
 def _check_finite(loss: float, step: int, config: TrainConfig, denoiser: Denoiser) -> None:

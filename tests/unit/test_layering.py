@@ -43,9 +43,8 @@ INSIDE_TRAINER = {
     "jobs": {"config", "data", "checkpoint", "events"},
     "start": {"config", "learning", "methods"},
     "prepare": {"config", "data", "learning"},
-    "loop": {
-        *("config", "checkpoint", "events", "economy", "data", "learning", "methods", "start"),
-    },
+    "learner": {"config", "checkpoint", "events", "data", "learning", "methods", "start"},
+    "loop": {"config", "checkpoint", "events", "economy", "data", "learning", "learner"},
 }
 """Rooms of the trainer, and files at its door → the others they may import. Nothing there knows
 jobs: a run has no idea that it is one.

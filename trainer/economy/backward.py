@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,17 @@ from torch.utils.checkpoint import checkpoint
 
 from ...diffusion.protocols import Denoiser
 from .frozen_layers import replaced_forward
+
+
+class Sliceable(Protocol):
+    """Samples side by side, of which a slice is the part."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self: Part, part: slice, /) -> Part: ...
+
+
+Part = TypeVar("Part", bound=Sliceable)
 
 
 class Backward:
@@ -38,23 +50,22 @@ class Backward:
 
     def __call__(
         self,
-        loss_of: Callable[..., Tensor],
-        samples: Sequence[Tensor | None],
+        loss_of: Callable[[Part], Tensor],
+        samples: Part,
         leaves: Sequence[Tensor],
     ) -> float:
         """Leaves the gradients of the loss in `leaves`, and returns it.
 
-        `loss_of` gives what some samples add to the loss; it takes the same part of each of
-        `samples`, tensors (b, ...). Raises torch.OutOfMemoryError when one at a time is too much.
+        `loss_of` gives what some of the samples add to the loss. Raises torch.OutOfMemoryError when
+        one at a time is too much.
         """
-        count = max(len(tensor) for tensor in samples if tensor is not None)
         while True:
             for leaf in leaves:
                 leaf.grad = None
             try:
-                return self._attempt(loss_of, samples, count)
+                return self._attempt(loss_of, samples)
             except torch.OutOfMemoryError:
-                at_once = self._at_once(count)
+                at_once = self._at_once(len(samples))
                 if at_once == 1 and self._checkpointing:
                     raise
                 self._checkpointing |= at_once == 1
@@ -64,15 +75,13 @@ class Backward:
                 torch.cuda.empty_cache()
             self._on_less(self._micro_batch_size, self._checkpointing)
 
-    def _attempt(
-        self, loss_of: Callable[..., Tensor], samples: Sequence[Tensor | None], count: int
-    ) -> float:
-        total, at_once = 0.0, self._at_once(count)
+    def _attempt(self, loss_of: Callable[[Part], Tensor], samples: Part) -> float:
+        total, count = 0.0, len(samples)
+        at_once = self._at_once(count)
         blocks = self._denoiser.blocks if self._checkpointing else ()
         with checkpointed(self._denoiser.network, blocks):
             for start in range(0, count, at_once):
-                part = slice(start, start + at_once)
-                loss = loss_of(*(None if tensor is None else tensor[part] for tensor in samples))
+                loss = loss_of(samples[start : start + at_once])
                 loss.backward()
                 total += float(loss.detach())
         return total

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...concept.errors import ConfigError
+from .backward import Part
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,9 @@ class DataParallel:
                 f"{self.size} or more, or fewer processes."
             )
 
-    def part(self, samples: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """This process's samples, of tensors (b, ...)."""
-        if self.size == 1:
-            return list(samples)
-        return [None if tensor is None else tensor[self.rank :: self.size] for tensor in samples]
+    def part(self, samples: Part) -> Part:
+        """This process's samples."""
+        return samples if self.size == 1 else samples[self.rank :: self.size]
 
     def add_up(self, loss: float, parameters: Sequence[Tensor]) -> float:
         """Sums the gradients of all processes, and their losses. Every process must come here."""

@@ -1,0 +1,131 @@
+"""What learns in a run (words, keys and values, further weights of the network), and the concept
+that it is so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from ..concept.concept import Concept, ModifierToken
+from ..concept.errors import ConfigError
+from ..concept.prompts import subject
+from ..concept.text import TextEncoder
+from ..diffusion.protocols import Denoiser
+from .checkpoint import Checkpoint
+from .config import TrainConfig
+from .data.training_concept import TrainingConcept
+from .events import CheckpointDue
+from .learning.network_weights import NetworkWeights
+from .learning.optimizer import make_optimizer
+from .learning.prompt_features import PromptFeatures
+from .learning.tokens import drift, words_to_teach
+from .methods import METHODS
+from .start import check_start
+
+_FINAL_LOSSES = 20
+
+
+class Learner:
+    """Everything that a run changes, all of it in float32, as `config.method` chooses it."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        training_concepts: Sequence[TrainingConcept],
+        start: Concept | None,
+        denoiser: Denoiser,
+        text_encoder: TextEncoder,
+    ) -> None:
+        """Raises ConfigError and IncompatibleModelError for what cannot be learnt on this model."""
+        self._config, self._training_concepts = config, training_concepts
+        self._family = denoiser.family
+        self._start = start = start or Concept(denoiser.family, {})
+        self._method = method = METHODS[config.method]
+        further_layers = method.further_layers(denoiser)
+        check_start(start, denoiser, config)
+        words = words_to_teach(training_concepts, start, text_encoder, denoiser.device)
+        self._words = words
+        self._began = {
+            name: {token: row.detach().clone() for token, row in rows.items()}
+            for name, rows in words.items()
+        }
+        self._learning_words = words if method.learns_words else {}
+        known = {name: {**r, **words.get(name, {})} for name, r in start.embeddings().items()}
+        self.prompts = PromptFeatures(
+            text_encoder.with_tokens(known), self._learning_words, config.gradient_cut
+        )
+        self.projections = method.projections(denoiser, start.deltas, config)
+        self._network = NetworkWeights(denoiser, start.deltas, further_layers, method.whole_network)
+        rows = [row for tokens in self._learning_words.values() for row in tokens.values()]
+        self.parameters: list[Tensor] = [
+            *self.projections.parameters(),
+            *rows,
+            *self._network.parameters(),
+        ]
+        if not words and (method.whole_network or not self.parameters):
+            raise ConfigError(
+                f"What the method {config.method!r} leaves beside a UNet is a word, and no concept "
+                f"has a modifier token. Give one, '<new1>' say, or choose another method."
+            )
+        self.optimizer = make_optimizer(config, self.parameters)
+        self._base_hash = self.projections.base_hash  # of the network's own keys and values
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """While the context lasts the network uses what learns; afterwards its own again."""
+        with self.projections.installed(), self._network.learning():
+            yield
+
+    def step(self) -> None:
+        """One update by the gradients that the parameters have."""
+        if self._config.max_gradient_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self._config.max_gradient_norm)
+        self.optimizer.step()
+
+    def drift(self) -> dict[str, float]:
+        """How far each word that learns has moved; empty where none does."""
+        return dict(drift(self._words, self._began)) if self._learning_words else {}
+
+    def concept(self, losses: Sequence[float]) -> Concept:
+        """What is learnt after these steps, with all that the run went on from."""
+        start = self._start
+        concepts = self._training_concepts
+        taught = {concept.token: self._token(concept) for concept in concepts if concept.token}
+        prompts = [
+            prompt
+            for concept in concepts
+            for prompt in (subject(concept.token, concept.class_noun), concept.prompt)
+        ]
+        return Concept(
+            family=self._family,
+            deltas={**self.projections.deltas(), **self._network.deltas()},
+            tokens=tuple(({token.name: token for token in start.tokens} | taught).values()),
+            base_hash=self._base_hash,
+            constraint_prompts=tuple(dict.fromkeys([*start.constraint_prompts, *prompts])),
+            provenance={
+                **({"went_on_from": start.describe()} if start.tokens or start.deltas else {}),
+                "method": self._config.method,
+                "steps": len(losses),
+                "final_losses": list(losses[-_FINAL_LOSSES:]),
+                "instance_images": sum(len(concept.images) for concept in concepts),
+                "regularization_images": sum(len(concept.regularization) for concept in concepts),
+                "config": self._config.as_json(),
+            },
+        )
+
+    def checkpoint(self, losses: Sequence[float]) -> CheckpointDue:
+        """What a run goes on from, and the concept until then, where it is one."""
+        whole = self._method.whole_network
+        concept = None if whole else self.concept(losses)
+        return CheckpointDue(Checkpoint.of(self.optimizer, losses), concept)
+
+    def _token(self, concept: TrainingConcept) -> ModifierToken:
+        return ModifierToken(
+            name=concept.token,
+            class_noun=concept.class_noun,
+            initializer=concept.initializer,
+            embeddings={n: rows[concept.token].detach().cpu() for n, rows in self._words.items()},
+        )

@@ -1,0 +1,91 @@
+"""What one step computes a loss of: samples side by side, of which a part can be taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from ...diffusion.noise import add_noise, target
+from ...diffusion.protocols import Denoiser
+from ..config import TrainConfig
+from ..data.latents import Batch
+from .objective import sample_losses, sample_weights
+from .projections import KeyValueProjections
+
+
+@dataclass(frozen=True)
+class Samples:
+    """All on the device that trains. A slice of it is its part of the samples."""
+
+    noisy_latents_bchw: Tensor
+    timesteps: Tensor
+    context: Tensor
+    """Features of the prompts (b, n, d)"""
+    pooled: Tensor | None
+    """(b, w), for UNets that read it"""
+    sizes: Tensor
+    keep: Tensor | None
+    """One where gradients of keys and values may pass (b, n)"""
+    target_bchw: Tensor
+    masks_bhw: Tensor
+    weights: Tensor
+    """What each sample's loss counts"""
+
+    def __len__(self) -> int:
+        return len(self.noisy_latents_bchw)
+
+    def __getitem__(self, part: slice) -> Samples:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: v[part] for k, v in values.items() if v is not None})
+
+
+def samples_of(
+    batch: Batch,
+    generator: torch.Generator,
+    context: Tensor,
+    pooled: Tensor | None,
+    keep: Tensor | None,
+    denoiser: Denoiser,
+    config: TrainConfig,
+) -> Samples:
+    """A batch with the noise and the timesteps that `generator` draws, and its text."""
+    noise = torch.randn(batch.latents_bchw.shape, generator=generator)
+    timesteps = torch.randint(
+        len(denoiser.alphas_cumprod), (config.batch_size,), generator=generator
+    )
+    latents, noise, timesteps, masks, sizes = (
+        tensor.to(denoiser.device)
+        for tensor in (batch.latents_bchw, noise, timesteps, batch.masks_bhw, batch.sizes)
+    )
+    schedule, prediction = denoiser.alphas_cumprod, denoiser.prediction
+    noisy = add_noise(latents, noise, timesteps, schedule)
+    return Samples(
+        noisy_latents_bchw=noisy,
+        timesteps=timesteps,
+        context=context,
+        pooled=pooled,
+        sizes=sizes,
+        keep=keep,
+        target_bchw=target(latents, noise, timesteps, schedule, prediction),
+        masks_bhw=masks,
+        weights=sample_weights(len(noisy), batch.prior, config.prior_weight).to(noisy),
+    )
+
+
+def loss_of(projections: KeyValueProjections, samples: Samples) -> Tensor:
+    """What some samples add to the loss of a step: denoising where a picture counts, and prior
+    preservation.
+    """
+    prediction = projections.predict(
+        samples.noisy_latents_bchw,
+        samples.timesteps,
+        samples.context,
+        samples.pooled,
+        samples.sizes,
+        keep=samples.keep,
+    )
+    losses = sample_losses(prediction, samples.target_bchw, samples.masks_bhw)
+    # Not as a product of vectors: where weights of the network learn, autocast would round it.
+    return (samples.weights * losses).sum()
