@@ -22,22 +22,9 @@ VENV, VENV_LOWEST = ROOT / ".venv", ROOT / ".venv-lowest"
 BIN = Path("Scripts" if os.name == "nt" else "bin")  # in either
 PYPROJECT = ROOT / "pyproject.toml"
 CONSTRAINTS = ROOT / "tests" / "constraints.txt"
-# Everything but the ComfyUI glue, whose types ComfyUI does not publish.
 STRICTLY_TYPED = [
-    "concept",
-    "diffusion",
-    "pictures",
-    "merge",
-    "compression",
-    "inspection",
-    "trainer",
-    "formats",
-    "host.clip",
-    "host.diffusers",
-    "host.http",
-    "host.open_clip",
-    "miniature",
-    "cli",
+    *("concept", "diffusion", "pictures", "merge", "compression", "inspection", "formats"),
+    *("trainer", "host", "nodes", "miniature", "cli"),
 ]
 TWO_AT_A_TIME = ["-n2", "--dist=loadfile", "--no-loadscope-reorder"]
 LOWEST_PYTHON = "3.10"

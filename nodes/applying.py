@@ -1,5 +1,7 @@
 """Concepts on a loaded model."""
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..host.comfyui.apply import apply_concept
@@ -33,7 +35,7 @@ class ApplyKVDelta(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, concept, strength: float) -> io.NodeOutput:
+    def execute(cls, model: Any, clip: Any, concept: Any, strength: float) -> io.NodeOutput:
         return io.NodeOutput(*apply_concept(model, clip, concept, strength))
 
 

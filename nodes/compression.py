@@ -1,5 +1,7 @@
 """Making concepts small."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from comfy_api.latest import io
@@ -71,7 +73,7 @@ class CompressConcept(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, concept, target) -> io.NodeOutput:
+    def execute(cls, concept: Any, target: Any) -> io.NodeOutput:
         value = {name: given for name, given in target.items() if name != "target"}
         compressed, report = compress(concept, **value)
         picture = spectrum_plot(concept, report.spectra, report.ranks())

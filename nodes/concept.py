@@ -1,5 +1,7 @@
 """What to teach, and what a training will see of it."""
 
+from typing import Any
+
 from comfy_api.latest import io, ui
 
 from ..host.comfyui.inputs import (
@@ -100,16 +102,16 @@ class CustomDiffusionConcept(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        folder,
-        class_noun,
-        modifier_token,
-        regularization_folder,
-        initializer,
-        kind,
-        images=None,
-        masks=None,
-        captions=None,
-        regularization_set=None,
+        folder: Any,
+        class_noun: Any,
+        modifier_token: Any,
+        regularization_folder: Any,
+        initializer: Any,
+        kind: Any,
+        images: Any = None,
+        masks: Any = None,
+        captions: Any = None,
+        regularization_set: Any = None,
     ) -> io.NodeOutput:
         concept = training_concept(
             images=images or [],
@@ -150,7 +152,7 @@ class CustomDiffusionViews(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, concept, **settings) -> io.NodeOutput:
+    def execute(cls, concept: Any, **settings: Any) -> io.NodeOutput:
         sheet = draw_contact_sheet(concept, TrainConfig(**settings))
         return io.NodeOutput(sheet, ui=ui.PreviewImage(sheet, cls=cls))
 

@@ -1,5 +1,7 @@
 """Concepts on disk."""
 
+from typing import Any
+
 import torch
 from comfy_api.latest import io
 
@@ -58,7 +60,7 @@ class LoadConcept(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, concept_name: str, rename_token: str, class_noun: str = "", model=None
+        cls, concept_name: str, rename_token: str, class_noun: str = "", model: Any = None
     ) -> io.NodeOutput:
         base = None if model is None else base_model(model)
         opened = open_concept(concept_path(concept_name), base, class_noun.strip())
@@ -91,7 +93,7 @@ class SaveConcept(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, concept, name: str, precision: str) -> io.NodeOutput:
+    def execute(cls, concept: Any, name: str, precision: str) -> io.NodeOutput:
         path = write_new_concept(concept, concept_folder(), name, PRECISIONS[precision])
         return io.NodeOutput(ui=told(f"{path.name}, {size_of(path)}"))
 
@@ -123,7 +125,9 @@ class ExportConcept(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, concept, format: str, name: str, precision: str, model=None) -> io.NodeOutput:
+    def execute(
+        cls, concept: Any, format: str, name: str, precision: str, model: Any = None
+    ) -> io.NodeOutput:
         base = None if model is None else base_model(model)
         path = export_folder(format) / safe_file_name(name)
         paths = export_concept(

@@ -1,5 +1,7 @@
 """Looking at a concept."""
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..host.comfyui.inspection import fit_to_model
@@ -30,7 +32,7 @@ class InspectConcept(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, concept, model=None) -> io.NodeOutput:
+    def execute(cls, concept: Any, model: Any = None) -> io.NodeOutput:
         fit = None if model is None else fit_to_model(concept, model)
         found = inspect_concept(concept, fit=fit)
         shown = told(*found.lines(), warnings=found.warnings(), table=found.table())

@@ -1,6 +1,7 @@
 """Looking at a training while it goes on, and using what it has learnt by then."""
 
 import time
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -48,7 +49,7 @@ class TrainingJob(io.ComfyNode):
         return time.time()  # a job changes without its inputs
 
     @classmethod
-    def execute(cls, job_id, checkpoint) -> io.NodeOutput:
+    def execute(cls, job_id: Any, checkpoint: Any) -> io.NodeOutput:
         results = job_results(job_id.strip(), best=checkpoint == _BEST)
         return io.NodeOutput(*results, ui=told(results[-1]))
 

@@ -80,7 +80,9 @@ class ConceptMerge(io.ComfyNode):
         return captions_fingerprint(regularization_captions)
 
     @classmethod
-    def execute(cls, clip, concepts, regularization_captions, relative_ridge) -> io.NodeOutput:
+    def execute(
+        cls, clip: Any, concepts: Any, regularization_captions: Any, relative_ridge: Any
+    ) -> io.NodeOutput:
         numbers = range(1, int(concepts["concepts"]) + 1)
         given = [concepts[f"concept_{number}"] for number in numbers]
         merged, report = merge_in_comfyui(

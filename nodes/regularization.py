@@ -1,5 +1,7 @@
 """Regularization sets: captioned pictures of the class that keep the model from drifting."""
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..host.comfyui.paths import NO_FOLDER, clip_weight_files, input_folders
@@ -49,7 +51,7 @@ class DrawRegularization(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, vae, **settings) -> io.NodeOutput:
+    def execute(cls, model: Any, clip: Any, vae: Any, **settings: Any) -> io.NodeOutput:
         return io.NodeOutput(draw_regularization(model, clip, vae, **settings))
 
 
@@ -110,7 +112,7 @@ class RetrieveRegularization(io.ComfyNode):
         return clip_problem(clip_model, clip_weights) or True
 
     @classmethod
-    def execute(cls, collection, **settings) -> io.NodeOutput:
+    def execute(cls, collection: Any, **settings: Any) -> io.NodeOutput:
         return io.NodeOutput(retrieve_regularization(collection, **settings))
 
 

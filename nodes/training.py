@@ -1,6 +1,6 @@
 """Teaching a concept: what to teach, and the training itself."""
 
-from typing import get_args
+from typing import Any, get_args
 
 from comfy_api.latest import io
 
@@ -182,19 +182,19 @@ class CustomDiffusionTrain(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
-        clip,
-        vae,
-        concepts,
-        name,
-        method,
-        wait,
-        checkpoint_every_steps,
-        share_device,
-        keep_on_interrupt,
-        keep_best,
-        start=None,
-        **settings,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        concepts: Any,
+        name: Any,
+        method: Any,
+        wait: Any,
+        checkpoint_every_steps: Any,
+        share_device: Any,
+        keep_on_interrupt: Any,
+        keep_best: Any,
+        start: Any = None,
+        **settings: Any,
     ) -> io.NodeOutput:
         node_id = str(cls.hidden.unique_id)
         job = start_training(

@@ -21,6 +21,7 @@ def told(
     """What a node shows of itself after it ran: web/js/node_notes.js draws it, `text` is for those
     who read the history. The first row of a table is its head.
     """
-    shown = {"lines": lines, "warnings": list(warnings), "table": table}
-    text = "\n".join([*lines, *("\t".join(row) for row in table), *shown["warnings"]])
+    warned = list(warnings)
+    shown = {"lines": lines, "warnings": warned, "table": table}
+    text = "\n".join([*lines, *("\t".join(row) for row in table), *warned])
     return {"custom_diffusion": [shown], "text": [text], **more}

@@ -171,9 +171,10 @@ def _from_tensors(
             )
     # ComfyUI's loader of folders leaves a caption empty where there is no .txt file.
     texts = [text.strip() or default for text in captions or [""] * len(pictures)]
+    beside: Sequence[Image.Image | None] = shades or [None] * len(pictures)
     return tuple(
-        CaptionedImage(*parts)
-        for parts in zip(pictures, texts, shades or [None] * len(pictures), strict=True)
+        CaptionedImage(picture, text, mask)
+        for picture, text, mask in zip(pictures, texts, beside, strict=True)
     )
 
 

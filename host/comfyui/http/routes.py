@@ -52,12 +52,12 @@ def _metrics(sent: Values) -> dict[str, Any]:
     return {"after": sent["after"], "losses": _job(sent).losses(sent["after"])}
 
 
-def _graph(sent: Values) -> dict[str, Any]:
+def _graph(sent: Values) -> Mapping[str, Any]:
     job = _job(sent)
     graph = job.folder.description.graph
     if not graph:
         raise JobError(f"The training job {job.id} has no graph to queue again.")
-    return graph  # type: ignore[no-any-return]
+    return graph
 
 
 def _sample(sent: Values) -> Path:

@@ -204,16 +204,12 @@ def _encoded(
 ) -> list[LatentBank]:
     """With progress on the node."""
     progress = comfy.utils.ProgressBar(1)
+
+    def show(before: int, done: int, total: int) -> None:
+        progress.update_absolute(before * total + done, len(concepts) * total)
+
     return [
-        prepare(
-            concept,
-            config,
-            latent_encoder,
-            encoder,
-            lambda done, total, before=index: progress.update_absolute(
-                before * total + done, len(concepts) * total
-            ),
-        )
+        prepare(concept, config, latent_encoder, encoder, partial(show, index))
         for index, concept in enumerate(concepts)
     ]
 

@@ -9,7 +9,7 @@ patches in them.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import comfy.latent_formats
@@ -70,7 +70,7 @@ class ComfyDenoiser:
         with torch.inference_mode(False), torch.no_grad():
             self.alphas_cumprod = 1 / (1 + sampling.sigmas.float().cpu().clone().square())
             self.network: nn.Module = _empty_unet(model, dtype)
-            self.projections = _projections(self.network)
+            self.projections: Mapping[str, str] = _projections(self.network)
             self.blocks: Sequence[str] = [
                 path for path, _ in self.network.named_modules() if _BLOCK.match(path)
             ]
@@ -176,7 +176,8 @@ class _Layers:
 def _empty_unet(model: Any, dtype: torch.dtype) -> nn.Module:
     config = {**model.model.model_config.unet_config, "dtype": dtype}
     config.pop("disable_unet_model_creation", None)
-    return UNetModel(**config, device="meta", operations=_Layers)
+    network: nn.Module = UNetModel(**config, device="meta", operations=_Layers)
+    return network
 
 
 def _pytorch_attention(_chosen: Any, *args: Any, **kwargs: Any) -> Tensor:
