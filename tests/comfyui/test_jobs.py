@@ -354,7 +354,7 @@ def test_the_command_line_steers_the_jobs_of_a_server(
         return output.out
 
     for name in ("cat", "second", "third"):
-        bench.run(train(name))
+        bench.run(kept_loaded(train(name)))
     first, second, third = (one["id"] for one in jobs(bench))
     until(lambda: jobs(bench)[0]["step"] >= 3, "step 3")
     assert told("list").splitlines()[-1].endswith(f"{second}, {third}")

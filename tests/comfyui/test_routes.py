@@ -173,9 +173,10 @@ def test_a_thumbnail_is_of_the_kind_that_it_is(bench: Bench) -> None:
     assert slash.status == 200 and json.loads(slash.body)["name"] == "below/page.safetensors"
 
 
-def test_numbers_that_are_not_finite_come_as_null(bench: Bench) -> None:
+def test_losses_end_before_a_line_that_is_none(bench: Bench) -> None:
+    """NaN is no loss of ours: what follows it in a stranger's file is not told either."""
     answer = bench.ask(f"{JOBS}/{bench.finished}/metrics")
-    assert json.loads(answer.body, parse_constant=refuse_constant)["losses"] == [0.5, None, None]
+    assert json.loads(answer.body, parse_constant=refuse_constant)["losses"] == [0.5]
 
 
 def test_names_that_cannot_be_written_do_not_break_the_list(bench: Bench) -> None:

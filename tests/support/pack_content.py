@@ -16,6 +16,7 @@ from PIL import Image
 from support.concepts import random_concept
 
 GRAPH = {"1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "none"}}}
+LOSSES = (0.5, float("nan"), 0.25)
 SAMPLE_STEP = 2
 DIRECTORY_STEP = 4
 PIPE_STEP = 6
@@ -34,9 +35,11 @@ def write_jobs(folder: Path) -> list[str]:
     (samples / f"{DIRECTORY_STEP:09}.png").mkdir()
     os.mkfifo(samples / f"{PIPE_STEP:09}.png")
     (samples / f"{PAGE_STEP:09}.png").write_bytes(PAGE)
-    with finished.metrics_after([0.5, float("nan"), float("inf")]):
-        pass
-    finished.write_outcome({"state": "finished", "step": 3, "notes": ["a note"]})
+    lines = [{"step": n, "loss": loss, "time": None} for n, loss in enumerate(LOSSES, start=1)]
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)  # as nobody writes them: NaN
+    (finished.path / "metrics.jsonl").write_text(text)
+    outcome = {"state": "finished", "step": 3, "notes": ["a note"]}
+    (finished.path / "outcome.json").write_text(json.dumps(outcome))
     paused = JobFolder.create(folder, "paused", {"steps": 5})
     return [finished.id, paused.id]
 

@@ -22,12 +22,21 @@ from ...concept.errors import CustomDiffusionError, JobError, ModelsGoneError
 from ..events import CheckpointDue, Event, MemoryShort, PreviewDrawn, StepDone, WordsMoved
 from .folder import JobFolder
 from .records import Outcome
-from .snapshot import ACTIVE, ENDED, JobState, Snapshot, outcome_of, snapshot_on_disk
+from .snapshot import (
+    ACTIVE,
+    ENDED,
+    JobState,
+    Pace,
+    Snapshot,
+    failure,
+    not_now,
+    outcome_of,
+    snapshot_on_disk,
+)
 from .work import Work
 
 log = logging.getLogger("custom_diffusion")
 _POLL_S = 0.05
-_AVERAGED_STEPS = 20
 
 
 class Job:
@@ -49,7 +58,7 @@ class Job:
         """What the loop was left for"""
         self._losses: list[float] = []
         self._ended = threading.Event()
-        self._last_step_s = 0.0
+        self._pace = Pace()
         self._snapshot: Snapshot
         self._outcome: Outcome | None = None
         """As the folder had it when it was looked at last"""
@@ -120,7 +129,7 @@ class Job:
             if state is JobState.PAUSED:
                 return
             if self._work is None:
-                raise self._not_now(state)
+                raise not_now(self.id, state)
             self._ask(JobState.PAUSED)
 
     def stop(self) -> None:
@@ -140,7 +149,7 @@ class Job:
                 file = self.folder.newest_concept()
                 self._end_at_once(state=JobState.STOPPED, concept_file=file)
             else:
-                raise self._not_now(state)
+                raise not_now(self.id, state)
 
     def queue(self, work: Work | None = None) -> None:
         """Makes the job ready to be run (again): from where it is, with new work where given.
@@ -151,7 +160,7 @@ class Job:
             state = self.snapshot().state
             if state in ACTIVE:
                 if self._work is None:
-                    raise self._not_now(state)
+                    raise not_now(self.id, state)
                 if self._asked is JobState.PAUSED:  # it has not come to that
                     self._asked = None
                 return
@@ -159,7 +168,7 @@ class Job:
             if self.folder.description.fault:
                 raise JobError(self.folder.description.fault)
             if work is None and state is JobState.FINISHED:
-                raise self._not_now(state)
+                raise not_now(self.id, state)
             if work is None:
                 raise JobError(
                     f"The training job {self.id} is {state.value} at step "
@@ -199,14 +208,14 @@ class Job:
             if work is None or self._snapshot.state is not JobState.QUEUED:
                 return
             self._update(state=JobState.PREPARING)
-        end: dict[str, Any] = _failed("the trainer thread was ended")
+        end: dict[str, Any] = failure("the trainer thread was ended")
         try:
             with self.folder.locked():
                 end = self._run(work)
                 self._write_outcome(end)
         except JobError as error:  # the folder is another process's, or cannot be written
             log.error("training job %s: %s", self.id, error)
-            end = _failed(error)
+            end = failure(error)
         finally:
             self._become(end)  # now that the folder is free for others
 
@@ -219,7 +228,7 @@ class Job:
             return self._left_before_its_turn()
         except BaseException as error:  # also SystemExit, which would end the thread without a word
             log.exception("training job %s failed", self.id)
-            return _failed(error, traceback.format_exc())
+            return failure(error, traceback.format_exc())
 
     def _train_and_save(self, work: Work) -> dict[str, Any]:
         checkpoint, problems = self.folder.newest_checkpoint()
@@ -230,7 +239,7 @@ class Job:
             self._update(step=len(self._losses))
         for problem in problems:
             self._note(f"{problem} So the training goes on from step {len(self._losses)}.")
-        self._last_step_s = time.monotonic()
+        self._pace.begin()
         with work.turn(lambda: self._should_leave(work)) as ready:
             if not ready:
                 return self._left_before_its_turn()
@@ -260,7 +269,7 @@ class Job:
             if not self._snapshot.waiting:
                 self._update(waiting=True)
             time.sleep(_POLL_S)
-            self._last_step_s = time.monotonic()
+            self._pace.begin()
         if self._snapshot.waiting:
             self._update(waiting=False)
         self._leaves_to = self._asked
@@ -275,7 +284,7 @@ class Job:
                     state=JobState.RUNNING,
                     step=event.step,
                     loss=event.loss,
-                    seconds_per_step=self._pace(self._snapshot.seconds_per_step),
+                    seconds_per_step=self._pace.step(self._snapshot.seconds_per_step),
                 )
         elif isinstance(event, WordsMoved):
             self._update(drift=event.drift)
@@ -305,11 +314,6 @@ class Job:
     def _note(self, trouble: str) -> None:
         log.warning("training job %s: %s", self.id, trouble)
         self._update(notes=(*self._snapshot.notes, trouble))
-
-    def _pace(self, before: float | None) -> float:
-        now = time.monotonic()
-        last, self._last_step_s = now - self._last_step_s, now
-        return last if before is None else before + (last - before) / _AVERAGED_STEPS
 
     def _ask(self, what: JobState) -> None:
         """What a job that only waits becomes at once, and one that runs after its step."""
@@ -353,11 +357,3 @@ class Job:
             if self._snapshot.state not in ACTIVE:
                 self.folder.release()  # others may have it
         self._on_change(self)
-
-    def _not_now(self, state: JobState) -> JobError:
-        where = "" if state in ENDED else " in another process: do it there"
-        return JobError(f"The training job {self.id} is {state.value}{where}.")
-
-
-def _failed(error: object, log: str = "") -> dict[str, Any]:
-    return {"state": JobState.FAILED, "error": str(error) or type(error).__name__, "log": log}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -11,8 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ...concept.errors import JobError
 from .folder import JobFolder
 from .records import MOST_NOTES, Outcome, text_that_fits
+
+_AVERAGED_STEPS = 20
 
 
 class JobState(str, Enum):
@@ -77,6 +81,33 @@ class Snapshot:
             "error": self.error,
             "concept_file": self.concept_file.name if self.concept_file else None,
         }
+
+
+class Pace:
+    """Seconds per step, lately; the time that a job waits does not count."""
+
+    def __init__(self) -> None:
+        self._last_step_s = 0.0
+
+    def begin(self) -> None:
+        """From now on time counts."""
+        self._last_step_s = time.monotonic()
+
+    def step(self, before: float | None) -> float:
+        """After a step, from what it was before."""
+        now = time.monotonic()
+        last, self._last_step_s = now - self._last_step_s, now
+        return last if before is None else before + (last - before) / _AVERAGED_STEPS
+
+
+def failure(error: object, log: str = "") -> dict[str, Any]:
+    """What becomes of the snapshot of a job that failed."""
+    return {"state": JobState.FAILED, "error": str(error) or type(error).__name__, "log": log}
+
+
+def not_now(job_id: str, state: JobState) -> JobError:
+    where = "" if state in ENDED else " in another process: do it there"
+    return JobError(f"The training job {job_id} is {state.value}{where}.")
 
 
 def outcome_of(snapshot: Snapshot) -> Outcome:
