@@ -25,6 +25,7 @@ _JPEG_ORIENTATION = 0xE1
 _JPEG_NOTHING = (0x00, *range(0xD0, 0xD9), 0xFF)
 """Markers without a segment, and what only fills the place before one"""
 _JPEG_SCAN, _JPEG_END = 0xDA, 0xD9
+_GIF_EXTENSION, _GIF_CONTROL = 0x21, 0xF9
 _TIFF_ORDERS: dict[bytes, tuple[Literal["little", "big"], str]] = {
     b"II": ("little", "<"),
     b"MM": ("big", ">"),
@@ -40,12 +41,15 @@ _TIFF_MOST_TAGS, _TIFF_MOST_DIRECTORIES = 1 << 16, 8
 
 def without_comments(content: bytes) -> bytes:
     """The same PNG without texts, profiles and later frames, the same JPEG without comments and
-    what programs have added. Other content comes back as it is.
+    what programs have added, the same GIF without the comments before its first frame, which older
+    Pillows read ever more slowly. Other content comes back as it is.
     """
     if content.startswith(_PNG):
         return b"".join([_PNG, *_png_chunks(content)])
     if content.startswith(b"\xff\xd8"):
         return b"".join([content[:2], *_jpeg_segments(content)])
+    if content.startswith((b"GIF87a", b"GIF89a")) and len(content) > 13:
+        return b"".join(_gif_blocks(content))
     return content
 
 
@@ -115,3 +119,18 @@ def _jpeg_segments(content: bytes) -> Iterator[bytes]:
         start = content.find(b"\xff", end)
     if start >= 0:
         yield content[start:]
+
+
+def _gif_blocks(content: bytes) -> Iterator[bytes]:
+    flags = content[10]
+    start = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    yield content[:start]
+    while start + 2 < len(content) and content[start] == _GIF_EXTENSION:
+        end = start + 2
+        while end < len(content) and content[end]:
+            end += 1 + content[end]
+        end += 1
+        if content[start + 1] == _GIF_CONTROL:
+            yield content[start:end]
+        start = end
+    yield content[start:]
