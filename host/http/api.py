@@ -1,7 +1,7 @@
 """The routes over HTTP as one table. The server answers what stands here and `openapi.py` describes
 it, so neither can say what the other does not know.
 
-It knows neither ComfyUI nor aiohttp. What answers a route is in `comfyui/routes.py`.
+It knows neither ComfyUI nor aiohttp. What answers a route is in `host/comfyui/http/routes.py`.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Endpoint:
     """Below `PREFIX`"""
     summary: str
     answer: str
-    """Name of its schema in `http_schemas.SCHEMAS`, or `PICTURE`"""
+    """Name of its schema in `schemas.SCHEMAS`, or `PICTURE`"""
     parameters: tuple[Parameter, ...] = ()
     lane: Lane = "jobs"
     conflict: str = ""

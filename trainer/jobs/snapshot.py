@@ -49,7 +49,7 @@ class Snapshot:
     seconds_per_step: float | None = None
     """Lately; without the time it waited"""
     drift: Mapping[str, float] = field(default_factory=dict)
-    """How far the modifier tokens have moved: `trainer.tokens.drift`"""
+    """How far the modifier tokens have moved: `trainer.learning.tokens.drift`"""
     preview_hwc: Tensor | None = None
     preview_step: int = 0
     notes: tuple[str, ...] = ()

@@ -2,7 +2,7 @@
 
 Jobs are found in the service's list, never by a path that somebody sends; concepts by ComfyUI's own
 lookup of model files, which does not leave their folders. What may be sent and what is answered
-stands in `http_api.py`, and has been checked when a function here is called.
+stands in `host/http/api.py`, and has been checked when a function here is called.
 """
 
 from __future__ import annotations
