@@ -39,6 +39,24 @@ def split_at_tokens(text: str, tokens: Iterable[str]) -> list[str]:
     return [piece for piece in re.split(pattern, text) if piece]
 
 
+def own_positions(
+    token_ids: Sequence[int], token_word_ids: Sequence[int], noun_ids: Sequence[int]
+) -> list[int]:
+    """Positions of a concept's own words in a prompt: V* wherever it stands, and the class noun
+    where it follows V* at once; of a concept without a token its noun wherever that stands.
+    """
+    ids, token, noun = list(token_ids), list(token_word_ids), list(noun_ids)
+    first = token or noun
+    own: list[int] = []
+    for start in range(len(ids) - len(first) + 1) if first else ():
+        if ids[start : start + len(first)] == first:
+            end = start + len(first)
+            if token and noun and ids[end : end + len(noun)] == noun:
+                end += len(noun)
+            own += range(start, end)
+    return own
+
+
 def constrained_positions(token_ids: Sequence[int], subject_ids: Sequence[int]) -> range:
     """Positions that a merge constrains: the subject (V* and class noun) to the end-of-text token.
 

@@ -19,7 +19,7 @@ MethodName = Literal[
 ]
 """What learns: `trainer/methods/` has a file for each."""
 OptimizerName = Literal["adamw", "adamw 8-bit"]
-GradientCut = Literal["none", "start", "start and padding"]
+GradientCut = Literal["none", "start", "start and padding", "own words"]
 Fit = Literal["crop", "letterbox"]
 
 

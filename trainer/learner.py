@@ -55,7 +55,10 @@ class Learner:
         self._learning_words = words if method.learns_words else {}
         known = {name: {**r, **words.get(name, {})} for name, r in start.embeddings().items()}
         self.prompts = PromptFeatures(
-            text_encoder.with_tokens(known), self._learning_words, config.gradient_cut
+            text_encoder.with_tokens(known),
+            self._learning_words,
+            config.gradient_cut,
+            [(concept.token, concept.class_noun) for concept in training_concepts],
         )
         self.projections = method.projections(denoiser, start.deltas, config)
         self._network = NetworkWeights(denoiser, start.deltas, further_layers, method.whole_network)

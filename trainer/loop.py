@@ -78,10 +78,10 @@ def train(
             # Data: latents, noise, timesteps; text, once for all samples, as leaves.
             rng, generator = step_randomness(config.seed, len(losses))
             batch = batch_of_step(banks, config, len(losses), rng, generator)
-            text, keep = learner.prompts.encode(batch.prompts)
+            text, keep, own = learner.prompts.encode(batch.prompts)
             context = _leaf(text.context)
             pooled = None if text.pooled is None else _leaf(text.pooled)
-            samples = samples_of(batch, generator, context, pooled, keep, denoiser, config)
+            samples = samples_of(batch, generator, context, pooled, keep, own, denoiser, config)
 
             # Gradients: of the UNet, then through the leaves of the text encoder.
             leaves = [leaf for leaf in (context, pooled) if leaf is not None]
@@ -139,10 +139,11 @@ def _preview(
     fixed = torch.Generator().manual_seed(config.seed)
     noise = torch.randn(batch.latents_bchw[:1].shape, generator=fixed)
     with torch.no_grad():
-        text, _ = learner.prompts.encode([training_concept.prompt])
-        nothing, _ = learner.prompts.encode([""])
+        text, _, own = learner.prompts.encode([training_concept.prompt])
+        nothing, _, not_own = learner.prompts.encode([""])
+        both = None if own is None or not_own is None else torch.cat([own, not_own])
         latents = ddim_sample(
-            learner.projections.predict,
+            partial(learner.projections.predict, own=both),
             noise.to(denoiser.device),
             text,
             nothing,

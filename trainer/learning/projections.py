@@ -94,13 +94,21 @@ class KeyValueProjections(ABC):
         sizes: Tensor | None = None,
         *,
         keep: Tensor | None = None,
+        own: Tensor | None = None,
     ) -> Tensor:
         """The network's prediction with these projections, while they are installed.
 
         `keep` (b, n) is one where gradients of keys and values may pass, zero where they are cut.
+        `own` (b, n) is one where keys and values change at all: K_j = W₀ c_j + m_j ΔW c_j (spliced
+        training, after LatexBlend, Jin et al., CVPR 2025). Without it they change everywhere.
         """
         context = context.to(self._denoiser.device, self._denoiser.dtype)
-        keys_values = self._keys_values(context)
+        if own is None:
+            keys_values = self._keys_values(context)
+        else:
+            rows = own.nonzero(as_tuple=True)
+            unchanged = torch.cat([F.linear(context, w.to(context)) for w in self._weights], -1)
+            keys_values = unchanged.index_put(rows, self._keys_values(context[rows]))
         if keep is not None and keys_values.requires_grad:
             passing = keep[:, :, None].to(keys_values)
             keys_values.register_hook(lambda gradient: gradient * passing)

@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...concept.prompts import own_positions
 from ...concept.text import TextEncoder, TextFeatures
 from ..config import GradientCut
+
+
+class PromptText(NamedTuple):
+    """What a step reads of its prompts."""
+
+    features: TextFeatures
+    keep: Tensor | None
+    """One where keys and values may pass gradients (b, n); None where all may"""
+    own: Tensor | None
+    """One where keys and values change at all (b, n); None where all do"""
 
 
 class PromptFeatures:
     """Features of prompts: with a new token at every step, without one once."""
 
     def __init__(
-        self, encoder: TextEncoder, words: Mapping[str, Iterable[str]], cut: GradientCut
+        self,
+        encoder: TextEncoder,
+        words: Mapping[str, Iterable[str]],
+        cut: GradientCut,
+        subjects: Sequence[tuple[str, str]] = (),
     ) -> None:
-        self._encoder, self._cut = encoder, cut
+        """`subjects` are the modifier token and the class noun of each concept."""
+        self._encoder, self._cut, self._subjects = encoder, cut, subjects
         self._tokens = {token for tokens in words.values() for token in tokens}
         self._fixed: dict[str, TextFeatures] = {}
 
-    def encode(self, prompts: Sequence[str]) -> tuple[TextFeatures, Tensor | None]:
-        """Features and where the keys and values of their context may pass gradients (b, n)."""
+    def encode(self, prompts: Sequence[str]) -> PromptText:
+        """Features, and which of their rows learn."""
         unique = list(dict.fromkeys(prompts))
         learnt = [p for p in unique if any(token in p for token in self._tokens)]
         missing = [p for p in unique if p not in learnt and p not in self._fixed]
@@ -33,13 +50,25 @@ class PromptFeatures:
         context = torch.stack([features[prompt].context for prompt in prompts])
         pooled = [row for prompt in prompts if (row := features[prompt].pooled) is not None]
         both = TextFeatures(context, torch.stack(pooled) if pooled else None)
-        return both, self._keep(prompts, context)
+        return PromptText(both, self._keep(prompts, context), self._own(prompts, context))
+
+    def _own(self, prompts: Sequence[str], context: Tensor) -> Tensor | None:
+        if self._cut != "own words":
+            return None
+        words = self._encoder.tokenize_words
+        own = torch.zeros(context.shape[:2], device=context.device)
+        for row, prompt in zip(own, prompts, strict=True):
+            ids = self._encoder.tokenize(prompt)
+            for token, noun in self._subjects:
+                found = own_positions(ids, words(token) if token else [], words(noun))
+                row[found] = 1
+        return own
 
     def _features(self, prompts: Sequence[str]) -> dict[str, TextFeatures]:
         """Of each prompt: context (n, d), pooled (w,)."""
         token_ids = [self._encoder.tokenize(prompt) for prompt in prompts]
         ids = self._encoder.pad(token_ids)
-        if torch.is_grad_enabled() and self._cut == "start and padding":
+        if torch.is_grad_enabled() and self._cut in ("start and padding", "own words"):
             context, pooled = self._passing_before(max(map(len, token_ids)), ids)
         else:
             context, pooled = self._encoder.encode_with_pooled(ids)
@@ -64,7 +93,7 @@ class PromptFeatures:
             return None
         keep = torch.ones(context.shape[:2], device=context.device)
         keep[:, 0] = 0
-        if self._cut == "start and padding":
+        if self._cut in ("start and padding", "own words"):
             for row, prompt in zip(keep, prompts, strict=True):
                 row[len(self._encoder.tokenize(prompt)) :] = 0
         return keep

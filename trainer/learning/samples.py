@@ -28,6 +28,8 @@ class Samples:
     sizes: Tensor
     keep: Tensor | None
     """One where gradients of keys and values may pass (b, n)"""
+    own: Tensor | None
+    """One where keys and values change at all (b, n); None where they do everywhere"""
     target_bchw: Tensor
     masks_bhw: Tensor
     weights: Tensor
@@ -47,6 +49,7 @@ def samples_of(
     context: Tensor,
     pooled: Tensor | None,
     keep: Tensor | None,
+    own: Tensor | None,
     denoiser: Denoiser,
     config: TrainConfig,
 ) -> Samples:
@@ -68,6 +71,7 @@ def samples_of(
         pooled=pooled,
         sizes=sizes,
         keep=keep,
+        own=own,
         target_bchw=target(latents, noise, timesteps, schedule, prediction),
         masks_bhw=masks,
         weights=sample_weights(len(noisy), batch.prior, config.prior_weight).to(noisy),
@@ -85,6 +89,7 @@ def loss_of(projections: KeyValueProjections, samples: Samples) -> Tensor:
         samples.pooled,
         samples.sizes,
         keep=samples.keep,
+        own=samples.own,
     )
     losses = sample_losses(prediction, samples.target_bchw, samples.masks_bhw)
     # Not as a product of vectors: where weights of the network learn, autocast would round it.

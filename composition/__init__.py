@@ -1,0 +1,1 @@
+"""Several concepts in one picture: tensors in, tensors out."""

@@ -1,0 +1,50 @@
+"""Token routing in a pipeline's UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...composition.routing import Route, Router, RowChanges, own_rows
+from ...concept.layers import is_cross_attention, layer_from_diffusers
+from ...concept.text import TextEncoder
+
+
+@contextmanager
+def routing(pipeline: Any) -> Iterator[Router]:
+    """The pipeline's UNet with a router at its key and value projections; afterwards without."""
+    router = Router()
+    with ExitStack() as hooks:
+        for path, module in pipeline.unet.named_modules():
+            if is_cross_attention(path):
+                handle = module.register_forward_hook(router.hook(layer_from_diffusers(path)))
+                hooks.callback(handle.remove)
+        yield router
+
+
+@torch.no_grad()
+def route(
+    router: Router,
+    routes: Sequence[Route],
+    encoder: TextEncoder,
+    prompts: Sequence[str],
+    context: Tensor,
+) -> None:
+    """Prepares the router for the features (b, n, d) of these prompts."""
+    index = torch.zeros(context.shape[:2], dtype=torch.long, device=context.device)
+    rows: list[list[Tensor]] = [[] for _ in routes]
+    for b, prompt in enumerate(prompts):
+        token_ids = encoder.tokenize(prompt)
+        own = [own_rows(route.concept, encoder, token_ids) for route in routes]
+        for j in sorted({position for positions in own for position in positions}):
+            for features, positions in zip(rows, own, strict=True):
+                features.append(context[b, j] * (j in positions))
+            index[b, j] = len(rows[0])
+    empty = context.new_zeros(0, context.shape[-1])
+    changes = RowChanges.of(routes, [torch.stack(r) if r else empty for r in rows])
+    router.changes = changes.to(context.device, torch.float32)
+    router.index = index
