@@ -23,7 +23,16 @@ BIN = Path("Scripts" if os.name == "nt" else "bin")  # in either
 PYPROJECT = ROOT / "pyproject.toml"
 CONSTRAINTS = ROOT / "tests" / "constraints.txt"
 STRICTLY_TYPED = [
-    *("concept", "diffusion", "pictures", "merge", "compression", "inspection", "formats"),
+    *(
+        "concept",
+        "diffusion",
+        "pictures",
+        "merge",
+        "composition",
+        "compression",
+        "inspection",
+        "formats",
+    ),
     *("trainer", "host", "nodes", "miniature", "cli"),
 ]
 TWO_AT_A_TIME = ["-n2", "--dist=loadfile", "--no-loadscope-reorder"]

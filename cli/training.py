@@ -18,7 +18,7 @@ from ..concept.prompts import DEFAULT_TEMPLATE, STYLE_TEMPLATE
 from ..trainer.config import Fit, GradientCut, OptimizerName, TrainConfig
 from ..trainer.data.folders import load_folder
 from ..trainer.data.training_concept import TrainingConcept, instance_caption
-from ..trainer.events import Event, MemoryShort, StepDone
+from ..trainer.events import Event, MemoryShort, RegularizationLeftOut, StepDone
 from ..trainer.jobs.fingerprint import training_fingerprint
 from ..trainer.learning.network_file import fold_in, write_network
 from ..trainer.loop import train
@@ -250,5 +250,5 @@ def _show(event: Event, bar: tqdm[None]) -> None:
     if isinstance(event, StepDone):
         bar.set_postfix(loss=f"{event.loss:.4f}", refresh=False)
         bar.update(event.step - bar.n)
-    elif isinstance(event, MemoryShort):
+    elif isinstance(event, MemoryShort | RegularizationLeftOut):
         bar.write(event.text())

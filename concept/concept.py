@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -84,6 +84,11 @@ class LowRankDelta:
 
 Delta = DenseDelta | LowRankDelta
 
+Scope = Literal["every word", "own words"]
+"""The words of a prompt through which a concept was taught: all of them, or its own alone, V* and
+the class noun (spliced training). What changes at other words means nothing then.
+"""
+
 
 @dataclass(frozen=True)
 class ModifierToken:
@@ -115,6 +120,7 @@ class Concept:
     """Prompts that a merge must keep, `<new1> cat` and the like."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """What made it, as plain JSON values: method, steps, configuration, losses, parents."""
+    scope: Scope = "every word"
 
     def __post_init__(self) -> None:
         names: set[str] = set()

@@ -91,6 +91,7 @@ def concept_of(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
             base_hash=header.base_hash,
             constraint_prompts=header.constraint_prompts,
             provenance=header.provenance,
+            scope=header.scope,
         )
         check_concept(concept)
         return concept

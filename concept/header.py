@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from .checks import MOST_WORDS
-from .concept import Concept
+from .concept import Concept, Scope
 from .errors import ConceptFileError, OtherFileError, TokenError
 from .layers import FAMILIES, Family
 from .plain import plain_words, read_json
@@ -50,6 +50,7 @@ class ConceptHeader:
     steps: int | None
     created: str
     """ISO 8601, UTC"""
+    scope: Scope = "every word"
 
     @classmethod
     def of(cls, path: Path, metadata: Mapping[str, str]) -> ConceptHeader:
@@ -70,6 +71,7 @@ class ConceptHeader:
                 method=_text("provenance.method", provenance.get("method") or ""),
                 steps=_steps(provenance.get("steps")),
                 created=_text("created", metadata.get("created", "")),
+                scope=_scope(metadata.get("scope", "every word")),
             )
         except TokenError as error:
             raise ConceptFileError(f"{path.name}: {error}") from error
@@ -100,6 +102,7 @@ def metadata_of(concept: Concept, title: str) -> dict[str, str]:
         "tokens": json.dumps(tokens, ensure_ascii=False),
         "constraint_prompts": json.dumps(concept.constraint_prompts, ensure_ascii=False),
         "provenance": json.dumps(concept.provenance, ensure_ascii=False),
+        "scope": concept.scope,
         "created": now,
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{concept.family.architecture}/lora",
@@ -161,6 +164,13 @@ def _prompts(described: Any) -> tuple[str, ...]:
     if not isinstance(described, list):
         raise ValueError("constraint_prompts is not a list of texts")
     return tuple(_text("a constraint prompt", prompt, _LONGEST_PROMPT) for prompt in described)
+
+
+def _scope(value: str) -> Scope:
+    for known in get_args(Scope):
+        if value == known:
+            return known  # type: ignore[no-any-return]
+    raise ValueError(f"its scope is {value[:100]!r}; known are {', '.join(get_args(Scope))}")
 
 
 def _steps(value: Any) -> int | None:

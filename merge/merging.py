@@ -99,6 +99,7 @@ def merge_concepts(
             "strengths": strengths,
             "parents": [dict(concept.provenance) for concept in concepts],
         },
+        scope="own words" if all(c.scope == "own words" for c in concepts) else "every word",
     )
     report = MergeReport(
         rows=tuple(rows),

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from ..concept.concept import Concept
 from ..concept.errors import MergeError
-from ..concept.prompts import CONSTRAINT_TEMPLATES, constrained_positions, subject
+from ..concept.prompts import (
+    CONSTRAINT_TEMPLATES,
+    constrained_positions,
+    own_positions,
+    subject,
+)
 from ..concept.text import TextEncoder, encode_unpadded
 
 SAME_ROW_DISTANCE = 1e-3
@@ -40,7 +45,8 @@ def concept_prompts(concept: Concept) -> tuple[str, ...]:
 def constraint_features(
     concepts: Sequence[Concept], encoder: TextEncoder, padding: bool = False
 ) -> tuple[list[ConstraintRow], Tensor]:
-    """Constraint rows and their features C (s, d): V*, class noun and end of each prompt.
+    """Constraint rows and their features C (s, d): V*, class noun and end of each prompt; of a
+    concept that means nothing at other words, V* and class noun.
 
     With `padding` also a soft row for what the model reads after the end of the prompt.
     """
@@ -73,12 +79,23 @@ def constraint_features(
 
 def _positions(
     concept: Concept, prompt: str, token_ids: Sequence[int], encoder: TextEncoder
-) -> range:
+) -> Sequence[int]:
+    words = encoder.tokenize_words
     names = [token.name for token in concept.tokens if token.name in prompt]
     # A concept without a token: its class noun is the last word of the prompt.
-    word = min(names, key=prompt.index, default=(prompt.split() or [""])[-1])
+    noun = (prompt.split() or [""])[-1]
     try:
-        return constrained_positions(token_ids, encoder.tokenize_words(word))
+        if concept.scope == "every word":
+            word = min(names, key=prompt.index, default=noun)
+            return constrained_positions(token_ids, words(word))
+        nouns = {token.name: token.class_noun for token in concept.tokens}
+        own = [own_positions(token_ids, words(name), words(nouns[name])) for name in names]
+        positions = sorted(
+            {i for found in own or [own_positions(token_ids, [], words(noun))] for i in found}
+        )
+        if not positions:
+            raise ValueError("the prompt does not contain its subject")
+        return positions
     except ValueError as error:
         raise MergeError(
             f"The prompt {prompt[:60]!r} of the concept {concept.describe()} does not hold the "

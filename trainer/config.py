@@ -57,9 +57,12 @@ class TrainConfig:
     """Gradients are scaled down to this norm; None leaves them."""
     prior_weight: float = 1.0
     """Weight of the regularization images' loss."""
-    gradient_cut: GradientCut = "start and padding"
-    """Positions of the prompt whose keys and values pass no gradient. The reference cuts at the
-    start token alone; what is learnt through padding is lost in a merge (docs/fidelity.md).
+    gradient_cut: GradientCut = "own words"
+    """Where in a prompt keys and values learn. "own words": they change at V* and its class noun
+    alone, in the forward pass too, so nothing is learnt that a merge or a route could lose, and
+    regularization has nothing left to do (docs/fidelity.md). The others cut gradients only: "start"
+    at the start token as the reference does, "start and padding", or "none". Methods that teach
+    more than keys and values take "start and padding" for "own words".
     """
     resolution: int = 512
     """Edge of the training pictures, in pixels."""

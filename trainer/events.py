@@ -51,6 +51,19 @@ class MemoryShort:
 
 
 @dataclass(frozen=True)
+class RegularizationLeftOut:
+    """Images that were given and not needed."""
+
+    images: int
+
+    def text(self) -> str:
+        return (
+            f"{self.images} regularization pictures were not used: this training changes nothing "
+            f"but the concept's own words, so it needs none"
+        )
+
+
+@dataclass(frozen=True)
 class CheckpointDue:
     """What the run goes on from, and what it has learnt so far.
 
@@ -62,4 +75,4 @@ class CheckpointDue:
     """None where a concept cannot hold all that was learnt"""
 
 
-Event = StepDone | WordsMoved | PreviewDrawn | MemoryShort | CheckpointDue
+Event = StepDone | WordsMoved | PreviewDrawn | MemoryShort | RegularizationLeftOut | CheckpointDue

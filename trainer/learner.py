@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from ..concept.concept import Concept, ModifierToken
+from ..concept.concept import Concept, ModifierToken, Scope
 from ..concept.errors import ConfigError
 from ..concept.prompts import subject
 from ..concept.text import TextEncoder
@@ -22,7 +22,7 @@ from .learning.network_weights import NetworkWeights
 from .learning.optimizer import make_optimizer
 from .learning.prompt_features import PromptFeatures
 from .learning.tokens import drift, words_to_teach
-from .methods import METHODS
+from .methods import METHODS, gradient_cut
 from .start import check_start
 
 _FINAL_LOSSES = 20
@@ -46,6 +46,8 @@ class Learner:
         self._method = method = METHODS[config.method]
         further_layers = method.further_layers(denoiser)
         check_start(start, denoiser, config)
+        cut = gradient_cut(config, start)
+        self._scope: Scope = "own words" if cut == "own words" else "every word"
         words = words_to_teach(training_concepts, start, text_encoder, denoiser.device)
         self._words = words
         self._began = {
@@ -57,7 +59,7 @@ class Learner:
         self.prompts = PromptFeatures(
             text_encoder.with_tokens(known),
             self._learning_words,
-            config.gradient_cut,
+            cut,
             [(concept.token, concept.class_noun) for concept in training_concepts],
         )
         self.projections = method.projections(denoiser, start.deltas, config)
@@ -114,9 +116,14 @@ class Learner:
                 "steps": len(losses),
                 "final_losses": list(losses[-_FINAL_LOSSES:]),
                 "instance_images": sum(len(concept.images) for concept in concepts),
-                "regularization_images": sum(len(concept.regularization) for concept in concepts),
+                "regularization_images": sum(
+                    len(concept.regularization)
+                    for concept in concepts
+                    if self._scope == "every word" or not concept.token
+                ),
                 "config": self._config.as_json(),
             },
+            scope=self._scope,
         )
 
     def checkpoint(self, losses: Sequence[float]) -> CheckpointDue:

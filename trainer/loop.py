@@ -22,7 +22,14 @@ from .economy.backward import Backward
 from .economy.frozen_layers import keeping_less
 from .economy.layout import fastest_for
 from .economy.processes import DataParallel
-from .events import Event, MemoryShort, PreviewDrawn, StepDone, WordsMoved
+from .events import (
+    Event,
+    MemoryShort,
+    PreviewDrawn,
+    RegularizationLeftOut,
+    StepDone,
+    WordsMoved,
+)
 from .learner import Learner
 from .learning.samples import loss_of, samples_of
 
@@ -60,6 +67,9 @@ def train(
         raise ValueError(f"{len(training_concepts)} concepts need as many banks, not {len(banks)}")
     parallel.check(config.batch_size)
     learner = Learner(config, training_concepts, start, denoiser, text_encoder)
+    pairs = zip(training_concepts, banks, strict=True)
+    if unused := sum(len(one.regularization) for one, bank in pairs if not bank.regularization):
+        on_event(RegularizationLeftOut(unused))
     losses: list[float] = []
     backward = Backward(
         denoiser,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+from ..concept.concept import Concept
 from ..concept.errors import ConfigError, DataError
 from ..concept.text import TextEncoder
 from ..diffusion.protocols import LatentEncoder
@@ -14,6 +16,7 @@ from .data.latents import LatentBank, encode_views
 from .data.training_concept import TrainingConcept
 from .learning.optimizer import check_optimizer
 from .learning.tokens import initial_embedding
+from .methods import gradient_cut
 
 
 def prepare(
@@ -22,11 +25,17 @@ def prepare(
     latent_encoder: LatentEncoder,
     text_encoder: TextEncoder,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    start: Concept | None = None,
 ) -> LatentBank:
     """Checks pictures, words and settings, and returns the latents that the run draws from.
 
+    Regularization images that the run has no use for are left out; `start` is what it goes on from.
     Raises DataError, TokenError or ConfigError before any time is spent on encoding.
     """
+    if concept.token and gradient_cut(config, start) == "own words":
+        # Nothing learns from a caption without the word.
+        concept = replace(concept, regularization=())
     if concept.regularization and config.batch_size < 2:
         raise ConfigError(
             f"batch_size={config.batch_size} leaves no place for regularization images. Use 2 or "

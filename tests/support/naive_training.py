@@ -45,11 +45,13 @@ def naive_training(
     *,
     learns_words: bool = True,
     adapt: Callable[[Any], Any] = lambda unet: unet,
+    elsewhere: Any = None,
 ) -> tuple[list[float], dict[str, Tensor], Tensor]:
     """Losses, the change of every weight of the UNet that learns, and the rows of the tokens (of
     both text encoders of SDXL, side by side).
 
-    `adapt` may put other modules into the UNet; `learns` says which parameters learn.
+    `adapt` may put other modules into the UNet; `learns` says which parameters learn; `elsewhere`
+    is a UNet whose keys and values other words than the concepts' own have, where they differ.
     """
     unet = adapt(copy.deepcopy(pipeline.unet).requires_grad_(False))
     xl, scheduler = isinstance(pipeline, StableDiffusionXLPipeline), pipeline.scheduler
@@ -72,11 +74,17 @@ def naive_training(
         parameter.requires_grad_(True)
     learning = [*trainable, *(tables if learns_words else [])]
     positions: list[Tensor] = []  # where keys and values pass gradients, of this step
+    own: list[Tensor] = []  # where they change at all
     for name, module in unet.named_modules():
         if name.endswith(("attn2.to_k", "attn2.to_v")):
-            module.register_forward_hook(
-                lambda _, __, out: torch.where(positions[-1][..., None], out, out.detach())
-            )
+            base = (elsewhere or pipeline.unet).get_submodule(name).weight.detach()
+
+            def cut(_: Any, inputs: tuple[Tensor], out: Tensor, base: Tensor = base) -> Tensor:
+                if own:
+                    out = torch.where(own[-1][..., None], out, inputs[0] @ base.T)
+                return torch.where(positions[-1][..., None], out, out.detach())
+
+            module.register_forward_hook(cut)
     optimizer = torch.optim.AdamW(
         learning, settings.learning_rate, weight_decay=settings.weight_decay, fused=False
     )
@@ -93,9 +101,16 @@ def naive_training(
         keep = torch.ones(len(batch.prompts), 77, dtype=torch.bool)
         if settings.gradient_cut != "none":
             keep[:, 0] = False
-        if settings.gradient_cut == "start and padding":
+        if settings.gradient_cut in ("start and padding", "own words"):
             keep &= each[0].attention_mask.bool()
         positions.append(keep)
+        if settings.gradient_cut == "own words":
+            ids = each[0].input_ids
+            new = ids >= VOCABULARY_SIZE
+            nouns = [tokenizers[0](concept.class_noun).input_ids[1:-1] for concept in concepts]
+            assert all(len(noun) == 1 for noun in nouns)
+            is_noun = torch.isin(ids, torch.tensor(nouns))
+            own.append(new | (is_noun & new.roll(1, 1)))
         texts = [
             text_model(tokens.input_ids, output_hidden_states=True)
             for text_model, tokens in zip(text_models, each, strict=True)

@@ -242,6 +242,7 @@ class TestNamesAndMetadata:
             "format_version": "1.0",
             "base_family": "sdxl",
             "base_hash": "abc",
+            "scope": "every word",
             "modelspec.sai_model_spec": "1.0.0",
             "modelspec.architecture": "stable-diffusion-xl-v1/lora",
             "modelspec.implementation": "custom-diffusion",

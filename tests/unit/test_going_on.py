@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from custom_diffusion.composition.routing import Route
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import ConfigError, IncompatibleModelError
-from custom_diffusion.host.diffusers.lending import DiffusersModels, borrowed_models
+from custom_diffusion.host.diffusers.lending import DiffusersModels, borrowed_models, text_encoder
+from custom_diffusion.host.diffusers.routing import route, routing
 from custom_diffusion.host.diffusers.sampling import applied_concept
 from custom_diffusion.trainer.config import MethodName, TrainConfig
+from custom_diffusion.trainer.data.latents import batch_of_step, step_randomness
 from custom_diffusion.trainer.data.training_concept import TrainingConcept
 from custom_diffusion.trainer.loop import train
 from diffusers import StableDiffusionPipeline
@@ -76,7 +79,11 @@ def test_one_more_concept_is_learnt_as_by_a_naive_loop_on_the_changed_model(
     with applied_concept(pipeline, start):
         changed.unet = copy.deepcopy(pipeline.unet)
     losses, changes, rows = naive_training(
-        changed, config(), [cat_concept()], [random_bank(cat_concept())]
+        changed,
+        config(),
+        [cat_concept()],
+        [random_bank(cat_concept())],
+        elsewhere=pipeline.unet,
     )
     np.testing.assert_allclose(both.provenance["final_losses"], losses, atol=1e-5, rtol=0)
     assert [token.name for token in both.tokens] == ["<new2>", "<new1>"]
@@ -87,22 +94,24 @@ def test_one_more_concept_is_learnt_as_by_a_naive_loop_on_the_changed_model(
     for name, change in changes.items():
         layer = layer_of(name)
         wanted = start.deltas[layer].dense() + change
-        torch.testing.assert_close(both.deltas[layer].dense(), wanted, atol=1e-5, rtol=1e-3)
+        # Not number by number: Adam blows up the rounding of gradients that are almost zero.
+        assert (both.deltas[layer].dense() - wanted).norm() < 1e-4 * change.norm()
 
 
 @pytest.mark.parametrize("method", KEPT)
 def test_the_same_word_learns_on(pipeline: StableDiffusionPipeline, method: MethodName) -> None:
-    """The first loss is that of the concept applied by the host."""
-    cat = cat_concept()
+    """The first loss is that of the concept applied by the host, where it means every word."""
+    cat, cut = cat_concept(), {"gradient_cut": "start and padding"}
     with borrowed_models(pipeline) as models:
-        start = trained(models, cat, config(method, learning_rate=1e-2))
+        start = trained(models, cat, config(method, learning_rate=1e-2, **cut))
         more = trained(models, cat, config(method, steps=1), start=start)
-        fresh = trained(models, cat, config(method, steps=1))
+        fresh = trained(models, cat, config(method, steps=1, **cut))
     with applied_concept(pipeline, start) as encoder, borrowed_models(pipeline) as models:
         # Its word is known now, so a concept without one that says it asks the same of the model.
         said = replace(cat, token="", initializer="")
         bank = random_bank(cat)
-        judge = train(config("custom diffusion", steps=1), [said], [bank], models.denoiser, encoder)
+        settings = config("custom diffusion", steps=1, **cut)
+        judge = train(settings, [said], [bank], models.denoiser, encoder)
     (loss,), (judged,) = (c.provenance["final_losses"] for c in (more, judge))
     assert loss == pytest.approx(judged, rel=1e-5)
     assert loss != pytest.approx(fresh.provenance["final_losses"][0], rel=1e-4)
@@ -111,17 +120,62 @@ def test_the_same_word_learns_on(pipeline: StableDiffusionPipeline, method: Meth
     assert more.constraint_prompts == start.constraint_prompts
 
 
+@pytest.mark.parametrize("method", ["custom diffusion", "low-rank"])
+def test_a_concept_of_its_own_words_learns_on_as_the_host_routes_it(
+    pipeline: StableDiffusionPipeline, method: MethodName
+) -> None:
+    """The first loss is that of a UNet in which the concept is routed."""
+    cat, settings = cat_concept(), config(method, steps=1)
+    bank = random_bank(cat)
+    with borrowed_models(pipeline) as models:
+        start = trained(models, cat, config(method, learning_rate=1e-2))
+        more = trained(models, cat, settings, start=start)
+        fresh = trained(models, cat, settings)
+    assert start.scope == more.scope == "own words"
+
+    rng, generator = step_randomness(settings.seed, 0)
+    batch = batch_of_step([bank], settings, 0, rng, generator)
+    noise = torch.randn(batch.latents_bchw.shape, generator=generator)
+    timesteps = torch.randint(1000, (settings.batch_size,), generator=generator)
+    noisy = pipeline.scheduler.add_noise(batch.latents_bchw, noise, timesteps)
+    encoder = text_encoder(pipeline).with_tokens(start.embeddings())
+    with routing(pipeline) as router, torch.no_grad():
+        context = encoder.encode(encoder.pad([encoder.tokenize(p) for p in batch.prompts]))
+        route(router, [Route(start)], encoder, batch.prompts, context)
+        output = pipeline.unet(noisy, timesteps, context).sample
+    errors = (output - noise).square().mean(1) * batch.masks_bhw
+    routed = (errors.sum((1, 2)) / batch.masks_bhw.sum((1, 2))).mean()
+    assert more.provenance["final_losses"] == pytest.approx([float(routed)], rel=1e-5)
+    assert fresh.provenance["final_losses"][0] != pytest.approx(float(routed), rel=1e-4)
+
+
+def test_a_concept_of_every_word_goes_on_as_it_was_taught(models: DiffusersModels) -> None:
+    start = trained(models, cat_concept(), config(gradient_cut="start"))
+    more = trained(models, cat_concept(), config(), start=start)
+    same = trained(models, cat_concept(), config(gradient_cut="start and padding"), start=start)
+    assert start.scope == more.scope == "every word"
+    assert more.provenance["final_losses"] == same.provenance["final_losses"]
+
+
+def test_factors_of_a_lower_rank_learn_on(models: DiffusersModels) -> None:
+    start = trained(models, cat_concept(), config("low-rank"))
+    settings = replace(config("low-rank"), rank=5)
+    kept = trained(models, dog_concept(), settings, start=start, should_stop=lambda: True)
+    assert_holds(kept, start)
+    assert {delta.rank for delta in kept.deltas.values()} == {5}
+
+
 def test_more_than_the_method_trains_is_refused(models: DiffusersModels) -> None:
     start = trained(models, cat_concept(), config("cross-attention", steps=1))
     with pytest.raises(ConfigError, match=r"queries and outputs.*'cross-attention'"):
         trained(models, cat_concept(), config(), start=start)
 
 
-@pytest.mark.parametrize("method, given", [("low-rank", "rank 2"), ("custom diffusion", "no low")])
-def test_factors_of_another_rank_are_refused(
+@pytest.mark.parametrize("method, given", [("low-rank", "rank 4"), ("custom diffusion", "no low")])
+def test_factors_of_a_higher_rank_are_refused(
     models: DiffusersModels, method: MethodName, given: str
 ) -> None:
-    start = trained(models, cat_concept(), config(method, steps=1))
+    start = trained(models, cat_concept(), replace(config(method, steps=1), rank=4))
     with pytest.raises(ConfigError, match=f"of {given}.*would go on at rank 3"):
         trained(models, cat_concept(), replace(config("low-rank"), rank=3), start=start)
 

@@ -15,12 +15,22 @@ from support.pack import ROOT, pack_files
 
 PACKAGE = "custom_diffusion"
 
-LOW = {"concept", "diffusion", "pictures", "merge", "compression", "formats", "inspection"}
+LOW = {
+    "concept",
+    "diffusion",
+    "pictures",
+    "merge",
+    "compression",
+    "composition",
+    "formats",
+    "inspection",
+}
 MAY_IMPORT = {
     "concept": set[str](),
     "diffusion": {"concept"},
     "pictures": {"concept"},
     "merge": {"concept"},
+    "composition": {"concept"},
     "compression": {"concept", "pictures"},
     "formats": {"concept"},
     "inspection": {"concept", "compression", "formats"},
@@ -42,7 +52,7 @@ INSIDE_TRAINER = {
     "methods": {"config", "learning"},
     "jobs": {"config", "data", "checkpoint", "events"},
     "start": {"config", "learning", "methods"},
-    "prepare": {"config", "data", "learning"},
+    "prepare": {"config", "data", "learning", "methods"},
     "learner": {"config", "checkpoint", "events", "data", "learning", "methods", "start"},
     "loop": {"config", "checkpoint", "events", "economy", "data", "learning", "learner"},
 }

@@ -113,7 +113,7 @@ def assert_equal_to_naive(
 # Equal to a naive loop
 
 
-@pytest.mark.parametrize("cut", ["none", "start"])  # below it is "start and padding"
+@pytest.mark.parametrize("cut", ["none", "start", "start and padding"])  # below: own words
 def test_three_steps_equal_those_of_a_naive_loop(
     pipeline: StableDiffusionPipeline, cut: GradientCut
 ) -> None:
@@ -368,7 +368,7 @@ def test_what_was_learnt_cannot_change_afterwards(models: DiffusersModels) -> No
 
 
 def test_a_concept_says_what_it_is_and_where_it_came_from(models: DiffusersModels) -> None:
-    settings = config(steps=2, batch_size=2)
+    settings = config(steps=2, batch_size=2, gradient_cut="start and padding")
     result = trained(models, settings, cat_concept(2, regularization=3))
     assert result.family.name == "sd15"
     assert (result.tokens[0].name, result.tokens[0].class_noun) == ("<new1>", "cat")
@@ -401,7 +401,10 @@ def test_every_token_learns(models: DiffusersModels) -> None:
 
 def test_one_concept_holds_all_that_was_taught_together(models: DiffusersModels) -> None:
     concepts = dog_concept(3, regularization=1), cat_concept(2, regularization=2, initializer="cat")
-    result = trained_together(models, config(steps=1, batch_size=2), *concepts)
+    result = trained_together(
+        models, config(steps=1, batch_size=2, gradient_cut="start"), *concepts
+    )
+    assert result.scope == "every word"
     assert [(t.name, t.class_noun, t.initializer) for t in result.tokens] == [
         ("<new2>", "dog", ""),
         ("<new1>", "cat", "cat"),

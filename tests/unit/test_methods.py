@@ -71,12 +71,14 @@ def test_three_steps_equal_those_of_a_naive_loop(
 ) -> None:
     learns, learns_words = LEARNS[method]
     settings, concept = config(method), cat_concept(2, regularization=2)
+    if method != "custom diffusion":  # what more than keys and values learn cannot be spliced
+        settings = replace(settings, gradient_cut="start and padding")
     losses, changes, rows = naive_training(
         own_pipeline, settings, [concept], [random_bank(concept)], learns, learns_words=learns_words
     )
     before = {name: p.detach().clone() for name, p in own_pipeline.unet.named_parameters()}
     with borrowed_models(own_pipeline) as models:
-        ours = trained(models, settings)
+        ours = trained(models, config(method))
     np.testing.assert_allclose(ours.provenance["final_losses"], losses, atol=1e-5, rtol=0)
     torch.testing.assert_close(ours.tokens[0].embeddings["clip_l"], rows, atol=1e-5, rtol=1e-3)
     assert ours.provenance["method"] == method

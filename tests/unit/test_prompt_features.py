@@ -41,7 +41,7 @@ def test_padding_needs_no_gradients(
         def encoded(cut: GradientCut) -> tuple[TextFeatures, Tensor | None, int]:
             prompt_features = PromptFeatures(knowing, {"any": [TOKEN]}, cut)
             with kept_bytes(weights) as kept:
-                features, keep = prompt_features.encode(prompts)
+                features, keep, _ = prompt_features.encode(prompts)
             return features, keep, kept[0]
 
         short, keep, kept = encoded("start and padding")

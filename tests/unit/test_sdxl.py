@@ -309,7 +309,10 @@ def assert_equal_to_naive(
         assert_nearly_equal(one - before, other - before)
 
 
-@pytest.mark.parametrize(("cut", "at_once"), [("none", 0), ("start", 3), ("start and padding", 0)])
+@pytest.mark.parametrize(
+    ("cut", "at_once"),
+    [("none", 0), ("start", 3), ("start and padding", 0), ("own words", 0), ("own words", 3)],
+)
 def test_three_steps_equal_those_of_a_naive_loop(
     xl_pipeline: StableDiffusionXLPipeline, cut: GradientCut, at_once: int
 ) -> None:

@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from ...concept.errors import CustomDiffusionError, JobError, ModelsGoneError
-from ..events import CheckpointDue, Event, MemoryShort, PreviewDrawn, StepDone, WordsMoved
+from ..events import (
+    CheckpointDue,
+    Event,
+    MemoryShort,
+    PreviewDrawn,
+    RegularizationLeftOut,
+    StepDone,
+    WordsMoved,
+)
 from .folder import JobFolder
 from .records import Outcome
 from .snapshot import (
@@ -296,7 +304,7 @@ class Job:
             if event.concept:
                 step = event.checkpoint.step
                 self._note_troubles(self.folder.write_concept(event.concept, step))
-        elif isinstance(event, MemoryShort):
+        elif isinstance(event, MemoryShort | RegularizationLeftOut):
             self._note(event.text())
 
     def _leave_thumbnail(self, concept_file: Path) -> None:

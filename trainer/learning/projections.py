@@ -155,8 +155,8 @@ class DenseProjections(KeyValueProjections):
 class LowRankProjections(KeyValueProjections):
     """The change of every projection is `up` (out, rank) times `down` (rank, d) (Hu et al. 2022).
 
-    Gradients and optimiser state are as small as the factors. What was learnt before must be of
-    the same rank: its factors learn on.
+    Gradients and optimiser state are as small as the factors. What was learnt before may be of no
+    higher rank: its factors learn on.
     """
 
     def __init__(
@@ -173,8 +173,8 @@ class LowRankProjections(KeyValueProjections):
         for layer, d, u in zip(self._layers, down.split(rank), up.split(self._sizes), strict=True):
             if layer in start:
                 before = low_rank_factors(start[layer], layer, rank)
-                d.copy_(before.down)
-                u.copy_(before.up)
+                d[: before.rank] = before.down
+                u[:, : before.rank] = before.up
         self.down = nn.Parameter(down.to(denoiser.device))
         self.up = nn.Parameter(up.to(denoiser.device))
 
@@ -260,12 +260,12 @@ class _Slot(nn.Module):
 
 
 def low_rank_factors(delta: Delta, layer: str, rank: int) -> LowRankDelta:
-    """The factors that learn on. Raises ConfigError where there are none of this rank."""
-    if not isinstance(delta, LowRankDelta) or delta.rank != rank:
+    """The factors that learn on. Raises ConfigError where there are none of so low a rank."""
+    if not isinstance(delta, LowRankDelta) or delta.rank > rank:
         given = f"rank {delta.rank}" if isinstance(delta, LowRankDelta) else "no low rank"
         raise ConfigError(
             f"The concept to go on from is of {given} in {layer}; the low-rank method would go on "
-            f"at rank {rank}. Set its rank, or choose the method 'custom diffusion'."
+            f"at rank {rank}. Set a rank as high, or choose the method 'custom diffusion'."
         )
     return delta
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from ..config import MethodName, TrainConfig
+from ...concept.concept import Concept
+from ..config import GradientCut, MethodName, TrainConfig
 from . import (
     cross_attention,
     custom_diffusion,
@@ -21,6 +22,16 @@ METHODS: Mapping[MethodName, Method] = {
     "dreambooth": dreambooth.METHOD,
     "fine-tune all": fine_tune_all.METHOD,
 }
+
+
+def gradient_cut(config: TrainConfig, start: Concept | None) -> GradientCut:
+    """Where a run cuts: as `config` says where its method can, and as the concept was taught that
+    it goes on from, whose words all mean something.
+    """
+    goes_on = start is not None and bool(start.deltas) and start.scope == "every word"
+    if config.gradient_cut == "own words" and (goes_on or not METHODS[config.method].splices):
+        return "start and padding"
+    return config.gradient_cut
 
 
 def recipe(name: MethodName) -> TrainConfig:

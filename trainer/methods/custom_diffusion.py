@@ -9,4 +9,5 @@ METHOD = Method(
     projections=lambda denoiser, start, config: DenseProjections(denoiser, start),
     steps=TrainConfig.steps,
     learning_rate=TrainConfig.learning_rate,
+    splices=True,
 )

@@ -10,4 +10,5 @@ METHOD = Method(
     ),
     steps=250,
     learning_rate=1e-4,
+    splices=True,
 )

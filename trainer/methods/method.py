@@ -25,6 +25,8 @@ class Method:
     steps: int
     learning_rate: float
     """As published, for 8 pictures a step."""
+    splices: bool = False
+    """Whether keys and values can be taught at a concept's own words alone"""
     learns_words: bool = True
     """Whether the modifier token's embedding learns; otherwise it stays where it starts."""
     further_layers: Callable[[Denoiser], Mapping[str, str]] = no_more
