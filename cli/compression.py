@@ -8,7 +8,11 @@ from typing import Any
 
 from ..compression.ranks import compress
 from ..concept.atomic import write_atomically
+from ..concept.concept import Concept
+from ..concept.errors import ConfigError
 from ..concept.file import read_concept
+from ..merge.projection import project_on_own_words
+from .models import captions_for, load
 from .output import check_new, save
 
 
@@ -27,6 +31,12 @@ def add_to(commands: Any) -> None:
         "--energy", type=float, metavar="SHARE", help="of the squared change, over all layers"
     )
     target.add_argument("--megabytes", type=float, metavar="MB", help="size of the file at most")
+    target.add_argument(
+        "--own-words",
+        action="store_true",
+        help="only what it does at its own words, a hundredth of the size; needs --model",
+    )
+    small.add_argument("--model", help="base model of --own-words; its text encoder is used")
     small.add_argument("--output", type=Path, required=True)
     small.add_argument("--plot", type=Path, metavar="PICTURE", help="singular values, as a PNG")
     small.set_defaults(command=compress_command)
@@ -37,6 +47,9 @@ def compress_command(options: argparse.Namespace) -> None:
 
     check_new(options.output)
     concept = read_concept(options.file)
+    if options.own_words:
+        _project(options, concept)
+        return
     compressed, report = compress(
         concept,
         rank=options.rank,
@@ -50,3 +63,18 @@ def compress_command(options: argparse.Namespace) -> None:
         picture = spectrum_plot(concept, report.spectra, report.ranks())
         write_atomically(options.plot, lambda temporary: picture.save(temporary, "PNG"))
         print(f"saved {options.plot}")
+
+
+def _project(options: argparse.Namespace, concept: Concept) -> None:
+    from ..host.diffusers.lending import text_encoder
+
+    if not options.model or options.plot:
+        raise ConfigError(
+            "--own-words needs the base model's text encoder and has no plot of singular values. "
+            "Give --model, and leave --plot out."
+        )
+    projected, report = project_on_own_words(
+        concept, text_encoder(load(options.model)), captions=captions_for(options.model)
+    )
+    print(report.text())
+    save(projected, options.output)

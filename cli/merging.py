@@ -10,9 +10,8 @@ from tqdm import tqdm
 
 from ..concept.errors import ConfigError
 from ..concept.file import read_concept
-from ..merge.captions import read_captions
 from ..merge.merging import DEFAULT_RELATIVE_RIDGE, merge_concepts
-from .models import MINIATURE, load, need_miniature
+from .models import captions_for, load
 from .output import check_new, save
 
 
@@ -47,25 +46,13 @@ def merge_command(options: argparse.Namespace) -> None:
             concepts,
             text_encoder(load(options.model)),
             strengths=options.strengths,
-            captions=_captions(options),
+            captions=captions_for(options.model, options.captions),
             relative_ridge=options.ridge,
             cache_folder=options.cache,
             on_progress=lambda fraction: _show_percent(fraction, bar),
         )
     print(report.text())
     save(merged, options.output)
-
-
-def _captions(options: argparse.Namespace) -> list[str] | None:
-    """Regularization captions of a merge; None for our own."""
-    if options.captions:
-        return read_captions(options.captions)
-    if options.model != MINIATURE:
-        return None
-    need_miniature()
-    from ..miniature.world import world_captions
-
-    return world_captions()
 
 
 def _show_percent(fraction: float, bar: tqdm[None]) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from ..concept.errors import IncompatibleModelError
 from ..formats.base import BaseModel, read_base
+from ..merge.captions import read_captions
 from ..trainer.config import MethodName, TrainConfig
 from ..trainer.methods import recipe
 
@@ -72,6 +73,18 @@ def recipe_for(model: str, method: MethodName = DEFAULTS.method) -> TrainConfig:
 
     slower = recipe(method).learning_rate / DEFAULTS.learning_rate
     return replace(CONFIG, learning_rate=slower * CONFIG.learning_rate)
+
+
+def captions_for(model: str, file: Path | None = None) -> list[str] | None:
+    """Regularization captions of a merge or a projection; None for our own."""
+    if file:
+        return read_captions(file)
+    if model != MINIATURE:
+        return None
+    need_miniature()
+    from ..miniature.world import world_captions
+
+    return world_captions()
 
 
 def base_model(model: str) -> BaseModel:

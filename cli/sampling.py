@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..composition.routing import Route
+from ..concept.errors import ConfigError
 from ..concept.file import read_concept
 from .models import DEFAULTS, add_model_options, load, precision, recipe_for
 
@@ -16,7 +18,16 @@ def add_to(commands: Any) -> None:
     draw.add_argument("--prompt", required=True)
     draw.add_argument("--concept", type=Path)
     draw.add_argument("--unet", type=Path, help="a whole UNet that was trained here")
-    draw.add_argument("--strength", type=float, default=1.0)
+    draw.add_argument("--strength", type=float, default=1.0, help="of --concept")
+    draw.add_argument(
+        "--route",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="CONCEPT",
+        help="concepts that act at their own words alone, several in one picture without a merge",
+    )
+    draw.add_argument("--strengths", type=float, nargs="+", help="one for each of --route")
     draw.add_argument("--count", type=int, default=1)
     draw.add_argument(
         "--resolution", type=int, help=f"default {DEFAULTS.resolution}; take 1024 for SDXL"
@@ -34,11 +45,22 @@ def sample_command(options: argparse.Namespace) -> None:
     if options.unet:
         load_network(pipeline, options.unet)
     concept = read_concept(options.concept) if options.concept else None
+    strengths = options.strengths or [1.0] * len(options.route)
+    if len(strengths) != len(options.route):
+        raise ConfigError(
+            f"{len(strengths)} strengths were given for {len(options.route)} routed concepts. "
+            f"Give one for each."
+        )
+    routes = [
+        Route(read_concept(path), strength)
+        for path, strength in zip(options.route, strengths, strict=True)
+    ]
     pictures = sample(
         pipeline,
         [options.prompt] * options.count,
         concept,
         strength=options.strength,
+        routes=routes,
         resolution=options.resolution or recipe_for(options.model).resolution,
         seeds=range(options.seed, options.seed + options.count),
     )

@@ -15,6 +15,8 @@ from ..concept.concept import Concept
 from ..concept.errors import ConfigError
 from ..concept.file import read_concept, size_of
 from ..concept.prompts import DEFAULT_TEMPLATE, STYLE_TEMPLATE
+from ..concept.text import TextEncoder
+from ..merge.projection import project_on_own_words
 from ..trainer.config import Fit, GradientCut, OptimizerName, TrainConfig
 from ..trainer.data.folders import load_folder
 from ..trainer.data.training_concept import TrainingConcept, instance_caption
@@ -25,7 +27,7 @@ from ..trainer.loop import train
 from ..trainer.methods import METHODS
 from ..trainer.prepare import prepare
 from ..trainer.start import check_start
-from .models import DEFAULTS, add_model_options, load, precision, recipe_for
+from .models import DEFAULTS, add_model_options, captions_for, load, precision, recipe_for
 from .output import check_new, progress, save, stop_on_interrupt
 from .torchrun import Team, team
 from .training_job import run_as_job
@@ -118,6 +120,11 @@ def add_to(commands: Any) -> None:
         help="train as a job in this folder: checkpoints are written, Ctrl-C pauses, and the same "
         "command goes on where it was interrupted or killed",
     )
+    teach.add_argument(
+        "--whole",
+        action="store_true",
+        help="save all of the change, not only what it does at the concept's own words",
+    )
     teach.add_argument("--output", type=Path, default=Path("concept.safetensors"))
     teach.set_defaults(command=train_command)
 
@@ -152,7 +159,14 @@ def _train(
             check_start(start, models.denoiser, config)
         with tqdm(desc="encoding pictures", unit="view", disable=not together.leads) as bar:
             banks = [
-                prepare(one, config, models.latent_encoder, models.text_encoder, progress(bar))
+                prepare(
+                    one,
+                    config,
+                    models.latent_encoder,
+                    models.text_encoder,
+                    progress(bar),
+                    start=start,
+                )
                 for one in concepts
             ]
         run = partial(
@@ -162,7 +176,7 @@ def _train(
             together.follow(run)
             return
         run = partial(together.train, run)
-        keep = partial(_keep, options, models.denoiser)
+        keep = partial(_keep, options, models.denoiser, models.text_encoder)
         if options.jobs:
             networks = (pipeline.unet, pipeline.vae)
             same = training_fingerprint(config, concepts, models.text_encoder, networks, start)
@@ -197,12 +211,19 @@ def training_config(options: argparse.Namespace) -> TrainConfig:
     )
 
 
-def _keep(options: argparse.Namespace, denoiser: DiffusersDenoiser, result: Concept) -> Path:
+def _keep(
+    options: argparse.Namespace,
+    denoiser: DiffusersDenoiser,
+    encoder: TextEncoder,
+    result: Concept,
+) -> Path:
     if METHODS[options.method].whole_network:
         network = _network_file(options)
         result = fold_in(denoiser, result)
         write_network(denoiser.network, network)
         print(f"saved {network} ({size_of(network)}): the whole UNet")
+    if result.scope == "own words" and not options.whole:
+        result, _ = project_on_own_words(result, encoder, captions=captions_for(options.model))
     save(result, options.output)
     return options.output  # type: ignore[no-any-return]
 

@@ -12,12 +12,14 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from ..composition.routing import Route
 from ..concept.atomic import write_atomically
 from ..concept.concept import Concept
 from ..concept.file import read_concept, write_concept
 from ..host.diffusers.lending import borrowed_models, text_encoder
 from ..host.diffusers.sampling import sample
 from ..merge.merging import merge_concepts
+from ..merge.projection import project_on_own_words
 from ..pictures.sheet import Row, lay_out
 from ..trainer.data.folders import load_folder
 from ..trainer.data.training_concept import instance_caption
@@ -71,7 +73,7 @@ def _teach(pipeline: Any, subject: Subject, folder: Path) -> Concept:
     for index, image in enumerate(subject.training.images):
         image.open().image.save(pictures / f"{index}.png")
     caption = instance_caption(subject.token, subject.look.shape)
-    concept = replace(subject.training, images=load_folder(pictures, caption))
+    concept = replace(subject.training, images=load_folder(pictures, caption), regularization=())
     with borrowed_models(pipeline) as models:
         bank = prepare(concept, CONFIG, models.latent_encoder, models.text_encoder)
         with _bar(f"teaching {subject.words}", CONFIG.steps) as advance:
@@ -80,9 +82,10 @@ def _teach(pipeline: Any, subject: Subject, folder: Path) -> Concept:
                 if isinstance(event, StepDone):
                     advance(event.step)
 
-            return train(
+            taught = train(
                 CONFIG, [concept], [bank], models.denoiser, models.text_encoder, on_event=show
             )
+        return project_on_own_words(taught, models.text_encoder, captions=world_captions())[0]
 
 
 def _sheet(
@@ -93,12 +96,13 @@ def _sheet(
     alone = [f"photo of a {subject.words}" for subject in pair]
     together = f"photo of a {one.words} and a {two.words}"
     classes = [class_caption(subject.look.shape) for subject in pair]
-    drawn: list[tuple[str, Sequence[str], Concept | None]] = [
-        ("The model before", classes, None),
-        ("Concept 1 alone", alone[:1], concepts[0]),
-        ("Concept 2 alone", alone[1:], concepts[1]),
-        ("Both, merged in closed form", [together], merged),
-        ("The classes, after the merge", classes, merged),
+    drawn: list[tuple[str, Sequence[str], Concept | None, Sequence[Concept]]] = [
+        ("The model before", classes, None, []),
+        ("Concept 1 alone", alone[:1], concepts[0], []),
+        ("Concept 2 alone", alone[1:], concepts[1], []),
+        ("Both, each at its own words", [together], None, concepts),
+        ("Both, merged into one file", [together], merged, []),
+        ("The classes, after the merge", classes, merged, []),
     ]
     rows = [
         Row(
@@ -109,11 +113,12 @@ def _sheet(
         for subject in pair
     ]
     with _bar("drawing", len(drawn)) as advance:
-        for number, (title, prompts, concept) in enumerate(drawn, 1):
+        for number, (title, prompts, concept, routed) in enumerate(drawn, 1):
             images_bhwc = sample(
                 pipeline,
                 [prompt for prompt in prompts for _ in range(_COLUMNS // len(prompts))],
                 concept,
+                routes=[Route(one) for one in routed],
                 resolution=PICTURE_EDGE,
                 steps=SAMPLING_STEPS,
                 guidance=GUIDANCE,

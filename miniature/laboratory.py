@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..composition.routing import Route
 from ..concept.concept import Concept, DenseDelta
 from ..concept.prompts import subject
 from ..concept.text import TextEncoder
@@ -123,13 +124,19 @@ class Laboratory:
         return tuple(CaptionedImage(to_image(picture), caption) for picture in pictures)
 
     def draw(
-        self, prompts: Sequence[str], concept: Concept | None, seed: int, pipeline: Any = None
+        self,
+        prompts: Sequence[str],
+        concept: Concept | None,
+        seed: int,
+        pipeline: Any = None,
+        routed: Sequence[Concept] = (),
     ) -> Tensor:
         """Pictures (b, 3, h, w) in 0..1."""
         images_bhwc = sample(
             pipeline or self.pipeline,
             prompts,
             concept,
+            routes=[Route(one) for one in routed],
             resolution=PICTURE_EDGE,
             seeds=range(_PICTURES * seed, _PICTURES * seed + len(prompts)),
             steps=SAMPLING_STEPS,
@@ -143,16 +150,20 @@ class Laboratory:
         concept: Concept | None,
         seed: int,
         pipeline: Any = None,
+        routed: Sequence[Concept] = (),
     ) -> Score:
-        """Draws the prompts of one concept or of a pair, and the bare classes."""
-        prompts, facts = evaluation_prompts(subjects, self.pictures_per_prompt, concept is not None)
-        seen = self.recognizer.look(self.draw(prompts, concept, seed, pipeline))
+        """Draws the prompts of one concept or of a pair, and the bare classes, with a concept in
+        the weights or with several routed.
+        """
+        taught = concept is not None or bool(routed)
+        prompts, facts = evaluation_prompts(subjects, self.pictures_per_prompt, taught)
+        seen = self.recognizer.look(self.draw(prompts, concept, seed, pipeline, routed))
         looks = [one.look for one in subjects]
         likeness = torch.stack([image_alignment(seen, look) for look in looks])
         drifts, leaks = [], []
         for look in looks:
             captions = [class_caption(look.shape)] * (self.class_pictures // len(looks))
-            plain = self.recognizer.look(self.draw(captions, concept, seed + 1, pipeline))
+            plain = self.recognizer.look(self.draw(captions, concept, seed + 1, pipeline, routed))
             drifts.append(1000 * kernel_distance(plain.features, self._class_features(look.shape)))
             leaks.append(float(image_alignment(plain, look).mean()))
         return Score(
@@ -234,7 +245,7 @@ def _train(
     start: Concept | None = None,
 ) -> Concept:
     banks = [
-        prepare(one.training, config, models.latent_encoder, models.text_encoder)
+        prepare(one.training, config, models.latent_encoder, models.text_encoder, start=start)
         for one in subjects
     ]
     return train(

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..compression.ranks import compress
 from ..compression.spectrum_plot import spectrum_plot
+from ..host.comfyui.inputs import project_in_comfyui
 from .types import CATEGORY, Concept, told
 
 
@@ -40,6 +41,11 @@ _TARGETS = {
         "Of the sum of each layer's singular values, as in the paper, which takes 0.6.",
     ),
     "rank": io.Int.Input("rank", default=16, min=1, max=2048, tooltip="The same for every layer."),
+    "own words": io.Clip.Input(
+        "clip",
+        tooltip="The text encoder of the base model. What the concept does at its own words is "
+        "kept, a hundredth of the size; what it does elsewhere goes.",
+    ),
 }
 
 
@@ -75,10 +81,16 @@ class CompressConcept(io.ComfyNode):
     @classmethod
     def execute(cls, concept: Any, target: Any) -> io.NodeOutput:
         value = {name: given for name, given in target.items() if name != "target"}
-        compressed, report = compress(concept, **value)
-        picture = spectrum_plot(concept, report.spectra, report.ranks())
+        if "clip" in value:
+            compressed, rows = project_in_comfyui(value["clip"], concept)
+            picture = spectrum_plot(concept, ranks=dict.fromkeys(concept.layers, rows.shared_rows))
+            said = told(*rows.summary(), warnings=rows.warnings())
+        else:
+            compressed, report = compress(concept, **value)
+            picture = spectrum_plot(concept, report.spectra, report.ranks())
+            said = told(*report.summary())
         image_bhwc = torch.from_numpy(np.array(picture)).float()[None] / 255
-        return io.NodeOutput(compressed, image_bhwc, ui=told(*report.summary()))
+        return io.NodeOutput(compressed, image_bhwc, ui=said)
 
 
 NODES = [CompressConcept]

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...composition.routing import Route
 from ...concept.concept import Concept
 from ...concept.fit import check_fit
 from ...concept.layers import family_of_width, is_cross_attention, layer_from_diffusers
@@ -17,6 +18,7 @@ from ...concept.text import TextEncoder
 from ...diffusion.latents import LATENT_PIXELS
 from ...diffusion.sampling import ddim_sample
 from .lending import borrowed_models, text_encoder
+from .routing import route, routing
 
 
 @contextmanager
@@ -59,6 +61,7 @@ def sample(
     concept: Concept | None = None,
     *,
     strength: float = 1.0,
+    routes: Sequence[Route] = (),
     resolution: int = 512,
     seeds: Sequence[int] = (),
     steps: int = 50,
@@ -66,16 +69,24 @@ def sample(
 ) -> Tensor:
     """A picture of each prompt (b, h, w, 3) in 0..1, with the concept or without.
 
-    Each starts from noise of its own seed, by default 0, 1, 2 and so on.
+    `concept` is added to the weights; those of `routes` act at their own words alone. Each picture
+    starts from noise of its own seed, by default 0, 1, 2 and so on.
     """
     with (
         applied_concept(pipeline, concept, strength) as encoder,
         borrowed_models(pipeline) as models,
+        routing(pipeline) as router,
     ):
+        for one in routes:
+            encoder = encoder.with_tokens(one.concept.embeddings())
+        both = [*prompts, *[""] * len(prompts)]
         text, nothing = (
             encoder.encode_with_pooled(encoder.pad([encoder.tokenize(prompt) for prompt in texts]))
-            for texts in (prompts, [""] * len(prompts))
+            for texts in (prompts, both[len(prompts) :])
         )
+        if routes:
+            context = torch.cat([text.context, nothing.context]).to(models.denoiser.device)
+            route(router, routes, encoder, both, context)
         edge = resolution // LATENT_PIXELS
         shape = (pipeline.unet.config.in_channels, edge, edge)
         noise = torch.stack(

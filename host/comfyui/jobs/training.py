@@ -20,6 +20,7 @@ from ....concept.file import read_concept, write_new_concept
 from ....concept.fit import check_text_width
 from ....concept.naming import write_new
 from ....concept.text import TextEncoder
+from ....merge.projection import project_on_own_words
 from ....trainer.checkpoint import Checkpoint
 from ....trainer.config import TrainConfig
 from ....trainer.data.latents import LatentBank
@@ -35,7 +36,7 @@ from ....trainer.methods import METHODS
 from ....trainer.prepare import prepare
 from ....trainer.start import check_start
 from ..models.unet import ComfyDenoiser, ComfyLatentEncoder
-from ..paths import concept_folder, network_folder
+from ..paths import cache_folder, concept_folder, network_folder
 from .models import Base, Models, copy_models, shared_copy
 from .prompts import prompt_is_running
 from .service import training_service, wait_for
@@ -80,7 +81,7 @@ def start_training(
     if same and same.snapshot().state in (*ACTIVE, JobState.FINISHED):
         log.info("the training job %s had the same to do: it is not begun again", same.id)
         return same
-    banks = _encoded(concepts, config, latent_encoder, models.encoder)
+    banks = _encoded(concepts, config, latent_encoder, models.encoder, start)
     _make_room(models.denoiser)
     training = _Training(name, concepts, banks, config, start, checkpoint_every_steps, base)
     description = {
@@ -182,6 +183,11 @@ class _Training:
                 network_folder(), self._name, lambda path: write_network(denoiser.network, path)
             )
             log.info("saved the whole UNet: %s", network)
+        if result.scope == "own words":
+            # The job's folder keeps the whole of it; this is small and acts right in any loader.
+            result, _ = project_on_own_words(
+                result, self._models.encoder, cache_folder=cache_folder()
+            )
         return write_new_concept(result, concept_folder(), self._name)
 
 
@@ -201,6 +207,7 @@ def _encoded(
     config: TrainConfig,
     latent_encoder: ComfyLatentEncoder,
     encoder: TextEncoder,
+    start: Concept | None,
 ) -> list[LatentBank]:
     """With progress on the node."""
     progress = comfy.utils.ProgressBar(1)
@@ -209,7 +216,7 @@ def _encoded(
         progress.update_absolute(before * total + done, len(concepts) * total)
 
     return [
-        prepare(concept, config, latent_encoder, encoder, partial(show, index))
+        prepare(concept, config, latent_encoder, encoder, partial(show, index), start=start)
         for index, concept in enumerate(concepts)
     ]
 
