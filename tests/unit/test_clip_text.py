@@ -7,11 +7,24 @@ from typing import Any
 
 import pytest
 import torch
+from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import TokenError
+from custom_diffusion.concept.layers import FAMILIES
 from custom_diffusion.concept.text import encode_unpadded
 from custom_diffusion.host.clip.text_encoder import ClipTextEncoder, text_transformer
-from custom_diffusion.trainer.learning.tokens import RARE_PIECES, initial_embedding
-from support.tiny_models import CONTEXT_WIDTH, VOCABULARY_SIZE, same_state, state
+from custom_diffusion.trainer.learning.tokens import (
+    RARE_PIECES,
+    initial_embedding,
+    words_to_teach,
+)
+from support.tiny_models import (
+    CONTEXT_WIDTH,
+    VOCABULARY_SIZE,
+    cat_concept,
+    dog_concept,
+    same_state,
+    state,
+)
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -405,10 +418,35 @@ def test_tokens_without_initializer_start_at_rare_words_in_turn(
 ) -> None:
     assert [encoder.piece_id(piece) for piece in RARE_PIECES] == [42170, 47629, 43514]
     table = model.get_input_embeddings().weight
-    for index in range(5):
-        start = initial_embedding(encoder, "  ", index)
+    for number, piece in enumerate(RARE_PIECES, 1):
+        start = initial_embedding(encoder, "  ", f"<new{number}>")
         assert start.keys() == {"clip_l"}
-        assert torch.equal(start["clip_l"][0], table[encoder.piece_id(RARE_PIECES[index % 3])])
+        assert torch.equal(start["clip_l"][0], table[encoder.piece_id(piece)])
+
+
+def test_no_two_names_start_alike(encoder: ClipTextEncoder, model: CLIPTextModel) -> None:
+    names = [f"<{word}{n}>" for word in ("new", "cat", "dog", "my-") for n in range(1, 60)]
+    rows = torch.cat([initial_embedding(encoder, "", name)["clip_l"] for name in names])
+    distances = torch.cdist(rows, rows) / rows.norm(dim=1)
+    distances.fill_diagonal_(1)
+    assert distances.min() > 0.1
+    rare = model.get_input_embeddings().weight[[encoder.piece_id(p) for p in RARE_PIECES]]
+    near = (torch.cdist(rows, rare) / rows.norm(dim=1, keepdim=True)).min(1).values
+    assert near.max() < 0.3
+    again = initial_embedding(encoder, "", "<cat1>")["clip_l"]
+    assert torch.equal(again[0], rows[names.index("<cat1>")])
+
+
+def test_words_of_one_training_start_apart_whatever_they_start_from(
+    encoder: ClipTextEncoder,
+) -> None:
+    """As the words of two DreamBooth concepts stay: alike they could never be told apart."""
+    concepts = [cat_concept(initializer="dog"), dog_concept(initializer="dog")]
+    start = Concept(FAMILIES["sd15"], {})
+    words = words_to_teach(concepts, start, encoder, torch.device("cpu"))["clip_l"]
+    assert not torch.equal(words["<new1>"], words["<new2>"])
+    (first,) = initial_embedding(encoder, "dog").values()
+    assert torch.equal(words["<new1>"], first)
 
 
 @pytest.mark.parametrize("word", ["cat", " Cat ", "CAT"])

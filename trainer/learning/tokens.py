@@ -15,28 +15,43 @@ from ..data.training_concept import TrainingConcept
 # Pieces of CLIP's vocabulary that mean next to nothing: two that only occur inside words, and a
 # word. The paper's choice (Fig. 15): random vectors drift more. Their ids: 42170, 47629, 43514.
 RARE_PIECES = ("ktn", "pll", "ucd</w>")
+_OWN_SHARE = 0.25
+"""Of a row's length: what is added to it so that no other name has the same"""
 
 
-def token_number(token: str) -> int:
-    """Which rare piece a token starts from: `<new2>` from the second, so that tokens differ."""
-    digits = re.search(r"(\d+)>$", token)
-    return int(digits[1]) - 1 if digits else zlib.crc32(token.encode())
+def initial_embedding(
+    encoder: TextEncoder, initializer: str, token: str = "<new1>"
+) -> dict[str, Tensor]:
+    """Start of a modifier token: encoder name → (1, width), float32.
 
-
-def initial_embedding(encoder: TextEncoder, initializer: str, index: int = 0) -> dict[str, Tensor]:
-    """Start of the `index`-th modifier token of a run: encoder name → (1, width), float32.
-
-    Raises TokenError when the initializer is not one word of the vocabulary.
+    `<new1>`, `<new2>` and `<new3>` start at the rare pieces, as the reference's. Every other name
+    starts near one of them, at a place of its own: words that start alike are hard to tell apart in
+    a merge, and where they do not learn they stay alike. Raises TokenError when the initializer is
+    not one word of the vocabulary.
     """
-    if not initializer.strip():
-        return encoder.vocabulary_row(encoder.piece_id(RARE_PIECES[index % len(RARE_PIECES)]))
-    ids = encoder.tokenize_words(initializer)
-    if len(ids) != 1:
-        raise TokenError(
-            f"The initializer {initializer!r} is {len(ids)} pieces in CLIP's vocabulary; one whole "
-            f"word is needed. Use a common word, the class noun for example, or leave it empty."
-        )
-    return encoder.vocabulary_row(ids[0])
+    if initializer.strip():
+        ids = encoder.tokenize_words(initializer)
+        if len(ids) != 1:
+            raise TokenError(
+                f"The initializer {initializer!r} is {len(ids)} pieces in CLIP's vocabulary; one "
+                f"whole word is needed. Use a common word, the class noun for example, or leave it "
+                f"empty."
+            )
+        return encoder.vocabulary_row(ids[0])
+    numbered = re.fullmatch(r"<new([123])>", token)
+    number = int(numbered[1]) - 1 if numbered else zlib.crc32(token.encode())
+    rows = encoder.vocabulary_row(encoder.piece_id(RARE_PIECES[number % len(RARE_PIECES)]))
+    return rows if numbered else moved_by_name(rows, token)
+
+
+def moved_by_name(rows: Mapping[str, Tensor], token: str) -> dict[str, Tensor]:
+    """Rows a quarter of their length away from these, in a direction that the name alone gives."""
+    moved = {}
+    for encoder, row in rows.items():
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{encoder} {token}".encode()))
+        direction = torch.randn(row.shape, generator=generator)
+        moved[encoder] = row + _OWN_SHARE * row.norm() * (direction / direction.norm()).to(row)
+    return moved
 
 
 def words_to_teach(
@@ -47,8 +62,8 @@ def words_to_teach(
 ) -> dict[str, dict[str, nn.Parameter]]:
     """The modifier tokens of a run as parameters: encoder name → token → (vectors, width).
 
-    Those that `start` has learnt already go on from there. Raises ConfigError when two concepts
-    have one token.
+    Those that `start` has learnt already go on from there; no two start alike. Raises ConfigError
+    when two concepts have one token.
     """
     with_token = [concept for concept in training_concepts if concept.token]
     names = [concept.token for concept in with_token]
@@ -59,14 +74,23 @@ def words_to_teach(
         )
     learnt = {token.name: token.embeddings for token in start.tokens}
     words: dict[str, dict[str, nn.Parameter]] = {}
+    began: list[str] = []
     for concept in with_token:
-        rows = learnt.get(concept.token) or initial_embedding(
-            encoder, concept.initializer, token_number(concept.token)
-        )
+        rows = learnt.get(concept.token)
+        if rows is None:
+            rows = initial_embedding(encoder, concept.initializer, concept.token)
+            others = [{name: words[name][token] for name in words} for token in began]
+            if any(_alike(rows, other) for other in [*others, *learnt.values()]):
+                rows = moved_by_name(rows, concept.token)
+        began.append(concept.token)
         for name, row in rows.items():
             own = row.detach().to(device, torch.float32, copy=True)
             words.setdefault(name, {})[concept.token] = nn.Parameter(own)
     return words
+
+
+def _alike(rows: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    return all(torch.equal(row, others[name].detach().to(row)) for name, row in rows.items())
 
 
 def drift(
