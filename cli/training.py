@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -17,7 +17,7 @@ from ..concept.file import read_concept, size_of
 from ..concept.prompts import DEFAULT_TEMPLATE, STYLE_TEMPLATE
 from ..concept.text import TextEncoder
 from ..merge.projection import project_on_own_words
-from ..trainer.config import Fit, GradientCut, OptimizerName, TrainConfig
+from ..trainer.config import TrainConfig
 from ..trainer.data.folders import load_folder
 from ..trainer.data.training_concept import TrainingConcept, instance_caption
 from ..trainer.events import Event, MemoryShort, RegularizationLeftOut, StepDone
@@ -29,23 +29,12 @@ from ..trainer.prepare import prepare
 from ..trainer.start import check_start
 from .models import DEFAULTS, add_model_options, captions_for, load, precision, recipe_for
 from .output import check_new, progress, save, stop_on_interrupt
+from .settings import add_setting_options, chosen_settings
 from .torchrun import Team, team
 from .training_job import run_as_job
 
 if TYPE_CHECKING:
     from ..host.diffusers.denoiser import DiffusersDenoiser
-
-_RECIPE = (
-    "rank",
-    "steps",
-    "batch_size",
-    "micro_batch_size",
-    "learning_rate",
-    "resolution",
-    "gradient_cut",
-    "fit",
-    "optimizer",
-)
 
 
 def add_to(commands: Any) -> None:
@@ -83,36 +72,7 @@ def add_to(commands: Any) -> None:
         default=DEFAULTS.method,
         help="; ".join(f"{name}: {method.description}" for name, method in METHODS.items()),
     )
-    teach.add_argument("--rank", type=int, help=f"of low-rank, default {DEFAULTS.rank}")
-    teach.add_argument("--steps", type=int, help=f"default {DEFAULTS.steps}, or the method's own")
-    teach.add_argument("--batch-size", type=int, help=f"default {DEFAULTS.batch_size}")
-    teach.add_argument(
-        "--micro-batch-size", type=int, help="pictures computed at once; default all of a step"
-    )
-    teach.add_argument(
-        "--gradient-checkpointing",
-        action="store_true",
-        help="less memory, more time; comes by itself when memory runs out",
-    )
-    teach.add_argument(
-        "--optimizer",
-        choices=get_args(OptimizerName),
-        help="8-bit: its state in a quarter of the memory; needs `pip install bitsandbytes`",
-    )
-    teach.add_argument(
-        "--text-encoder-on-cpu",
-        action="store_true",
-        help="less GPU memory, slower steps: for SDXL on small GPUs",
-    )
-    teach.add_argument("--learning-rate", type=float, help="default: the method's own")
-    teach.add_argument(
-        "--resolution", type=int, help=f"default {DEFAULTS.resolution}; take 1024 for SDXL"
-    )
-    teach.add_argument("--gradient-cut", choices=get_args(GradientCut))
-    teach.add_argument("--no-augment", action="store_true", help="no random sizes")
-    teach.add_argument("--no-flip", action="store_true", help="no mirrored views")
-    teach.add_argument("--fit", choices=get_args(Fit), help="of pictures that are not square")
-    teach.add_argument("--seed", type=int, default=DEFAULTS.seed)
+    add_setting_options(teach)
     teach.add_argument(
         "--jobs",
         type=Path,
@@ -196,18 +156,11 @@ def _train(
 
 def training_config(options: argparse.Namespace) -> TrainConfig:
     """The model's and the method's recipe, but for what was given."""
-    given = {name: getattr(options, name) for name in _RECIPE}
-    recipe = recipe_for(options.model, options.method)
     return replace(
-        recipe,
+        recipe_for(options.model, options.method),
         method=options.method,
-        **{name: value for name, value in given.items() if value is not None},
-        gradient_checkpointing=options.gradient_checkpointing,
-        text_encoder_on_cpu=options.text_encoder_on_cpu,
-        augment=recipe.augment and not options.no_augment,
-        flip=recipe.flip and not options.no_flip,
         preview_every_steps=0,
-        seed=options.seed,
+        **chosen_settings(options),
     )
 
 

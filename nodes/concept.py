@@ -14,7 +14,7 @@ from ..host.comfyui.inputs import (
 from ..host.comfyui.paths import NO_FOLDER, input_folders
 from ..trainer.config import TrainConfig
 from ..trainer.data.advice import advice
-from .training_inputs import resolution_input, seed_input, view_inputs
+from .training_inputs import setting_input, setting_inputs
 from .types import CATEGORY, RegularizationSet, TrainingConcept, told
 
 
@@ -144,9 +144,9 @@ class CustomDiffusionViews(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 TrainingConcept.Input("concept"),
-                resolution_input(),
-                seed_input(),
-                *view_inputs(),
+                setting_input("resolution"),
+                setting_input("seed"),
+                *setting_inputs("views"),
             ],
             outputs=[io.Image.Output(display_name="contact sheet")],
         )

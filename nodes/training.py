@@ -1,14 +1,14 @@
 """Teaching a concept: what to teach, and the training itself."""
 
-from typing import Any, get_args
+from typing import Any
 
 from comfy_api.latest import io
 
 from ..host.comfyui.jobs.service import jobs_to_go_on_with, tell_node
 from ..host.comfyui.jobs.training import start_training, training_outputs
-from ..trainer.config import GradientCut, OptimizerName, TrainConfig
+from ..trainer.config import TrainConfig
 from ..trainer.methods import METHODS
-from .training_inputs import DEFAULTS, method_inputs, resolution_input, seed_input, view_inputs
+from .training_inputs import method_inputs, setting_inputs
 from .types import CATEGORY, Concept, TrainingConcept
 
 CHECKPOINT_EVERY_STEPS = 50
@@ -48,15 +48,7 @@ class CustomDiffusionTrain(io.ComfyNode):
                         f"{name}: {method.description}" for name, method in METHODS.items()
                     ),
                 ),
-                io.Int.Input(
-                    "batch_size",
-                    default=DEFAULTS.batch_size,
-                    min=1,
-                    max=256,
-                    tooltip="Pictures a step; half of them regularization, when there are any.",
-                ),
-                resolution_input(),
-                seed_input(),
+                *setting_inputs("run"),
                 io.Boolean.Input(
                     "wait",
                     default=True,
@@ -64,55 +56,14 @@ class CustomDiffusionTrain(io.ComfyNode):
                     label_off="no, in the background",
                     tooltip="Wait, and hand the concept on; or return at once with the job's id.",
                 ),
-                *view_inputs(),
+                *setting_inputs("views"),
                 Concept.Input(
                     "start",
                     optional=True,
                     tooltip="A concept of this model to go on from: with the same modifier token "
                     "its training continues, with another one more is learnt on top of it.",
                 ),
-                io.Float.Input(
-                    "prior_weight",
-                    default=DEFAULTS.prior_weight,
-                    min=0,
-                    max=10,
-                    step=0.1,
-                    advanced=True,
-                    tooltip="Weight of the regularization pictures.",
-                ),
-                io.Combo.Input(
-                    "gradient_cut",
-                    options=list(get_args(GradientCut)),
-                    default=DEFAULTS.gradient_cut,
-                    advanced=True,
-                    tooltip="Positions of the prompt whose keys and values pass no gradient: the "
-                    "start token as in the paper's code, and the padding after the last word, "
-                    "through which a merge would lose what was learnt.",
-                ),
-                io.Int.Input(
-                    "micro_batch_size",
-                    default=DEFAULTS.micro_batch_size,
-                    min=0,
-                    max=256,
-                    advanced=True,
-                    tooltip="Pictures computed at once, a part of the batch; 0 is all of it. It "
-                    "becomes less by itself when memory runs out.",
-                ),
-                io.Boolean.Input(
-                    "gradient_checkpointing",
-                    default=DEFAULTS.gradient_checkpointing,
-                    advanced=True,
-                    tooltip="Needs less memory and more time. It is turned on by itself when one "
-                    "picture at once is still too much.",
-                ),
-                io.Int.Input(
-                    "preview_every_steps",
-                    default=DEFAULTS.preview_every_steps,
-                    min=0,
-                    max=10_000,
-                    advanced=True,
-                    tooltip="A picture of '<new1> cat' is drawn this often; 0 draws none.",
-                ),
+                *setting_inputs("advanced"),
                 io.Int.Input(
                     "checkpoint_every_steps",
                     default=CHECKPOINT_EVERY_STEPS,
@@ -148,24 +99,7 @@ class CustomDiffusionTrain(io.ComfyNode):
                     tooltip="So many concepts of the run are kept in its folder beside the newest: "
                     "those before which the losses were lowest.",
                 ),
-                # Optional, and last: graphs that were saved before there was a choice still run.
-                io.Combo.Input(
-                    "optimizer",
-                    options=list(get_args(OptimizerName)),
-                    default=DEFAULTS.optimizer,
-                    optional=True,
-                    advanced=True,
-                    tooltip="8-bit: the optimiser's state in a quarter of the memory. It needs "
-                    "the Python package bitsandbytes.",
-                ),
-                io.Boolean.Input(
-                    "text_encoder_on_cpu",
-                    default=DEFAULTS.text_encoder_on_cpu,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Leaves the text encoders in main memory: less GPU memory, slower "
-                    "steps. For SDXL on small GPUs.",
-                ),
+                *setting_inputs("added"),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             outputs=[

@@ -1,70 +1,48 @@
-"""Inputs that several nodes of a training share: one home for their bounds and words."""
+"""Inputs for the settings of a training, made from their one table in `trainer/config.py`."""
 
-from typing import get_args
+from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainer.config import Fit, MethodName, TrainConfig
+from ..trainer.config import SETTINGS, MethodName, TrainConfig
 from ..trainer.methods import recipe
+from ..trainer.settings import Group, Setting
 
 DEFAULTS = TrainConfig()
+_ADVANCED = ("views", "advanced", "added")
 
 
-def resolution_input() -> io.Int.Input:
-    return io.Int.Input(
-        "resolution",
-        default=DEFAULTS.resolution,
-        min=64,
-        max=2048,
-        step=8,
-        tooltip="512 for SD 1.x and 2.x base, 768 for SD 2.1 768, 1024 for SDXL.",
-    )
+def setting_input(name: str) -> io.Input:
+    """The input of one setting."""
+    return _input(SETTINGS[name], DEFAULTS)
 
 
-def seed_input() -> io.Int.Input:
-    return io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False)
+def setting_inputs(group: Group) -> list[io.Input]:
+    """Those of a group, in the order of the table."""
+    return [_input(one, DEFAULTS) for one in SETTINGS.values() if one.group == group]
 
 
 def method_inputs(name: MethodName) -> list[io.Input]:
     """What a method has settings of its own for."""
-    defaults = recipe(name)
-    inputs = [
-        io.Int.Input("steps", default=defaults.steps, min=1, max=100_000),
-        io.Float.Input(
-            "learning_rate",
-            default=defaults.learning_rate,
-            min=1e-7,
-            max=0.1,
-            step=1e-6,
-            round=False,
-        ),
-    ]
-    if name == "low-rank":
-        inputs.append(io.Int.Input("rank", default=defaults.rank, min=1, max=320))
-    return inputs
+    own = [one for one in SETTINGS.values() if one.group == "method" and one.method in ("", name)]
+    return [_input(one, recipe(name)) for one in own]
 
 
-def view_inputs() -> list[io.Input]:
-    """How views are made of pictures: the same for the training and for what shows them."""
-    return [
-        io.Boolean.Input(
-            "augment",
-            default=DEFAULTS.augment,
-            advanced=True,
-            tooltip="Random sizes with words that say so, as in the paper.",
-        ),
-        io.Boolean.Input(
-            "flip",
-            default=DEFAULTS.flip,
-            advanced=True,
-            tooltip="Mirror half of the pictures. Off for writing and faces.",
-        ),
-        io.Combo.Input(
-            "fit",
-            options=list(get_args(Fit)),
-            default=DEFAULTS.fit,
-            advanced=True,
-            tooltip="Pictures that are not square: crop to the middle, or letterbox: all of them, "
-            "between grey bars that do not count.",
-        ),
-    ]
+def _input(setting: Setting, defaults: TrainConfig) -> io.Input:
+    options: dict[str, Any] = {"default": getattr(defaults, setting.name), "tooltip": setting.help}
+    if setting.group in _ADVANCED:
+        options["advanced"] = True
+    if setting.group == "added":  # graphs that were saved before there was a choice still run
+        options["optional"] = True
+    if setting.choices:
+        return io.Combo.Input(setting.name, options=list(setting.choices), **options)
+    if setting.kind is bool:
+        return io.Boolean.Input(setting.name, **options)
+    options |= {"min": setting.least, "max": setting.most, "step": setting.step}
+    if setting.kind is int:
+        # A widget called seed would otherwise draw another one after every run.
+        drawn = False if setting.name == "seed" else None
+        return io.Int.Input(setting.name, control_after_generate=drawn, **options)
+    # The page rounds to whole steps, and small values would become 0.
+    rounds = False if 0 < (setting.least or 0) < (setting.step or 0) else None
+    return io.Float.Input(setting.name, round=rounds, **options)

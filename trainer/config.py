@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from ..concept.errors import ConfigError
 from ..diffusion.latents import LATENT_PIXELS
+from .settings import Setting, setting, settings_of
 
 MethodName = Literal[
     "custom diffusion",
@@ -27,103 +27,125 @@ Fit = Literal["crop", "letterbox"]
 class TrainConfig:
     """Custom Diffusion's recipe: 250 steps of 8 images at a learning rate of 8e-5.
 
-    `trainer.methods.recipe` has those of other methods.
+    `trainer.methods.recipe` has those of other methods. A field is all that a new setting needs:
+    the check, the Train node's input and the command's option are made from it. What every node
+    with that input says of it has to be translated in locales/.
     """
 
-    method: MethodName = "custom diffusion"
-    rank: int = 16
-    """Of the low-rank method's factors."""
-    steps: int = 250
-    """Optimiser steps."""
-    batch_size: int = 8
-    """Images a step; half of them are regularization images when there is a regularization set."""
-    learning_rate: float = 8e-5
-    """Effective rate, for keys, values and modifier token alike (the reference's 1e-5 times 8
-    images).
-    """
-    micro_batch_size: int = 0
-    """Images computed at once, a part of the batch; 0 is all of it. Less memory, the same step."""
-    gradient_checkpointing: bool = False
-    """Compute the UNet's blocks twice instead of keeping what is inside them: less memory."""
-    optimizer: OptimizerName = "adamw"
-    """With state in float32, or in 8 bits a number, a quarter of the memory (bitsandbytes)."""
-    text_encoder_on_cpu: bool = False
-    """Leave the text encoders in main memory, and let the CPU compute them: less of the device's
-    memory, slower steps.
-    """
-    weight_decay: float = 1e-2
-    """Of AdamW."""
-    max_gradient_norm: float | None = 1.0
-    """Gradients are scaled down to this norm; None leaves them."""
-    prior_weight: float = 1.0
-    """Weight of the regularization images' loss."""
-    gradient_cut: GradientCut = "own words"
-    """Where in a prompt keys and values learn. "own words": they change at V* and its class noun
-    alone, in the forward pass too, so nothing is learnt that a merge or a route could lose, and
-    regularization has nothing left to do (docs/fidelity.md). The others cut gradients only: "start"
-    at the start token as the reference does, "start and padding", or "none". Methods that teach
-    more than keys and values take "start and padding" for "own words".
-    """
-    resolution: int = 512
-    """Edge of the training pictures, in pixels."""
-    fit: Fit = "crop"
-    """Of pictures that are not square: their centre, or all of them between grey bars that do not
-    count.
-    """
-    augment: bool = True
-    """Random resize with matching prompt prefixes, as in the paper."""
-    flip: bool = True
-    """Mirror half of the views; turn it off for writing and faces."""
-    views_per_image: int = 16
-    """Augmented views of each instance image that are encoded before training."""
-    preview_every_steps: int = 50
-    """A sample picture is drawn this often; 0 draws none."""
-    seed: int = 0
-    """Of everything random: data order, views, noise, timesteps and previews."""
+    # The node's choice of a method has inputs of its own: made in nodes/ and cli/ from METHODS.
+    method: MethodName = setting("custom diffusion", "What learns.", None)
+    steps: int = setting(250, "How many steps the training takes.", "method", least=1, most=100_000)
+    # For keys, values and modifier token alike: the reference's 1e-5 times 8 images.
+    learning_rate: float = setting(
+        8e-5,
+        "How much a step changes. The method's own rate is for 8 pictures a step.",
+        "method",
+        least=1e-7,
+        most=0.1,
+        step=1e-6,
+    )
+    rank: int = setting(
+        16,
+        "Size of the low-rank factors: larger ones hold more, in a larger file.",
+        "method",
+        method="low-rank",
+        least=1,
+        most=320,
+    )
+    batch_size: int = setting(
+        8,
+        "Pictures a step; half of them regularization, when there are any.",
+        "run",
+        least=1,
+        most=256,
+    )
+    resolution: int = setting(
+        512,
+        "512 for SD 1.x and 2.x base, 768 for SD 2.1 768, 1024 for SDXL.",
+        "run",
+        least=LATENT_PIXELS * 8,
+        most=2048,
+        step=LATENT_PIXELS,
+    )
+    # Data order, views, noise, timesteps and previews.
+    seed: int = setting(
+        0, "Of everything random: another seed, another run.", "run", least=0, most=2**63 - 1
+    )
+    augment: bool = setting(True, "Random sizes with words that say so, as in the paper.", "views")
+    flip: bool = setting(True, "Mirror half of the pictures. Off for writing and faces.", "views")
+    fit: Fit = setting(
+        "crop",
+        "Pictures that are not square: crop to the middle, or letterbox: all of them, between grey "
+        "bars that do not count.",
+        "views",
+    )
+    prior_weight: float = setting(
+        1.0,
+        "Weight of the regularization pictures.",
+        "advanced",
+        least=0,
+        most=10,
+        step=0.1,
+        on_command=False,
+    )
+    # "own words": they change there alone, in the forward pass too (docs/fidelity.md has what that
+    # brings); the others cut gradients only. Methods that teach more than keys and values take
+    # "start and padding" for it.
+    gradient_cut: GradientCut = setting(
+        "own words",
+        "Where keys and values learn. own words: at the new word and its class noun alone, so that "
+        "concepts combine well and need no regularization. The others leave out: the start of the "
+        "prompt as in the paper's code; its padding too; or nothing.",
+        "advanced",
+    )
+    micro_batch_size: int = setting(
+        0,
+        "Pictures computed at once, a part of the batch; 0 is all of it. It becomes less by itself "
+        "when memory runs out.",
+        "advanced",
+        least=0,
+        most=256,
+    )
+    gradient_checkpointing: bool = setting(
+        False,
+        "Needs less memory and more time. It is turned on by itself when one picture at once is "
+        "still too much.",
+        "advanced",
+    )
+    preview_every_steps: int = setting(
+        50,
+        "A picture of '<new1> cat' is drawn this often; 0 draws none.",
+        "advanced",
+        least=0,
+        most=10_000,
+        on_command=False,
+    )
+    optimizer: OptimizerName = setting(
+        "adamw",
+        "8-bit: the optimiser's state in a quarter of the memory. It needs the Python package "
+        "bitsandbytes.",
+        "added",
+    )
+    text_encoder_on_cpu: bool = setting(
+        False,
+        "Leaves the text encoders in main memory: less GPU memory, slower steps. For SDXL on small "
+        "GPUs.",
+        "added",
+    )
+    weight_decay: float = setting(1e-2, "Of AdamW.", None, least=0)
+    max_gradient_norm: float | None = setting(
+        1.0, "Gradients are scaled down to this norm; None leaves them.", None, least=1e-12
+    )
+    views_per_image: int = setting(
+        16, "Augmented views of each picture that are encoded before training.", None, least=1
+    )
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, get_args(MethodName))
-        _at_least("rank", self.rank, 1)
-        _at_least("steps", self.steps, 1)
-        _at_least("batch_size", self.batch_size, 1)
-        _at_least("micro_batch_size", self.micro_batch_size, 0)
-        _at_least("views_per_image", self.views_per_image, 1)
-        _at_least("preview_every_steps", self.preview_every_steps, 0)
-        _at_least("resolution", self.resolution, LATENT_PIXELS * 8)
-        if self.resolution % LATENT_PIXELS:
-            raise ConfigError(
-                f"resolution={self.resolution} is no multiple of {LATENT_PIXELS}. "
-                f"Use {round(self.resolution / LATENT_PIXELS) * LATENT_PIXELS}."
-            )
-        if not 0 < self.learning_rate < 1:
-            raise ConfigError(
-                f"learning_rate={self.learning_rate} is outside 0..1; the paper's is 8e-5."
-            )
-        if not (0 <= self.prior_weight < math.inf and 0 <= self.weight_decay < math.inf):
-            raise ConfigError(
-                f"prior_weight={self.prior_weight} and weight_decay={self.weight_decay} "
-                f"must be numbers of 0 or more."
-            )
-        if self.max_gradient_norm is not None and not self.max_gradient_norm > 0:
-            raise ConfigError(
-                f"max_gradient_norm={self.max_gradient_norm} would stop all learning. "
-                f"Use a number above 0, or None for no limit."
-            )
-        _one_of("optimizer", self.optimizer, get_args(OptimizerName))
-        _one_of("gradient_cut", self.gradient_cut, get_args(GradientCut))
-        _one_of("fit", self.fit, get_args(Fit))
+        for name, known in SETTINGS.items():
+            known.check(getattr(self, name))
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(
-            f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, known))}."
-        )
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ConfigError(f"{name}={value} is too small; it must be at least {least}.")
+SETTINGS: Mapping[str, Setting] = settings_of(TrainConfig)

@@ -42,7 +42,8 @@ MAY_IMPORT = {
 }
 """Folder → the other folders of ours it may import. Files beside them may import all."""
 INSIDE_TRAINER = {
-    "config": set[str](),
+    "settings": set[str](),
+    "config": {"settings"},
     "checkpoint": set[str](),
     "events": {"checkpoint"},
     "economy": set[str](),

@@ -1,0 +1,33 @@
+"""The inputs of the training nodes: as the first version had them, because saved graphs know the
+values of widgets by their place.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.comfy_server import ComfyServer
+
+FIRST = json.loads(
+    (Path(__file__).parents[1] / "support" / "training_inputs_0_1_0.json").read_text("utf-8")
+)
+"""Node → what /object_info of version 0.1.0 said of its inputs, but for the words."""
+
+
+def without_words(schema: Any) -> Any:
+    if isinstance(schema, dict):
+        return {key: without_words(value) for key, value in schema.items() if key != "tooltip"}
+    return [without_words(value) for value in schema] if isinstance(schema, list) else schema
+
+
+@pytest.mark.parametrize("node", FIRST)
+def test_inputs_keep_their_place_kind_default_and_bounds(server: ComfyServer, node: str) -> None:
+    now = without_words(server.object_info(node)["input"])
+    assert now["required"] == FIRST[node]["required"]
+    assert list(now["required"]) == list(FIRST[node]["required"])
+    before = FIRST[node].get("optional", {})
+    optional = list(now.get("optional", {}).items())
+    assert optional[: len(before)] == list(before.items()), "new ones come last"
