@@ -70,8 +70,9 @@ class CustomDiffusionConcept(io.ComfyNode):
                     "regularization_folder",
                     options=input_folders(),
                     default=NO_FOLDER,
-                    tooltip="About 200 ordinary pictures of the class, which keep the model from "
-                    "drifting. A .txt file beside a picture is its caption.",
+                    tooltip="Not needed where a modifier token is taught as usual. Else about 200 "
+                    "ordinary pictures of the class, which keep the model from drifting. A .txt "
+                    "file beside a picture is its caption.",
                 ),
                 RegularizationSet.Input(
                     "regularization_set",

@@ -60,7 +60,7 @@ def test_repeats_make_no_more_pictures_of_few() -> None:
             cats(*(scene(s) for s in range(4)), scene(2).resize((450, 450))),
             "picture 5 looks the same as picture 3",
         ),
-        (replace(GOOD, regularization=()), "no regularization pictures"),
+        (replace(GOOD, token="", regularization=()), "no regularization pictures"),
         (
             replace(
                 GOOD,

@@ -46,10 +46,11 @@ def advice(concept: TrainingConcept) -> Iterator[str]:
     ]
     if 0 < len(plain) < count:
         yield f"Without a caption of their own: {_some(plain)}. They get '{concept.prompt}'."
-    if not concept.regularization:
+    if not concept.token and not concept.regularization:
         yield (
-            f"There are no regularization pictures: the model may draw every "
-            f"{concept.class_noun} like this one."
+            f"Without a modifier token the word {concept.class_noun!r} itself is taught, and there "
+            f"are no regularization pictures: the model may draw every {concept.class_noun} like "
+            f"this one."
         )
 
 
