@@ -89,7 +89,7 @@ def test_nothing_is_shipped_that_only_the_repository_needs() -> None:
     folders = {name.split("/")[0] for name in names if "/" in name}
     assert folders == {
         *("cli", "compression", "concept", "diffusion", "example_workflows", "formats", "host"),
-        *("inspection", "locales", "pictures"),
+        *("composition", "inspection", "locales", "pictures"),
         *("merge", "nodes", "trainer", "web"),
     }
     assert {name for name in names if "/" not in name} == {
