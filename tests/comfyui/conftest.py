@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import hashlib
+import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -20,6 +22,7 @@ from support import checkpoints as builders
 from support.comfy_server import ComfyServer, find_comfyui
 
 NO_COMFYUI = "NO COMFYUI: set COMFYUI_PATH to a ComfyUI work tree to run this test"
+DAY_S = 24 * 60 * 60
 
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "sd15": partial(builders.write_sd15, vae="kl"),
@@ -61,15 +64,20 @@ def comfyui_path() -> Path:
 def checkpoint_file() -> Callable[[str], Path]:
     """Return a function that gives the file of a random checkpoint, written on first use.
 
-    Files are kept between runs, in a folder named after the code that builds them.
+    Files are kept between runs, in a folder named after the code that builds them: 4 GB. Folders of
+    other code go when no run has used them for a day.
     """
     code = Path(builders.__file__).read_bytes() + Path(__file__).read_bytes()
     version = hashlib.sha256(code).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / "custom-diffusion-test-checkpoints" / version
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.touch()
+    for other in folder.parent.iterdir():
+        if time.time() - other.stat().st_mtime > DAY_S:
+            shutil.rmtree(other, ignore_errors=True)  # another process may be at it as well
 
     def build(name: str) -> Path:
         path = folder / f"{name}.safetensors"
-        folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{name}.lock"):  # another test process may want it as well
             return path if path.exists() else CHECKPOINTS[name](path)
 
