@@ -213,6 +213,12 @@ def test_nodes_tell_what_they_have_found(bench: ComfyServer, page: Any) -> None:
         until(page, lambda: shown.evaluate(_WITHIN_NODE))  # noqa: B023
     screenshot(page, "node-notes")
 
+    page.wait_for_function("!app.canvas.dirty_canvas && !app.canvas.dirty_bgcanvas")
+    saving = page.locator(".cd-node", has_text="both.safetensors")
+    low = saving.evaluate("frame => frame.clientHeight")
+    saving.locator(".cd-notes").evaluate("notes => { notes.style.height = '280px'; }")
+    until(page, lambda: saving.evaluate("frame => frame.clientHeight") >= 280 > low)
+
 
 def test_the_train_node_shows_its_training_also_after_a_reload(
     bench: ComfyServer, page: Any
