@@ -90,6 +90,20 @@ def checkpoints(comfyui_path: Path, checkpoint_file: Callable[[str], Path]) -> P
     return checkpoint_file("sd15").parent
 
 
+@pytest.fixture(scope="module")
+def base(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """Base folder of the server that a file of tests has for itself. Trainings write gigabytes, so
+    it goes with the server, unless a test of the file has failed.
+    """
+    folder = tmp_path_factory.mktemp(request.path.stem)
+    failed = request.session.testsfailed
+    yield folder
+    if request.session.testsfailed == failed:
+        shutil.rmtree(folder, ignore_errors=True)  # a process that was killed may write still
+
+
 @pytest.fixture(scope="session")
 def server(
     comfyui_path: Path, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
@@ -119,6 +133,7 @@ def comfy(comfyui_path: Path) -> Any:
     import comfy.lora
     import comfy.sd
     import comfy.utils
+    import utils.extra_config  # noqa: F401  as main.py does, before ComfyUI's nodes hide it
 
     return comfy
 

@@ -20,10 +20,7 @@ LAYER = "input_blocks.1.1.transformer_blocks.0.attn2.to_k"
 
 
 @pytest.fixture(scope="module")
-def bench(
-    comfyui_path: Path, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ComfyServer]:
-    base = tmp_path_factory.mktemp("page")
+def bench(comfyui_path: Path, checkpoints: Path, base: Path) -> Iterator[ComfyServer]:
     draw_pictures(base / "input" / "cat")
     (base / "input" / "captions.txt").write_text(
         "\n".join(f"photo of a dog {n}" for n in range(30))
@@ -231,7 +228,6 @@ def test_the_train_node_shows_its_training_also_after_a_reload(
         wait=False,
         steps=10_000,
         preview_every_steps=4,
-        augment=False,
     )
     show(page, graph)
     run(page)
