@@ -87,7 +87,7 @@ def test_lowest(arguments: list[str]) -> int:
     pins = lowest_versions(PYPROJECT.read_text(encoding="utf-8"))
     constraints.write_text("\n".join(pins) + "\n")
     print("\n".join(pins), flush=True)
-    install(VENV_LOWEST, python, "test", constraints)
+    install(VENV_LOWEST, python, "unit", constraints)
     chosen = ["-m", "not any_version", ROOT / "tests" / "unit"]
     interpreter = VENV_LOWEST / BIN / "python"
     return run(

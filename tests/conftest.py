@@ -25,6 +25,12 @@ _pack.__spec__ = importlib.machinery.ModuleSpec("custom_diffusion", None, is_pac
 sys.modules["custom_diffusion"] = _pack
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: of two processes, none gets a long one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """Tiny matrices are quicker on one thread, sums always come out in the same order, and two

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import hashlib
+import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -20,6 +22,7 @@ from support import checkpoints as builders
 from support.comfy_server import ComfyServer, find_comfyui
 
 NO_COMFYUI = "NO COMFYUI: set COMFYUI_PATH to a ComfyUI work tree to run this test"
+DAY_S = 24 * 60 * 60
 
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "sd15": partial(builders.write_sd15, vae="kl"),
@@ -61,15 +64,20 @@ def comfyui_path() -> Path:
 def checkpoint_file() -> Callable[[str], Path]:
     """Return a function that gives the file of a random checkpoint, written on first use.
 
-    Files are kept between runs, in a folder named after the code that builds them.
+    Files are kept between runs, in a folder named after the code that builds them: 4 GB. Folders of
+    other code go when no run has used them for a day.
     """
     code = Path(builders.__file__).read_bytes() + Path(__file__).read_bytes()
     version = hashlib.sha256(code).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / "custom-diffusion-test-checkpoints" / version
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.touch()
+    for other in folder.parent.iterdir():
+        if time.time() - other.stat().st_mtime > DAY_S:
+            shutil.rmtree(other, ignore_errors=True)  # another process may be at it as well
 
     def build(name: str) -> Path:
         path = folder / f"{name}.safetensors"
-        folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{name}.lock"):  # another test process may want it as well
             return path if path.exists() else CHECKPOINTS[name](path)
 
@@ -80,6 +88,20 @@ def checkpoint_file() -> Callable[[str], Path]:
 def checkpoints(comfyui_path: Path, checkpoint_file: Callable[[str], Path]) -> Path:
     """Return the folder that holds the random checkpoint ``sd15.safetensors``."""
     return checkpoint_file("sd15").parent
+
+
+@pytest.fixture(scope="module")
+def base(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """Base folder of the server that a file of tests has for itself. Trainings write gigabytes, so
+    it goes with the server, unless a test of the file has failed.
+    """
+    folder = tmp_path_factory.mktemp(request.path.stem)
+    failed = request.session.testsfailed
+    yield folder
+    if request.session.testsfailed == failed:
+        shutil.rmtree(folder, ignore_errors=True)  # a process that was killed may write still
 
 
 @pytest.fixture(scope="session")
@@ -111,6 +133,7 @@ def comfy(comfyui_path: Path) -> Any:
     import comfy.lora
     import comfy.sd
     import comfy.utils
+    import utils.extra_config  # noqa: F401  as main.py does, before ComfyUI's nodes hide it
 
     return comfy
 

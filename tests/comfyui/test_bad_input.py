@@ -22,9 +22,8 @@ LAYER = "input_blocks.1.1.transformer_blocks.0.attn2.to_k"
 def bench(
     comfyui_path: Path,
     checkpoint_file: Callable[[str], Path],
-    tmp_path_factory: pytest.TempPathFactory,
+    base: Path,
 ) -> Iterator[ComfyServer]:
-    base = tmp_path_factory.mktemp("bad-input")
     inputs, concepts = base / "input", base / "models" / "custom_diffusion"
     draw_pictures(inputs / "cat")
     draw_pictures(inputs / "one-corrupt")

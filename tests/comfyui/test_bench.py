@@ -16,11 +16,8 @@ Graph = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def stock_server(
-    comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ComfyServer]:
+def stock_server(comfyui_path: Path, base: Path) -> Iterator[ComfyServer]:
     # Without a cache, the same prompt queued twice is computed twice.
-    base = tmp_path_factory.mktemp("stock")
     with ComfyServer(comfyui_path, base, pack=None, arguments=["--cache-none"]) as running:
         yield running
 

@@ -67,10 +67,7 @@ every_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: pat
 
 
 @pytest.fixture(scope="module")
-def bench(
-    comfyui_path: Path, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ComfyServer]:
-    base = tmp_path_factory.mktemp("workflows")
+def bench(comfyui_path: Path, checkpoints: Path, base: Path) -> Iterator[ComfyServer]:
     for seed, (folder, noun) in enumerate(NOUNS.items()):
         draw_pictures(base / "input" / folder, count=2, seed=seed)
         draw_pictures(base / "input" / f"regularization_{noun}", count=2, seed=10 + seed)

@@ -21,11 +21,8 @@ BOTH = "a (<new1> cat:1.2) beside a <new2> dog"
 
 
 @pytest.fixture(scope="module")
-def bench(
-    comfyui_path: Path, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ComfyServer]:
+def bench(comfyui_path: Path, checkpoints: Path, base: Path) -> Iterator[ComfyServer]:
     """A server that forgets results, with two folders of pictures and some captions."""
-    base = tmp_path_factory.mktemp("main-job")
     for seed, name in enumerate(("cat", "dog", "regularization")):
         draw_pictures(base / "input" / name, seed=seed)
     draw_pictures(base / "input" / "captioned")
@@ -49,7 +46,15 @@ def main_job(bench: ComfyServer, base_picture: np.ndarray) -> dict[str, Any]:
     """The whole graph, run once: the entry of ComfyUI's history."""
     graph = {
         **draw(BOTH, ["merged", 0]),
-        **teach("my-cat", "cat", "cat", "<new1>", "regularization", preview_every_steps=2),
+        **teach(
+            "my-cat",
+            "cat",
+            "cat",
+            "<new1>",
+            "regularization",
+            preview_every_steps=2,
+            augment=True,
+        ),
         **teach("my-dog", "dog", "dog", "<new2>", "regularization", batch_size=4),
         "merged": merge(["my-cat", 0], ["my-dog", 0], strengths=(1.0, 0.8)),
         "saved": node(

@@ -20,9 +20,8 @@ PROMPT = "photo of a <new1> cat"
 def bench(
     comfyui_path: Path,
     checkpoint_file: Callable[[str], Path],
-    tmp_path_factory: pytest.TempPathFactory,
+    base: Path,
 ) -> Iterator[ComfyServer]:
-    base = tmp_path_factory.mktemp("methods")
     draw_pictures(base / "input" / "cat")
     draw_pictures(base / "input" / "mug", seed=1)
     with ComfyServer(comfyui_path, base, checkpoints=[checkpoint_file("sd15")]) as running:

@@ -20,10 +20,7 @@ LAYER = "input_blocks.1.1.transformer_blocks.0.attn2.to_k"
 
 
 @pytest.fixture(scope="module")
-def bench(
-    comfyui_path: Path, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ComfyServer]:
-    base = tmp_path_factory.mktemp("page")
+def bench(comfyui_path: Path, checkpoints: Path, base: Path) -> Iterator[ComfyServer]:
     draw_pictures(base / "input" / "cat")
     (base / "input" / "captions.txt").write_text(
         "\n".join(f"photo of a dog {n}" for n in range(30))
@@ -213,6 +210,12 @@ def test_nodes_tell_what_they_have_found(bench: ComfyServer, page: Any) -> None:
         until(page, lambda: shown.evaluate(_WITHIN_NODE))  # noqa: B023
     screenshot(page, "node-notes")
 
+    page.wait_for_function("!app.canvas.dirty_canvas && !app.canvas.dirty_bgcanvas")
+    saving = page.locator(".cd-node", has_text="both.safetensors")
+    low = saving.evaluate("frame => frame.clientHeight")
+    saving.locator(".cd-notes").evaluate("notes => { notes.style.height = '280px'; }")
+    until(page, lambda: saving.evaluate("frame => frame.clientHeight") >= 280 > low)
+
 
 def test_the_train_node_shows_its_training_also_after_a_reload(
     bench: ComfyServer, page: Any
@@ -225,7 +228,6 @@ def test_the_train_node_shows_its_training_also_after_a_reload(
         wait=False,
         steps=10_000,
         preview_every_steps=4,
-        augment=False,
     )
     show(page, graph)
     run(page)

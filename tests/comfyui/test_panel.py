@@ -33,10 +33,7 @@ MODULES = f"/extensions/{PACK_FOLDER}/js"
 
 
 @pytest.fixture(scope="module")
-def server_of_this_file(
-    comfyui_path: Path, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ComfyServer]:
-    base = tmp_path_factory.mktemp("panel")
+def server_of_this_file(comfyui_path: Path, checkpoints: Path, base: Path) -> Iterator[ComfyServer]:
     draw_pictures(base / "input" / "cat")
     with ComfyServer(comfyui_path, base, checkpoints=[checkpoints / "sd15.safetensors"]) as running:
         yield running
@@ -70,7 +67,6 @@ def train(name: str = "my cat", **settings: Any) -> dict[str, Any]:
         "wait": False,
         "checkpoint_every_steps": 2,
         "preview_every_steps": 4,
-        "augment": False,  # one caption: half the time of a step
         **settings,
     }
     return teach(name, "cat", "cat", "<new1>", **settings)

@@ -64,8 +64,7 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    base = tmp_path_factory.mktemp("routes")
+def bench(comfyui_path: Path, base: Path) -> Iterator[Bench]:
     ids = pack_content.write_jobs(base / "output" / "custom_diffusion" / "jobs")
     pack_content.write_concepts(base / "models" / "custom_diffusion")
     with ComfyServer(comfyui_path, base) as server:

@@ -279,7 +279,7 @@ class ComfyServer:
             "--disable-auto-launch",
             "--disable-api-nodes",
             "--database-url",
-            "sqlite:///:memory:",
+            f"sqlite:///{self.base / 'user' / 'comfyui.db'}",
             "--base-directory",
             str(self.base),
             "--listen",

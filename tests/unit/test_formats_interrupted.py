@@ -20,7 +20,10 @@ from custom_diffusion.formats.importing import open_concept
 from safetensors.torch import save_file
 from support.made_concepts import made_concept
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the process is forked")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="the process is forked"),
+    pytest.mark.slow,
+]
 
 SHAPES = {
     f"input_blocks.7.1.transformer_blocks.0.attn2.to_{matrix}": (1280, 768) for matrix in "kv"
@@ -105,6 +108,8 @@ def end_in_write(
     folder.mkdir()
     child = os.fork()
     if not child:
+        # Tests that run in the background of a script have been started deaf to Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             write(folder)
         except KeyboardInterrupt:

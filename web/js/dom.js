@@ -47,6 +47,7 @@ export function showOnNode(node, name, content, height) {
   const grow = () => {
     const [width, needed] = node.computeSize();
     node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], needed)]);
+    node.setDirtyCanvas(true, true); // a canvas at rest would give the frame its new height later
   };
   grow();
   // Of the content, whose height does not follow from the node's: so this comes to an end.
