@@ -19,15 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ...concept.errors import CustomDiffusionError, JobError, ModelsGoneError
-from ..events import (
-    CheckpointDue,
-    Event,
-    MemoryShort,
-    PreviewDrawn,
-    RegularizationLeftOut,
-    StepDone,
-    WordsMoved,
-)
+from ..events import Event, MemoryShort, RegularizationLeftOut, StepDone
+from .event_files import write_event
 from .folder import JobFolder
 from .records import Outcome
 from .snapshot import (
@@ -284,27 +277,15 @@ class Job:
         return self._leaves_to is not None
 
     def _record(self, event: Event) -> None:
-        if isinstance(event, StepDone):
-            self.folder.add_metrics(event.step, event.loss)
-            with self._lock:
+        changes = write_event(self.folder, event, self._note_troubles)
+        with self._lock:
+            if isinstance(event, StepDone):
                 self._losses.append(event.loss)
-                self._update(
-                    state=JobState.RUNNING,
-                    step=event.step,
-                    loss=event.loss,
-                    seconds_per_step=self._pace.step(self._snapshot.seconds_per_step),
-                )
-        elif isinstance(event, WordsMoved):
-            self._update(drift=event.drift)
-        elif isinstance(event, PreviewDrawn):
-            self.folder.write_sample(event.image_hwc, event.step)
-            self._update(preview_hwc=event.image_hwc, preview_step=event.step)
-        elif isinstance(event, CheckpointDue):
-            self._note_troubles(self.folder.write_checkpoint(event.checkpoint))
-            if event.concept:
-                step = event.checkpoint.step
-                self._note_troubles(self.folder.write_concept(event.concept, step))
-        elif isinstance(event, MemoryShort | RegularizationLeftOut):
+                pace = self._pace.step(self._snapshot.seconds_per_step)
+                changes["seconds_per_step"] = pace
+            if changes:
+                self._update(**changes)
+        if isinstance(event, MemoryShort | RegularizationLeftOut):
             self._note(event.text())
 
     def _leave_thumbnail(self, concept_file: Path) -> None:
