@@ -15,13 +15,17 @@ from support.pack import ROOT, pack_files
 
 PACKAGE = "custom_diffusion"
 
-LOW = {"concept", "diffusion", "pictures", "merge", "compression", "formats", "inspection"}
+LOW = {
+    *("concept", "diffusion", "pictures", "merge", "compression", "composition", "formats"),
+    "inspection",
+}
 MAY_IMPORT = {
     "concept": set[str](),
     "diffusion": {"concept"},
     "pictures": {"concept"},
     "merge": {"concept"},
     "compression": {"concept", "pictures"},
+    "composition": {"concept"},
     "formats": {"concept"},
     "inspection": {"concept", "compression", "formats"},
     "trainer": {"concept", "diffusion", "pictures"},
