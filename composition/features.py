@@ -22,7 +22,7 @@ _OF_ONE = frozenset(
     "getitem narrow select index_select split split_with_sizes tensor_split chunk unbind repeat "
     "tile repeat_interleave expand expand_as to cpu cuda float half bfloat16 double type clone "
     "detach contiguous unsqueeze squeeze view reshape flatten unflatten transpose permute movedim "
-    "flip roll neg zeros_like div divide truediv idiv itruediv".split()
+    "flip roll neg zeros_like requires_grad pin_memory share_memory div divide truediv idiv itruediv".split()
 )
 """Linear in their first argument"""
 _PRODUCTS = frozenset("mul multiply rmul imul".split())
@@ -37,6 +37,8 @@ _SUMS: Mapping[str, tuple[int, ...]] = {
 _SUMMAND_NAMES = frozenset(("tensors", "input", "other", "end"))
 _READ_ONLY = frozenset("to type_as expand_as view_as reshape_as".split())
 """Read the type or shape alone of a tensor that is not their first argument"""
+_NETWORK = frozenset(("linear",))
+"""What a network that knows no routes does with features: their end, and nothing to warn of"""
 
 
 class MarkedFeatures(Tensor):
@@ -151,7 +153,8 @@ def _unmarked(name: str, args: Sequence[Any], result: Any) -> Any:
         result.own = {}
     elif not isinstance(result, Tensor) or result.ndim < 2 or not result.is_floating_point():
         return result
-    if not (name in _READ_ONLY and args and not isinstance(args[0], MarkedFeatures)):
+    reads = name in _READ_ONLY and bool(args) and not isinstance(args[0], MarkedFeatures)
+    if not reads and name not in _NETWORK:
         _warn(name)
     return plain(result)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import combinations
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...composition.features import marks_of, plain
+from ...composition.features import mark, marks_of, plain
 from ...composition.routing import Route, Router, RowChanges, number_rows, own_words
 from ...concept.concept import Concept
 from ...concept.errors import IncompatibleModelError
@@ -45,7 +45,7 @@ def route_concepts(
         check_models(model, clip, route.concept)
         _check_concept(route.concept, encoder_names(clip))
     routing = Routing(routes)
-    knowing, routed = clip.clone(), model.clone()
+    knowing = clip.clone()
     for route in routes:
         knowing.tokenizer = with_concept_tokens(knowing.tokenizer, route.concept)
     words = [
@@ -53,9 +53,7 @@ def route_concepts(
         for name in encoder_names(clip)
     ]
     knowing.cond_stage_model = MarkingTextModel(clip.cond_stage_model, words)
-    routed.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, routing.key, routing.sample)
-    routed.add_wrapper_with_key(WrappersMP.APPLY_MODEL, routing.key, routing.predict)
-    return routed, knowing, _remarks(routing.concepts, words[0])
+    return routing.on(model), knowing, _remarks(routing.concepts, words[0])
 
 
 class Routing:
@@ -75,6 +73,13 @@ class Routing:
     @property
     def concepts(self) -> Mapping[str, Concept]:
         return {key: route.concept for key, route in self._routes.items()}
+
+    def on(self, model: Any) -> Any:
+        """A clone of the MODEL that samples with the routes."""
+        routed = model.clone()
+        routed.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, self.key, self.sample)
+        routed.add_wrapper_with_key(WrappersMP.APPLY_MODEL, self.key, self.predict)
+        return routed
 
     def sample(self, executor: Any, guider: Any, *args: Any, **kwargs: Any) -> Any:
         """Around a sampler: numbers the rows of all conditions, and hooks last as long as it."""
@@ -137,13 +142,15 @@ class Routing:
                 log.info("No prompt has the words of %s: it is not drawn.", concept.describe())
         return RowChanges.of(list(self._routes.values()), rows)
 
-    def _with_numbers(self, given: Mapping[str, Any], left: Any) -> dict[str, Any]:
-        result = dict(given)
-        if _CONTEXT in given:
-            numbers = next(left).unsqueeze(-1)
-            # Mixed with others' of another length by the rule for features.
-            result[self.key] = comfy.conds.CONDCrossAttn(numbers)
-        return result
+    def _with_numbers(self, given: Mapping[str, Any], numbers: Iterator[Tensor]) -> dict[str, Any]:
+        if _CONTEXT not in given:
+            return dict(given)
+        features = given[_CONTEXT].cond
+        others = {k: own for k, own in marks_of(features).items() if k not in self._routes}
+        unmarked = mark(plain(features), others) if others else plain(features)
+        # The numbers are mixed with others' of another length by the rule for features.
+        numbered = comfy.conds.CONDCrossAttn(next(numbers).unsqueeze(-1))
+        return {**given, _CONTEXT: type(given[_CONTEXT])(unmarked), self.key: numbered}
 
 
 def _check_concept(concept: Concept, encoders: Sequence[str]) -> None:

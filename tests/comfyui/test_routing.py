@@ -591,7 +591,7 @@ def test_the_pack_sees_the_text_model_behind_the_marks(sd15: Any, cat: Concept) 
 
 
 def test_in_a_workflow(server: ComfyServer, shapes: Any, cat: Concept, dog: Concept) -> None:
-    folder = server.base_directory / "models" / "custom_diffusion"
+    folder = server.models / "custom_diffusion"
     folder.mkdir(parents=True, exist_ok=True)
     graph: Graph = draw("a <new1> cat and a <new2> dog")
     for concept, name in ((cat, "routed_cat"), (dog, "routed_dog")):
@@ -612,7 +612,7 @@ def test_in_a_workflow(server: ComfyServer, shapes: Any, cat: Concept, dog: Conc
     graph["sampler"]["inputs"]["model"] = ["routed", 0]
     for prompt in ("positive", "negative"):
         graph[prompt]["inputs"]["clip"] = ["routed", 1]
-    outputs = server.run(graph)
+    outputs = server.run(graph)["outputs"]
     assert outputs["image"]["images"]
     (shown,) = outputs["routed"]["custom_diffusion"]
     assert [row[1] for row in shown["table"]] == ["acts at", "<new1> cat", "<new2> dog"]
