@@ -1,7 +1,7 @@
 """What a route costs a sampling step.
 
-A step is ComfyUI's own prediction of both halves of guidance, with three routed concepts at six rows
-of 77, against the same step without; the network has the shapes of SD 1.5 or SDXL and random
+A step is ComfyUI's own prediction of both halves of guidance, with three routed concepts at six
+rows of 77, against the same step without; the network has the shapes of SD 1.5 or SDXL and random
 weights. COMFYUI_PATH is the folder of ComfyUI.
 """
 

@@ -22,7 +22,8 @@ _OF_ONE = frozenset(
     "getitem narrow select index_select split split_with_sizes tensor_split chunk unbind repeat "
     "tile repeat_interleave expand expand_as to cpu cuda float half bfloat16 double type clone "
     "detach contiguous unsqueeze squeeze view reshape flatten unflatten transpose permute movedim "
-    "flip roll neg zeros_like requires_grad pin_memory share_memory div divide truediv idiv itruediv".split()
+    "flip roll neg zeros_like requires_grad pin_memory share_memory "
+    "div divide truediv idiv itruediv".split()
 )
 """Linear in their first argument"""
 _PRODUCTS = frozenset("mul multiply rmul imul".split())

@@ -110,8 +110,8 @@ class MarkingTextModel:
     def __init__(self, model: Any, words: Sequence[Words]) -> None:
         vars(self).update(_model=model, _words=words)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc]  # ComfyUI and we ask what it is
+    @property  # type: ignore[misc]  # ComfyUI and this pack ask what kind of model it is
+    def __class__(self) -> type:
         return type(self._model)
 
     def __getattr__(self, name: str) -> Any:

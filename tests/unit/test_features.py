@@ -1,4 +1,4 @@
-"""Features with marks: whatever is done to them, the marks are m ⊙ c put through the same by hand."""
+"""Features with marks: whatever is done to them is done to m ⊙ c by hand."""
 
 from __future__ import annotations
 
