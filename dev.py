@@ -23,17 +23,8 @@ BIN = Path("Scripts" if os.name == "nt" else "bin")  # in either
 PYPROJECT = ROOT / "pyproject.toml"
 CONSTRAINTS = ROOT / "tests" / "constraints.txt"
 STRICTLY_TYPED = [
-    *(
-        "concept",
-        "diffusion",
-        "pictures",
-        "merge",
-        "composition",
-        "compression",
-        "inspection",
-        "formats",
-    ),
-    *("trainer", "host", "nodes", "miniature", "cli"),
+    *("concept", "diffusion", "pictures", "merge", "compression", "inspection", "formats"),
+    *("composition", "trainer", "host", "nodes", "miniature", "cli"),
 ]
 TWO_AT_A_TIME = ["-n2", "--dist=loadfile", "--no-loadscope-reorder"]
 LOWEST_PYTHON = "3.10"

@@ -63,6 +63,26 @@ class RowChanges:
         return RowChanges({layer: rows.to(device, dtype) for layer, rows in self.by_layer.items()})
 
 
+def number_rows(own: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    """Numbers the rows at which any route acts, from 1 on, over several prompts.
+
+    `own` has a list for each prompt: (b, n, d) of each route, c_j where the row is its own, else
+    zero. Returns the numbers (b, n) of each prompt, 0 where nothing acts, and the rows (r, d) of
+    each route.
+    """
+    numbers: list[Tensor] = []
+    rows: list[list[Tensor]] = [[] for _ in own[0]]
+    count = 0
+    for prompt in own:
+        acting = torch.stack([features.any(-1) for features in prompt]).any(0)
+        counted = acting.flatten().cumsum(0).view_as(acting) + count
+        numbers.append(counted * acting)
+        count += int(acting.sum())
+        for features, found in zip(prompt, rows, strict=True):
+            found.append(features[acting])
+    return numbers, [torch.cat(found) for found in rows]
+
+
 class Router:
     """Adds the changes of rows to what projections put out, by forward hooks.
 

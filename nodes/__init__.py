@@ -6,6 +6,7 @@ from ..host.comfyui.http.routes import add_routes
 from ..host.comfyui.paths import register_model_folder
 from . import (
     applying,
+    composition,
     compression,
     concept,
     files,
@@ -22,6 +23,6 @@ class CustomDiffusionExtension(ComfyExtension):
         # Not in on_load, which ComfyUI 0.11 never calls for a pack.
         register_model_folder()
         add_routes()
-        concepts = (files, inspection, merging, compression, applying)
+        concepts = (files, inspection, merging, compression, applying, composition)
         modules = (concept, training, jobs, regularization, *concepts)
         return [node for module in modules for node in module.NODES]

@@ -13,19 +13,7 @@ from ..host.comfyui.inputs import (
 )
 from ..merge.merging import DEFAULT_RELATIVE_RIDGE
 from ..merge.report import MergeReport
-from .types import CATEGORY, Concept, told
-
-MOST_CONCEPTS = 8
-
-
-def _concept_inputs(count: int) -> list[io.Input]:
-    inputs: list[io.Input] = []
-    for number in range(1, count + 1):
-        inputs.append(Concept.Input(f"concept_{number}"))
-        inputs.append(
-            io.Float.Input(f"strength_{number}", default=1.0, min=-4.0, max=4.0, step=0.05)
-        )
-    return inputs
+from .types import CATEGORY, Concept, chosen_concepts, concepts_input, told
 
 
 class ConceptMerge(io.ComfyNode):
@@ -42,14 +30,7 @@ class ConceptMerge(io.ComfyNode):
                 io.Clip.Input(
                     "clip", tooltip="The text encoder of the base model, without concepts."
                 ),
-                io.DynamicCombo.Input(
-                    "concepts",
-                    options=[
-                        io.DynamicCombo.Option(str(count), _concept_inputs(count))
-                        for count in range(2, MOST_CONCEPTS + 1)
-                    ],
-                    tooltip="How many concepts to merge.",
-                ),
+                concepts_input(2, "How many concepts to merge."),
                 io.Combo.Input(
                     "regularization_captions",
                     options=caption_files(),
@@ -83,12 +64,11 @@ class ConceptMerge(io.ComfyNode):
     def execute(
         cls, clip: Any, concepts: Any, regularization_captions: Any, relative_ridge: Any
     ) -> io.NodeOutput:
-        numbers = range(1, int(concepts["concepts"]) + 1)
-        given = [concepts[f"concept_{number}"] for number in numbers]
+        given, strengths = zip(*chosen_concepts(concepts), strict=True)
         merged, report = merge_in_comfyui(
             clip,
             given,
-            [concepts[f"strength_{number}"] for number in numbers],
+            strengths,
             regularization_captions,
             relative_ridge,
         )

@@ -11,6 +11,36 @@ Concept = io.Custom("CONCEPT")
 TrainingConcept = io.Custom("TRAINING_CONCEPT")
 RegularizationSet = io.Custom("REGULARIZATION_SET")
 
+MOST_CONCEPTS = 8
+
+
+def concepts_input(fewest: int, tooltip: str) -> io.Input:
+    """From `fewest` to eight concepts, each with its strength; read by `chosen_concepts`."""
+    return io.DynamicCombo.Input(
+        "concepts",
+        options=[
+            io.DynamicCombo.Option(str(count), _slots(count))
+            for count in range(fewest, MOST_CONCEPTS + 1)
+        ],
+        tooltip=tooltip,
+    )
+
+
+def _slots(count: int) -> list[io.Input]:
+    inputs: list[io.Input] = []
+    for number in range(1, count + 1):
+        inputs.append(Concept.Input(f"concept_{number}"))
+        inputs.append(
+            io.Float.Input(f"strength_{number}", default=1.0, min=-4.0, max=4.0, step=0.05)
+        )
+    return inputs
+
+
+def chosen_concepts(concepts: Any) -> list[tuple[Any, float]]:
+    """Concepts and strengths of a `concepts_input`."""
+    numbers = range(1, int(concepts["concepts"]) + 1)
+    return [(concepts[f"concept_{number}"], concepts[f"strength_{number}"]) for number in numbers]
+
 
 def told(
     *lines: str,

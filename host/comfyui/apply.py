@@ -22,14 +22,7 @@ def apply_concept(model: Any, clip: Any, concept: Concept, strength: float) -> t
     The patches are the ones that a stock LoRA loader makes of the concept's file, so other patches,
     hooks and low-memory modes treat them alike.
     """
-    if clip is None:
-        raise IncompatibleModelError(
-            "No CLIP was given: the checkpoint has no text encoder. Connect the CLIP of the "
-            "concept's base model, which learns the concept's modifier tokens."
-        )
-    network = cross_attention_unet(model)
-    shapes = {n.removesuffix(".weight"): tuple(p.shape) for n, p in network.named_parameters()}
-    check_fit(concept, unet_family(network), shapes)
+    check_models(model, clip, concept)
     if strength == 0:
         return model, clip
     keys = {
@@ -43,3 +36,15 @@ def apply_concept(model: Any, clip: Any, concept: Concept, strength: float) -> t
     knowing = clip.clone()
     knowing.tokenizer = with_concept_tokens(clip.tokenizer, concept)
     return patched, knowing
+
+
+def check_models(model: Any, clip: Any, concept: Concept) -> None:
+    """Raises IncompatibleModelError when the concept does not belong on them."""
+    if clip is None:
+        raise IncompatibleModelError(
+            "No CLIP was given: the checkpoint has no text encoder. Connect the CLIP of the "
+            "concept's base model, which learns the concept's modifier tokens."
+        )
+    network = cross_attention_unet(model)
+    shapes = {n.removesuffix(".weight"): tuple(p.shape) for n, p in network.named_parameters()}
+    check_fit(concept, unet_family(network), shapes)

@@ -8,9 +8,10 @@ they are parsed before.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...concept.concept import Concept
@@ -19,9 +20,12 @@ from ...concept.prompts import split_at_tokens
 
 
 class _TokenizerWithWords:
-    """A CLIP tokenizer that returns embeddings where the text has a modifier token."""
+    """A CLIP tokenizer that returns embeddings where the text has a modifier token.
 
-    def __init__(self, tokenizer: Any, words: Mapping[str, Tensor]) -> None:
+    A word has the same tensors in every prompt, so that it can be found again among tokens.
+    """
+
+    def __init__(self, tokenizer: Any, words: Mapping[str, Sequence[Tensor]]) -> None:
         self._tokenizer = tokenizer
         self.words = dict(words)
 
@@ -45,6 +49,11 @@ class _TokenizerWithWords:
 
 def known_tokens(tokenizer: Any) -> dict[str, Tensor]:
     """Modifier tokens that a ComfyUI tokenizer has learnt: token → (vectors, width)."""
+    return {token: torch.stack(list(rows)) for token, rows in rows_of_words(tokenizer).items()}
+
+
+def rows_of_words(tokenizer: Any) -> dict[str, Sequence[Tensor]]:
+    """Token → its rows (width), the very tensors that stand in tokenized prompts."""
     inner = tokenizer.tokenizer
     return dict(inner.words) if isinstance(inner, _TokenizerWithWords) else {}
 
@@ -66,7 +75,7 @@ def with_concept_tokens(tokenizer: Any, concept: Concept) -> Any:
 
 
 def _with_words(tokenizer: Any, words: Mapping[str, Tensor]) -> Any:
-    known = known_tokens(tokenizer)
+    known = rows_of_words(tokenizer)
     for token in words:
         if token in known:
             raise TokenError(
@@ -76,5 +85,6 @@ def _with_words(tokenizer: Any, words: Mapping[str, Tensor]) -> Any:
     inner = tokenizer.tokenizer
     plain = inner._tokenizer if known else inner
     result = copy.copy(tokenizer)
-    result.tokenizer = _TokenizerWithWords(plain, {**known, **words})
+    new = {token: tuple(rows.unbind()) for token, rows in words.items()}
+    result.tokenizer = _TokenizerWithWords(plain, {**known, **new})
     return result

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...composition.routing import Route, Router, RowChanges, own_rows
+from ...composition.routing import Route, Router, RowChanges, number_rows, own_rows
 from ...concept.layers import is_cross_attention, layer_from_diffusers
 from ...concept.text import TextEncoder
 
@@ -35,16 +35,11 @@ def route(
     context: Tensor,
 ) -> None:
     """Prepares the router for the features (b, n, d) of these prompts."""
-    index = torch.zeros(context.shape[:2], dtype=torch.long, device=context.device)
-    rows: list[list[Tensor]] = [[] for _ in routes]
+    own = [torch.zeros_like(context) for _ in routes]
     for b, prompt in enumerate(prompts):
         token_ids = encoder.tokenize(prompt)
-        own = [own_rows(route.concept, encoder, token_ids) for route in routes]
-        for j in sorted({position for positions in own for position in positions}):
-            for features, positions in zip(rows, own, strict=True):
-                features.append(context[b, j] * (j in positions))
-            index[b, j] = len(rows[0])
-    empty = context.new_zeros(0, context.shape[-1])
-    changes = RowChanges.of(routes, [torch.stack(r) if r else empty for r in rows])
-    router.changes = changes.to(context.device, torch.float32)
-    router.index = index
+        for route, rows in zip(routes, own, strict=True):
+            positions = own_rows(route.concept, encoder, token_ids)
+            rows[b, positions] = context[b, positions]
+    (router.index,), features = number_rows([own])
+    router.changes = RowChanges.of(routes, features).to(context.device, torch.float32)

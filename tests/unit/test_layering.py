@@ -16,13 +16,7 @@ from support.pack import ROOT, pack_files
 PACKAGE = "custom_diffusion"
 
 LOW = {
-    "concept",
-    "diffusion",
-    "pictures",
-    "merge",
-    "compression",
-    "composition",
-    "formats",
+    *("concept", "diffusion", "pictures", "merge", "compression", "composition", "formats"),
     "inspection",
 }
 MAY_IMPORT = {
@@ -30,8 +24,8 @@ MAY_IMPORT = {
     "diffusion": {"concept"},
     "pictures": {"concept"},
     "merge": {"concept"},
-    "composition": {"concept"},
     "compression": {"concept", "pictures"},
+    "composition": {"concept"},
     "formats": {"concept"},
     "inspection": {"concept", "compression", "formats"},
     "trainer": {"concept", "diffusion", "pictures"},

@@ -27,6 +27,15 @@ _HEAD_WIDTH = 64  # of every CLIP text model
 
 def text_encoder(clip: Any) -> ClipTextEncoder | ClipTextEncoderPair:
     """A private copy of a CLIP's text models that can learn words and be differentiated."""
+    encoders = [_one_encoder(clip, name) for name in encoder_names(clip)]
+    return ClipTextEncoderPair(*encoders) if len(encoders) == 2 else encoders[0]
+
+
+def encoder_names(clip: Any) -> tuple[str, ...]:
+    """`clip_l`, `clip_h`, or `clip_l` and `clip_g`; raises IncompatibleModelError for other CLIPs.
+
+    The rows of their features are the tokens of a prompt, chunk after chunk.
+    """
     if clip is None:
         raise IncompatibleModelError(
             "No CLIP was given: the checkpoint has no text encoder. Connect the CLIP of a "
@@ -34,7 +43,7 @@ def text_encoder(clip: Any) -> ClipTextEncoder | ClipTextEncoderPair:
         )
     wrapper = clip.cond_stage_model
     if isinstance(wrapper, comfy.sdxl_clip.SDXLClipModel):
-        return ClipTextEncoderPair(_one_encoder(clip, "clip_l"), _one_encoder(clip, "clip_g"))
+        return "clip_l", "clip_g"
     name = getattr(wrapper, "clip", None)
     source = getattr(wrapper, name, None) if isinstance(name, str) else None
     if not isinstance(source, comfy.sd1_clip.SDClipModel) or name not in ("clip_l", "clip_h"):
@@ -42,7 +51,7 @@ def text_encoder(clip: Any) -> ClipTextEncoder | ClipTextEncoderPair:
             f"This CLIP is a {type(wrapper).__name__}; needed is the text encoder of SD 1.x, SD "
             "2.x or SDXL. Connect the CLIP of the same checkpoint as the model."
         )
-    return _one_encoder(clip, name)
+    return (name,)
 
 
 def _one_encoder(clip: Any, name: str) -> ClipTextEncoder:
