@@ -13,7 +13,7 @@ from ..concept.errors import IncompatibleModelError
 from ..formats.base import BaseModel, read_base
 from ..merge.captions import read_captions
 from ..trainer.config import MethodName, TrainConfig
-from ..trainer.methods import recipe
+from ..trainer.methods import METHODS, recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULTS = TrainConfig()
@@ -69,10 +69,11 @@ def recipe_for(model: str, method: MethodName = DEFAULTS.method) -> TrainConfig:
     if model != MINIATURE:
         return recipe(method)
     need_miniature()
-    from ..miniature.model import CONFIG
+    from ..miniature.model import CONFIG, EVERY_WORD
 
     slower = recipe(method).learning_rate / DEFAULTS.learning_rate
-    return replace(CONFIG, learning_rate=slower * CONFIG.learning_rate)
+    settings = CONFIG if METHODS[method].splices else EVERY_WORD
+    return replace(settings, learning_rate=slower * settings.learning_rate)
 
 
 def captions_for(model: str, file: Path | None = None) -> list[str] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 from ..concept.concept import Concept
 from ..concept.prompts import subject
@@ -16,7 +16,7 @@ from ..merge.merging import merge_concepts
 from ..trainer.config import GradientCut
 from .cells import markdown_table, options, run_command
 from .laboratory import Laboratory, Subject, added, pair_of_subjects
-from .model import CONFIG
+from .model import EVERY_WORD
 from .world import world_captions
 
 _TEMPLATES = (
@@ -29,6 +29,7 @@ _TEMPLATES = (
     "a {} and a circle",
     "photo of a {} beside a square",
 )
+CUTS: tuple[GradientCut, ...] = ("none", "start", "start and padding")
 _NOTHING: dict[str, Any] = {"padding_weight": 0.0, "null_weight": 0.0}
 ROWS: dict[str, dict[str, Any]] = {
     "V*, class, end": _NOTHING,
@@ -65,8 +66,8 @@ def run_cell(number: int, seed: int) -> list[tuple[str, str, Kept]]:
     lab = Laboratory(pictures_per_prompt=2, class_pictures=16)
     pair = pair_of_subjects(number, seed)
     results = []
-    for cut in get_args(GradientCut):
-        config = replace(CONFIG, seed=seed, gradient_cut=cut)
+    for cut in CUTS:
+        config = replace(EVERY_WORD, seed=seed, gradient_cut=cut)
         concepts = [lab.teach([one], config) for one in pair]
         before = _alone(lab, pair, concepts, seed)
         for name, variant in ROWS.items():

@@ -13,7 +13,7 @@ from ..concept.concept import Concept
 from ..merge.merging import merge_concepts
 from .cells import markdown_table, options, run_command
 from .laboratory import Laboratory, Score, added, pair_of_subjects
-from .model import CONFIG
+from .model import EVERY_WORD
 from .world import world_captions
 
 SINGLE, PAIR = "one concept", "two concepts"
@@ -37,7 +37,7 @@ def run_cell(number: int, seed: int) -> list[Row]:
 
 
 def _cell(lab: Laboratory, number: int, seed: int) -> Iterator[Row]:
-    config = replace(CONFIG, seed=seed)
+    config = replace(EVERY_WORD, seed=seed)
     first, second = pair = pair_of_subjects(number, seed)
     bare = replace(first, training=replace(first.training, regularization=()))
     drawn = replace(

@@ -23,7 +23,7 @@ from ..concept.file import read_concept, write_concept
 from ..pictures.plot import COLOURS, Axis, Series, line_plot
 from .cells import markdown_table
 from .laboratory import Laboratory, pair_of_subjects
-from .model import CONFIG
+from .model import EVERY_WORD
 
 RANKS = (1, 2, 4, 8, 16, 32)
 """Sizes are those of these ranks in every layer, so that each rank is compared with the best choice
@@ -70,7 +70,7 @@ def _points(
     lab: Laboratory, number: int, seed: int, ranks: Sequence[int], steps: int
 ) -> Iterator[Point]:
     subject, _ = pair_of_subjects(number, seed)
-    concept = lab.teach([subject], replace(CONFIG, seed=seed, steps=steps))
+    concept = lab.teach([subject], replace(EVERY_WORD, seed=seed, steps=steps))
 
     def point(way: str, rank: int, small: Concept, energy_kept: float) -> Point:
         saved, size = _through_a_file(small)
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--concept-seed", type=int, default=0, help="first concept")
     parser.add_argument("--concepts", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0, help="of the trainings")
-    parser.add_argument("--steps", type=int, default=CONFIG.steps)
+    parser.add_argument("--steps", type=int, default=EVERY_WORD.steps)
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     parser.add_argument("--pictures", type=int, default=3, help="for each prompt")
     parser.add_argument("--json", type=Path, help="write the scores here")

@@ -13,7 +13,7 @@ from ..trainer.methods import METHODS
 from .benchmark import ALL_WEIGHTS_RATE, COLUMNS
 from .cells import Row, markdown_table, options, run_command
 from .laboratory import Laboratory, Score, pair_of_subjects
-from .model import CONFIG
+from .model import EVERY_WORD
 
 RANK = 4
 """Of the low-rank method: the miniature's matrices have 64 to 128 rows."""
@@ -26,8 +26,8 @@ def run_cell(number: int, seed: int) -> list[Row[Score]]:
     one, _ = pair_of_subjects(number, seed)
     rows: list[Row[Score]] = []
     for name, method in METHODS.items():
-        rate = CONFIG.learning_rate * (ALL_WEIGHTS_RATE if method.whole_network else 1)
-        config = replace(CONFIG, method=name, rank=RANK, learning_rate=rate, seed=seed)
+        rate = EVERY_WORD.learning_rate * (ALL_WEIGHTS_RATE if method.whole_network else 1)
+        config = replace(EVERY_WORD, method=name, rank=RANK, learning_rate=rate, seed=seed)
         pipeline = None
         if method.whole_network:
             pipeline, concept = lab.teach_whole_network(one, config)

@@ -8,6 +8,7 @@ needs them. Its weights are trained by `pretrain.py` and lie in `weights/`.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,8 +31,8 @@ CONTEXT_WIDTH = 128
 CONTEXT_LENGTH = 32
 CONFIG = TrainConfig(
     steps=300,
-    batch_size=8,
-    learning_rate=1e-3,
+    batch_size=4,
+    learning_rate=5e-4,
     resolution=PICTURE_EDGE,
     augment=False,
     flip=False,
@@ -41,6 +42,8 @@ CONFIG = TrainConfig(
 split look the wrong way round as well. Augmented views tell their size by `far away` and `zoomed
 in`, words that this model has never read, and a pattern of few latents is lost in the small ones.
 """
+EVERY_WORD = replace(CONFIG, gradient_cut="start and padding", batch_size=8, learning_rate=1e-3)
+"""The same for what learns through every word: half of a batch is regularization then."""
 SAMPLING_STEPS, GUIDANCE = 15, 2.5
 UNET_FILE, TEXT_FILE = "unet.safetensors", "text_encoder.safetensors"
 

@@ -14,9 +14,10 @@ import pytest
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.file import read_concept, write_concept
 from custom_diffusion.merge.merging import merge_concepts
+from custom_diffusion.merge.projection import project_on_own_words
 from custom_diffusion.miniature.check import caption_table, concept_table, prompt_following
 from custom_diffusion.miniature.laboratory import Laboratory, Subject, pair_of_subjects
-from custom_diffusion.miniature.model import CONFIG
+from custom_diffusion.miniature.model import CONFIG, EVERY_WORD
 from custom_diffusion.miniature.world import world_captions
 
 pytestmark = pytest.mark.slow
@@ -40,11 +41,15 @@ def pair() -> tuple[Subject, Subject]:
 def concepts(
     lab: Laboratory, pair: tuple[Subject, Subject], tmp_path_factory: pytest.TempPathFactory
 ) -> list[Concept]:
-    """Both, taught apart, and back from their files."""
+    """Both, taught apart, projected as a training does, and back from their files."""
     folder = tmp_path_factory.mktemp("concepts")
+    taught = [
+        project_on_own_words(lab.teach([one], CONFIG), lab.encoder, captions=world_captions())[0]
+        for one in pair
+    ]
     return [
-        read_concept(write_concept(lab.teach([one], CONFIG), folder / f"{number}.safetensors"))
-        for number, one in enumerate(pair)
+        read_concept(write_concept(concept, folder / f"{number}.safetensors"))
+        for number, concept in enumerate(taught)
     ]
 
 
@@ -83,7 +88,7 @@ def test_a_concept_is_learnt_and_keys_and_values_take_part(
 
 @pytest.mark.any_version
 def test_a_word_alone_learns(lab: Laboratory, pair: tuple[Subject, Subject]) -> None:
-    concept = lab.teach(pair[:1], replace(CONFIG, method="textual inversion"))
+    concept = lab.teach(pair[:1], replace(EVERY_WORD, method="textual inversion"))
     assert not concept.deltas
     assert lab.likeness(pair[0], concept, seed=1) > LEARNT
 
@@ -106,3 +111,12 @@ def test_a_merge_keeps_both_concepts(
         assert lab.likeness(one, merged, seed=1) > LEARNT - 0.1
     both_present = lab.score(pair, merged, seed=1).both_present
     assert both_present is not None and both_present > BOTH
+
+
+@pytest.mark.any_version
+def test_routed_concepts_are_both_in_the_picture_and_the_class_stays(
+    lab: Laboratory, pair: tuple[Subject, Subject], concepts: list[Concept]
+) -> None:
+    base, routed = lab.score(pair, None, seed=1), lab.score(pair, None, seed=1, routed=concepts)
+    assert routed.both_present is not None and routed.both_present > BOTH
+    assert (routed.drift, routed.class_alignment) == (base.drift, base.class_alignment)
