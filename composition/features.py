@@ -59,7 +59,7 @@ class MarkedFeatures(Tensor):
         named = dict(kwargs or {})
         name = func.__name__.strip("_")
         linear = _is_linear(name, args, named)
-        keys = {key for features in _marked(args, named) for key in features.own}
+        keys = dict.fromkeys(key for features in _marked(args, named) for key in features.own)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **named)
             target = args[0] if name == "setitem" else result
