@@ -189,7 +189,7 @@ def _remarks(concepts: Mapping[str, Concept], words: Words) -> tuple[str, ...]:
             f"{concept.describe()} was not trained at its own words alone (gradient_cut), so part "
             "of it is lost here. Merge it instead, or train it again."
             for concept in concepts.values()
-            if concept.provenance.get("config", {}).get("gradient_cut") != "own words"
+            if concept.scope == "every word"
         ),
     )
 

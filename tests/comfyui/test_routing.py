@@ -560,15 +560,14 @@ def test_wrong_concepts_and_models_are_refused(
 
 
 def test_what_its_user_should_know(sd15: Any, shapes: Any, cat: Concept) -> None:
-    spliced = {"config": {"gradient_cut": "own words"}}
     kind = replace(
         made_concept(shapes, seed=7), tokens=(), constraint_prompts=("photo of a cat",),
-        provenance=spliced,
+        scope="own words",
     )  # fmt: skip
     (model, clip, remarks) = noted(sd15.model, sd15.clip, cat, kind)
     assert len(remarks) == 2
     assert "overlap" in remarks[0] and "not trained at its own words alone" in remarks[1]
-    assert noted(sd15.model, sd15.clip, replace(cat, provenance=spliced))[2] == ()
+    assert noted(sd15.model, sd15.clip, replace(cat, scope="own words"))[2] == ()
     texts = "a <new1> cat, a cat", ""
     ours = sample(model, *(encode(clip, text) for text in texts))
     p, n = (encode(base_clip(sd15.clip, cat), text) for text in texts)
