@@ -133,7 +133,8 @@ def main() -> None:
     for name, seconds in times.seconds.items():
         print(f"{name:8} median {times.median(name):.3f} s, n = {len(seconds)}")
     print(
-        f"a route costs {more:+.2%} of {arguments.steps} steps at {edge} x {edge}; {peak_memory_gib():.1f} GiB"
+        f"a route costs {more:+.2%} of {arguments.steps} steps at {edge} x {edge}; "
+        f"{peak_memory_gib():.1f} GiB"
     )
     write_json(arguments.json, {"family": family.name, "edge": edge, "more": more})
 
