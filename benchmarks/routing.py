@@ -75,10 +75,10 @@ def random_concept(model: Any, family: str, number: int) -> Concept:
     return Concept(FAMILIES[family], deltas, constraint_prompts=(f"thing{number}",))
 
 
-def sampling(model: Any, positive: torch.Tensor, pooled: int, edge: int) -> Callable[[], object]:
-    """One step of Euler's method with guidance, preparations of ComfyUI and of the route included;
-    steps after the first cost less.
-    """
+def sampling(
+    model: Any, positive: torch.Tensor, pooled: int, edge: int, steps: int
+) -> Callable[[], object]:
+    """Steps of Euler's method with guidance, preparations of ComfyUI and of the route included."""
     import comfy.samplers
 
     negative = torch.randn(positive.shape)
@@ -89,7 +89,7 @@ def sampling(model: Any, positive: torch.Tensor, pooled: int, edge: int) -> Call
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds([[positive, dict(rest)]], [[negative, dict(rest)]])
         guider.set_cfg(7.0)
-        sigmas = torch.tensor([14.0, 13.0])
+        sigmas = torch.linspace(14.0, 1.0, steps + 1)
         sampler = comfy.samplers.sampler_object("euler")
         with torch.inference_mode():
             return guider.sample(
@@ -103,6 +103,7 @@ def main() -> None:
     parser = options(__doc__ or "", threads=1, rounds=9)
     parser.add_argument("--family", choices=list(EDGE), default="sd15")
     parser.add_argument("--edge", type=int, help="of the latent; smaller ones show the cost more")
+    parser.add_argument("--steps", type=int, default=1, help="of a sampling; prepared once")
     parser.add_argument("--bfloat16", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -121,15 +122,20 @@ def main() -> None:
     edge = arguments.edge or EDGE[family.name]
     times = interleaved(
         {
-            "without": sampling(model, features, family.pooled_width, edge),
-            "with": sampling(routed, mark(features.clone(), own), family.pooled_width, edge),
+            "without": sampling(model, features, family.pooled_width, edge, arguments.steps),
+            "with": sampling(
+                routed, mark(features.clone(), own), family.pooled_width, edge, arguments.steps
+            ),
         },
         arguments.rounds,
     )
     more = times.ratio("with", "without") - 1
     for name, seconds in times.seconds.items():
         print(f"{name:8} median {times.median(name):.3f} s, n = {len(seconds)}")
-    print(f"a route costs {more:+.2%} of a step at {edge} x {edge}; {peak_memory_gib():.1f} GiB")
+    print(
+        f"a route costs {more:+.2%} of {arguments.steps} steps at {edge} x {edge}; "
+        f"{peak_memory_gib():.1f} GiB"
+    )
     write_json(arguments.json, {"family": family.name, "edge": edge, "more": more})
 
 

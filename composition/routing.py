@@ -101,8 +101,11 @@ class Router:
             changes = self.changes.by_layer.get(layer)
             if self.index is None or changes is None:
                 return output
-            more = output.shape[1] - self.index.shape[1]  # rows that something else has appended
-            return output + F.embedding(F.pad(self.index, (0, more)), changes).to(output)
+            index = self.index
+            more = output.shape[1] - index.shape[1]  # rows that something else has appended
+            if more:
+                index = F.pad(index, (0, more))
+            return output + F.embedding(index, changes).to(output)
 
         return add
 
