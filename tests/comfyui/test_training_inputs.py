@@ -15,6 +15,9 @@ FIRST = json.loads(
     (Path(__file__).parents[1] / "support" / "training_inputs_0_1_0.json").read_text("utf-8")
 )
 """Node → what /object_info of version 0.1.0 said of its inputs, but for the words."""
+_, _cut = FIRST["CustomDiffusionTrain"]["required"]["gradient_cut"]
+_cut |= {"default": "own words", "options": [*_cut["options"], "own words"]}
+"""The one default that is another on purpose; what graphs have stored is still to be chosen."""
 
 
 def without_words(schema: Any) -> Any:

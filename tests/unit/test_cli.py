@@ -123,9 +123,12 @@ def test_a_regularization_set_is_retrieved_from_a_collection(
 
 
 def test_methods_keep_their_proportions_on_the_miniature() -> None:
-    """DreamBooth's rate is a sixteenth of Custom Diffusion's wherever it is used."""
-    ours, dreambooth = (recipe_for("miniature", m) for m in ("custom diffusion", "dreambooth"))
+    """DreamBooth's rate is a sixteenth of that at which all of cross-attention learns, wherever it
+    is used.
+    """
+    ours, dreambooth = (recipe_for("miniature", m) for m in ("cross-attention", "dreambooth"))
     assert dreambooth.learning_rate == pytest.approx(ours.learning_rate / 16)
+    assert recipe_for("miniature", "low-rank").gradient_cut == "own words"
 
 
 def test_a_whole_unet_is_saved_loaded_and_drawn_with(

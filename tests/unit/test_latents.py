@@ -64,7 +64,15 @@ def concept(images: int = 1, regularization: int = 0) -> TrainingConcept:
 
 
 def config(**changes: Any) -> TrainConfig:
-    return TrainConfig(**{"resolution": 64, "batch_size": 4, "views_per_image": 8, **changes})
+    return TrainConfig(
+        **{
+            "resolution": 64,
+            "batch_size": 4,
+            "views_per_image": 8,
+            "gradient_cut": "start",
+            **changes,
+        }
+    )
 
 
 def bank_of(
