@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pathlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,12 @@ def files_in_use() -> set[str]:
 def as_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on, for this process, also inside of shutil and pathlib."""
     for name in ("unlink", "remove", "rename", "replace"):
-        monkeypatch.setattr(os, name, _refusing(getattr(os, name)))
+        refusing = _refusing(getattr(os, name))
+        monkeypatch.setattr(os, name, refusing)
+        # Python 3.10's pathlib keeps the functions it saw when it was imported.
+        kept = getattr(pathlib, "_NormalAccessor", None)
+        if kept is not None and hasattr(kept, name):
+            monkeypatch.setattr(kept, name, staticmethod(refusing))
 
 
 def _refusing(change: Callable[..., None]) -> Callable[..., None]:
