@@ -1,17 +1,21 @@
-"""Token routing in a pipeline's UNet."""
+"""Token routing and regions in a pipeline's UNet."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...composition.regions import Region, RegionalAttention, RegionPrompts, shared
 from ...composition.routing import Route, Router, RowChanges, number_rows, own_rows
 from ...concept.layers import is_cross_attention, layer_from_diffusers
 from ...concept.text import TextEncoder
+
+_NO_ROUTE = object()
+"""Stands for the route of a region without a concept"""
 
 
 @contextmanager
@@ -26,6 +30,23 @@ def routing(pipeline: Any) -> Iterator[Router]:
         yield router
 
 
+@contextmanager
+def regional(pipeline: Any, router: Router) -> Iterator[RegionalAttention]:
+    """The pipeline's UNet with cross-attention that may look at regions; afterwards without."""
+    attention = RegionalAttention(router, _attend)
+    with ExitStack() as hooks:
+        for path, module in pipeline.unet.named_modules():
+            if path.endswith(".attn2"):
+                handle = module.register_forward_hook(attention.hook, with_kwargs=True)
+                hooks.callback(handle.remove)
+        yield attention
+
+
+def _attend(module: nn.Module, x: Tensor, context: Tensor, named: Mapping[str, Any]) -> Tensor:
+    # Past the hooks, which would look at regions again.
+    return module.forward(x, **{**named, "encoder_hidden_states": context})
+
+
 @torch.no_grad()
 def route(
     router: Router,
@@ -33,13 +54,53 @@ def route(
     encoder: TextEncoder,
     prompts: Sequence[str],
     context: Tensor,
-) -> None:
-    """Prepares the router for the features (b, n, d) of these prompts."""
+    regions: Sequence[Sequence[Region]] = (),
+) -> list[RegionPrompts]:
+    """Prepares the router for the features (b, n, d) of these prompts.
+
+    `regions` has lists of regions, whose routes are among `routes`; returned is what each list
+    says.
+    """
+    flat = [region for listed in regions for region in listed]
+    encoded = [encoder.encode(encoder.pad([encoder.tokenize(r.prompt)])).to(context) for r in flat]
+    own = [
+        _own(routes, encoder, prompts, context),
+        *(
+            _own(routes, encoder, [region.prompt], features, region.route or _NO_ROUTE)
+            for region, features in zip(flat, encoded, strict=True)
+        ),
+    ]
+    if routes:
+        (router.index, *indices), rows = number_rows(own)
+        router.changes = RowChanges.of(routes, rows).to(context.device, torch.float32)
+    else:
+        indices = [torch.zeros(features.shape[:2], dtype=torch.long) for features in encoded]
+    said = iter(zip(encoded, indices, strict=True))
+    sets = []
+    for listed in regions:
+        own_said = [next(said) for _ in listed]
+        shares = shared([region.mask for region in listed])
+        sets.append(RegionPrompts([f[0] for f, _ in own_said], shares, [n[0] for _, n in own_said]))
+    return sets
+
+
+def _own(
+    routes: Sequence[Route],
+    encoder: TextEncoder,
+    prompts: Sequence[str],
+    context: Tensor,
+    only: object = None,
+) -> list[Tensor]:
+    """(b, n, d) of each route: the features of its own rows, zero elsewhere; in the prompt of a
+    region `only` its own route acts, and one that was taught through every word at every row.
+    """
     own = [torch.zeros_like(context) for _ in routes]
     for b, prompt in enumerate(prompts):
         token_ids = encoder.tokenize(prompt)
         for route, rows in zip(routes, own, strict=True):
-            positions = own_rows(route.concept, encoder, token_ids)
-            rows[b, positions] = context[b, positions]
-    (router.index,), features = number_rows([own])
-    router.changes = RowChanges.of(routes, features).to(context.device, torch.float32)
+            if route is only and route.concept.scope == "every word":
+                rows[b] = context[b]
+            elif only is None or route is only:
+                positions = own_rows(route.concept, encoder, token_ids)
+                rows[b, positions] = context[b, positions]
+    return own

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from custom_diffusion.composition.routing import Route
-from custom_diffusion.concept.concept import Concept, DenseDelta, ModifierToken
-from custom_diffusion.concept.layers import FAMILIES, layer_from_diffusers
+from custom_diffusion.concept.layers import layer_from_diffusers
 from custom_diffusion.host.diffusers.lending import text_encoder
 from custom_diffusion.host.diffusers.routing import route, routing
+from support.made_concepts import concept_for
 from support.tiny_models import tiny_pipeline
 from torch import Tensor
 
@@ -18,22 +18,13 @@ OWN = {"<new1>": [(0, 1), (0, 2)], "<new2>": [(0, 7), (0, 8), (1, 1)]}
 """Token → (prompt, position), 0 is the start"""
 
 
-def concept(pipeline: Any, token: str, noun: str, seed: int) -> Concept:
-    draw = torch.Generator().manual_seed(seed)
-    deltas = {
-        layer_from_diffusers(name): DenseDelta(0.1 * torch.randn(m.weight.shape, generator=draw))
-        for name, m in pipeline.unet.named_modules()
-        if name.endswith(("attn2.to_k", "attn2.to_v"))
-    }
-    width = pipeline.text_encoder.config.hidden_size
-    row = torch.randn(1, width, generator=draw)
-    return Concept(FAMILIES["sd15"], deltas, (ModifierToken(token, noun, {"clip_l": row}),))
-
-
 @torch.no_grad()
 def test_each_row_gets_what_its_concept_adds() -> None:
     pipeline = tiny_pipeline()
-    concepts = [concept(pipeline, "<new1>", "cat", 1), concept(pipeline, "<new2>", "dog", 2)]
+    concepts = [
+        concept_for(pipeline, "<new1>", "cat", 1),
+        concept_for(pipeline, "<new2>", "dog", 2),
+    ]
     routes = [Route(concepts[0], 0.5), Route(concepts[1], -1.0)]
     encoder = text_encoder(pipeline)
     for one in concepts:
