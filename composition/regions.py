@@ -11,6 +11,7 @@ al., NeurIPS 2023). Nothing is merged. A place outside a region is not computed 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..concept.concept import ModifierToken
 from ..concept.errors import CustomDiffusionError
 from .routing import Route, Router
 
@@ -36,9 +38,28 @@ class Region:
     """A part of a picture with a prompt and, at its words, a concept of its own."""
 
     prompt: str
+    """Empty for that of the whole picture"""
     mask: Tensor
     """(h, w) of any size in 0..1, over the whole picture"""
     route: Route | None = None
+    """Its concept, which alone acts in it"""
+
+
+def said_in(region: Region, whole: str, regions: Sequence[Region]) -> str:
+    """What is said in a region: its own prompt, else that of the whole picture, in which the
+    concepts of other regions are anything of their class.
+    """
+    if region.prompt.strip():
+        return region.prompt
+    own = {token.name for token in _tokens(region)}
+    others = {token.name for other in regions for token in _tokens(other)} - own
+    for name in sorted(others, key=len, reverse=True):
+        whole = re.sub(rf"{re.escape(name)}\s*", "", whole)
+    return whole
+
+
+def _tokens(region: Region) -> Sequence[ModifierToken]:
+    return region.route.concept.tokens if region.route is not None else ()
 
 
 def box(left: float, top: float, width: float, height: float, edge: int = 512) -> Tensor:
@@ -62,6 +83,20 @@ def box(left: float, top: float, width: float, height: float, edge: int = 512) -
     return mask
 
 
+def single_mask(masks: Tensor) -> Tensor:
+    """The mask (h, w) of a batch of one (1, h, w), or of a mask alone.
+
+    Raises RegionError for several, and for an empty one.
+    """
+    mask = masks.reshape(-1, *masks.shape[-2:]).float()
+    if len(mask) != 1:
+        raise RegionError(
+            f"{len(mask)} masks were given for one region; one is needed. Choose one of them, or "
+            "make a region of each."
+        )
+    return _checked(mask[0], "of a region")
+
+
 def feathered(mask: Tensor, feather: float) -> Tensor:
     """A mask (h, w) whose edge fades over `feather` of the shorter side of the picture."""
     radius = round(feather * min(mask.shape) / 2)
@@ -79,17 +114,21 @@ def shared(masks: Sequence[Tensor], edge: int = 512) -> Tensor:
 
     Raises RegionError for an empty one, or numbers out of 0..1.
     """
-    for number, mask in enumerate(masks, 1):
-        if not mask.isfinite().all() or mask.min() < 0 or mask.max() > 1:
-            raise RegionError(f"The mask of region {number} has numbers outside of 0 to 1.")
-        if not mask.any():
-            raise RegionError(
-                f"The mask of region {number} is empty: nothing would be drawn there. Paint it, or "
-                "leave the region out."
-            )
-    resized = [_resized(mask[None].float(), edge, edge) for mask in masks]
+    checked = [_checked(mask, f"of region {number}") for number, mask in enumerate(masks, 1)]
+    resized = [_resized(mask[None].float(), edge, edge) for mask in checked]
     square = torch.cat([torch.zeros(0, edge, edge), *resized])
     return square / square.sum(0).clamp(min=1)
+
+
+def _checked(mask: Tensor, of_what: str) -> Tensor:
+    if not mask.isfinite().all() or mask.min() < 0 or mask.max() > 1:
+        raise RegionError(f"The mask {of_what} has numbers outside of 0 to 1.")
+    if not mask.any():
+        raise RegionError(
+            f"The mask {of_what} is empty: nothing would be drawn there. Paint it, or leave the "
+            "region out."
+        )
+    return mask
 
 
 @dataclass
@@ -100,9 +139,17 @@ class RegionPrompts:
     """Text features (n, d) of each region's prompt"""
     shares: Tensor
     """(r, h, w), as `shared` makes them"""
-    index: Sequence[Tensor] = ()
-    """Numbers (n,) of each prompt's rows for the router; none where nothing is routed"""
+    index: Sequence[Tensor]
+    """Numbers (n,) of each prompt's rows for the router"""
     _at: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> RegionPrompts:
+        """Features in `dtype`; the rest keeps its own."""
+        return RegionPrompts(
+            [context.to(device, dtype) for context in self.contexts],
+            self.shares.to(device),
+            [index.to(device) for index in self.index],
+        )
 
     def at(self, height: int, width: int) -> list[tuple[Tensor, Tensor]]:
         """Of each region the places (p,) of a grid, row by row, at which it counts, and its shares
@@ -146,24 +193,19 @@ class RegionalAttention:
             for place, (places, share) in enumerate(regions.at(*grid)):
                 if not len(places):
                     continue  # too small for this level
-                places, share = places.to(output.device), share.to(output)[:, None]
-                context = regions.contexts[place].to(output).expand(len(rows), -1, -1)
+                context = regions.contexts[place].expand(len(rows), -1, -1)
                 with self._rows(regions, place, len(rows)):
                     own = self.attend(module, queries[:, places], context, named)
-                there = (torch.tensor(rows, device=output.device)[:, None], places)
-                mixed[there] += share * (own - output[there])
+                more = share.to(output)[:, None] * (own - output[rows][:, places])
+                for row, change in zip(rows, more, strict=True):
+                    mixed[row, places] += change
         return mixed
 
     @contextmanager
     def _rows(self, regions: RegionPrompts, place: int, count: int) -> Iterator[None]:
         """The router knows the rows of this region's prompt, and afterwards those of the whole."""
         whole = self.router.index
-        index = regions.index[place] if regions.index else None
-        if index is not None:
-            index = index.expand(count, -1)
-            self.router.index = index if whole is None else index.to(whole.device)
-        else:
-            self.router.index = None
+        self.router.index = regions.index[place].expand(count, -1)
         try:
             yield
         finally:

@@ -4,9 +4,19 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..composition.regions import Region, box, feathered, single_mask
 from ..composition.routing import Route
+from ..host.comfyui.regions import apply_regions
 from ..host.comfyui.routing import own_phrases, route_concepts
-from .types import CATEGORY, chosen_concepts, concepts_input, told
+from .types import (
+    CATEGORY,
+    MOST_CONCEPTS,
+    Concept,
+    RegionSocket,
+    chosen_concepts,
+    concepts_input,
+    told,
+)
 
 
 class RouteConcepts(io.ComfyNode):
@@ -39,4 +49,130 @@ class RouteConcepts(io.ComfyNode):
         return io.NodeOutput(routed, knowing, ui=told(warnings=remarks, table=table))
 
 
-NODES = [RouteConcepts]
+class ConceptRegion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptRegion",
+            display_name="Concept Region",
+            category=CATEGORY,
+            description="A place in the picture for one concept. Paint a mask, or set a box in "
+            "shares of the picture: 0, 0, 0.5, 1 is the left half.",
+            search_aliases=["regional prompt", "attention couple", "area", "mask concept"],
+            inputs=[
+                Concept.Input("concept", tooltip="What is drawn in this place."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="",
+                    tooltip="What this place alone is told, with the concept's words. Empty takes "
+                    "the prompt of the whole picture, which is the best start.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="White is the place. It may have any size. Without a mask the box "
+                    "counts.",
+                ),
+                *(
+                    io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tip)
+                    for name, default, tip in (
+                        ("left", 0.0, "Left edge of the box, in shares of the width."),
+                        ("top", 0.0, "Upper edge of the box, in shares of the height."),
+                        ("width", 0.5, "Width of the box, in shares of the picture's."),
+                        ("height", 1.0, "Height of the box, in shares of the picture's."),
+                    )
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-4.0,
+                    max=4.0,
+                    step=0.05,
+                    tooltip="How much of the concept. 1 is as it was taught.",
+                ),
+                io.Float.Input(
+                    "feather",
+                    default=0.1,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="How wide the edge fades, in shares of the picture's shorter side. "
+                    "Make it wider when a seam shows.",
+                ),
+            ],
+            outputs=[RegionSocket.Output("region")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        concept: Any,
+        prompt: str,
+        left: float,
+        top: float,
+        width: float,
+        height: float,
+        strength: float,
+        feather: float,
+        mask: Any = None,
+    ) -> io.NodeOutput:
+        place = box(left, top, width, height) if mask is None else single_mask(mask)
+        return io.NodeOutput(Region(prompt, feathered(place, feather), Route(concept, strength)))
+
+
+class ApplyRegions(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        options = [
+            io.DynamicCombo.Option(
+                str(count),
+                [
+                    RegionSocket.Input(f"region_{n}", tooltip="From Concept Region.")
+                    for n in range(1, count + 1)
+                ],
+            )
+            for count in range(1, MOST_CONCEPTS + 1)
+        ]
+        return io.Schema(
+            node_id="ApplyRegions",
+            display_name="Apply Regions",
+            category=CATEGORY,
+            description="Draws each concept in its own place, in one pass: inside a region its "
+            "concept alone acts, outside of all regions the prompt for the whole picture. Nothing "
+            "is merged.",
+            search_aliases=["regional prompt", "attention couple", "multi concept", "composition"],
+            inputs=[
+                io.Model.Input("model", tooltip="Of the checkpoint that the concepts belong to."),
+                io.Clip.Input("clip", tooltip="Of the same checkpoint."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="photo of a <new1> cat next to a <new2> dog",
+                    tooltip="The whole picture, with the words of all its concepts.",
+                ),
+                io.DynamicCombo.Input(
+                    "regions", options=options, tooltip="How many places have a concept."
+                ),
+            ],
+            outputs=[
+                io.Model.Output(),
+                io.Clip.Output(),
+                io.Conditioning.Output("positive"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, clip: Any, prompt: str, regions: Any) -> io.NodeOutput:
+        numbers = range(1, int(regions["regions"]) + 1)
+        placed = [regions[f"region_{number}"] for number in numbers]
+        routed, knowing, positive, remarks = apply_regions(model, clip, prompt, placed)
+        table = [("region", "concept", "share of the picture")]
+        for number, region in zip(numbers, placed, strict=True):
+            share = f"{float(region.mask.mean()):.0%}"
+            table.append((str(number), ", ".join(own_phrases(region.route.concept)), share))
+        shown = told(warnings=remarks, table=table)
+        return io.NodeOutput(routed, knowing, positive, ui=shown)
+
+
+NODES = [RouteConcepts, ConceptRegion, ApplyRegions]

@@ -10,6 +10,7 @@ CATEGORY = "custom diffusion"
 Concept = io.Custom("CONCEPT")
 TrainingConcept = io.Custom("TRAINING_CONCEPT")
 RegularizationSet = io.Custom("REGULARIZATION_SET")
+RegionSocket = io.Custom("CONCEPT_REGION")
 
 MOST_CONCEPTS = 8
 

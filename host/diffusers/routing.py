@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...composition.regions import Region, RegionalAttention, RegionPrompts, shared
+from ...composition.regions import Region, RegionalAttention, RegionPrompts, said_in, shared
 from ...composition.routing import Route, Router, RowChanges, number_rows, own_rows
 from ...concept.layers import is_cross_attention, layer_from_diffusers
 from ...concept.text import TextEncoder
@@ -44,7 +44,8 @@ def regional(pipeline: Any, router: Router) -> Iterator[RegionalAttention]:
 
 def _attend(module: nn.Module, x: Tensor, context: Tensor, named: Mapping[str, Any]) -> Tensor:
     # Past the hooks, which would look at regions again.
-    return module.forward(x, **{**named, "encoder_hidden_states": context})
+    out: Tensor = module.forward(x, **{**named, "encoder_hidden_states": context})
+    return out
 
 
 @torch.no_grad()
@@ -58,16 +59,22 @@ def route(
 ) -> list[RegionPrompts]:
     """Prepares the router for the features (b, n, d) of these prompts.
 
-    `regions` has lists of regions, whose routes are among `routes`; returned is what each list
-    says.
+    `regions` has a list for each of the first prompts, and their routes are among `routes`;
+    returned is what each list says.
     """
-    flat = [region for listed in regions for region in listed]
-    encoded = [encoder.encode(encoder.pad([encoder.tokenize(r.prompt)])).to(context) for r in flat]
+    flat = [
+        (region, said_in(region, prompt, listed))
+        for prompt, listed in zip(prompts, regions, strict=False)
+        for region in listed
+    ]
+    encoded = [
+        encoder.encode(encoder.pad([encoder.tokenize(said)])).to(context) for _, said in flat
+    ]
     own = [
         _own(routes, encoder, prompts, context),
         *(
-            _own(routes, encoder, [region.prompt], features, region.route or _NO_ROUTE)
-            for region, features in zip(flat, encoded, strict=True)
+            _own(routes, encoder, [said], features, region.route or _NO_ROUTE)
+            for (region, said), features in zip(flat, encoded, strict=True)
         ),
     ]
     if routes:
