@@ -68,19 +68,21 @@ def check_network(network: Network) -> None:
         use = purpose.get(network.channels_in)
         raise IncompatibleModelError(
             f"Training needs an ordinary text-to-image model; this {network.kind} "
-            f"({family.title}) reads {network.channels_in} channels and puts out "
-            f"{network.channels_out}, {LATENT_CHANNELS} each are needed"
+            f"({family.title}) has {network.channels_in} input channels and "
+            f"{network.channels_out} output channels, and {LATENT_CHANNELS} each are needed"
             f"{f': it is a model for {use}' if use else ''}. Load the text-to-image checkpoint it "
             f"was made from; a concept trained there can be applied to it."
         )
     pooled = family.pooled_width
     needed = pooled + SIZES * SIZE_WIDTH if pooled else 0
     if network.beside != needed:
+        found = f"{network.beside} numbers beside the text instead of {needed}"
+        if not network.beside:
+            found = f"beside them nothing instead of {needed} numbers"
         raise IncompatibleModelError(
             f"Training needs an ordinary text-to-image model; this {network.kind} reads text "
-            f"features of {family.title}, and beside them {_numbers(network.beside)} instead of "
-            f"{_numbers(needed)}. Load a checkpoint of SD 1.x, SD 2.x or SDXL that is no refiner, "
-            f"upscaler or image variation."
+            f"features of {family.title}, and {found}. Load a checkpoint of SD 1.x, SD 2.x or SDXL "
+            f"that is no refiner, upscaler or image variation."
         )
 
 
@@ -138,9 +140,3 @@ def check_parts(
     check_text_width(text_width, family_of_width(network.context_width))
     check_autoencoder(autoencoder)
     return prediction
-
-
-def _numbers(beside: int | str) -> str:
-    if beside == 0:
-        return "nothing"
-    return f"{beside} numbers" if isinstance(beside, int) else beside

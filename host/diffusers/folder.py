@@ -70,13 +70,18 @@ def read_pipeline(folder: Path) -> Any:
             f"model_index.json. Give the folder of a downloaded pipeline."
         )
     with _reading(folder):
+        kind = _settings(folder / "model_index.json").get("_class_name")
+        if kind not in (_SD, _SDXL):
+            raise IncompatibleModelError(
+                f"it is a {kind}; needed is a {_SD} or a {_SDXL}, not a refiner"
+            )
         settings = _settings(folder / "scheduler" / "scheduler_config.json")
         noise = noise_of(str(settings.get("_class_name")), settings)
     with _naming(folder):
         if noise.other_schedule:
             check_noise(noise)
     with _reading(folder):
-        frame = _frame(folder)
+        frame = _frame(folder, ("", "_2") if kind == _SDXL else ("",))
     with _naming(folder):  # before gigabytes of weights are read
         check_parts(
             network_of(frame["unet"]),
@@ -115,23 +120,18 @@ def _reading(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _frame(folder: Path) -> dict[str, Any]:
+def _frame(folder: Path, text_numbers: Iterable[str]) -> dict[str, Any]:
     """All of a pipeline but its weights, by name: networks without numbers, configurations of text
     encoders, scheduler and tokenizers.
     """
     import diffusers
 
-    kind = _settings(folder / "model_index.json").get("_class_name")
-    if kind not in (_SD, _SDXL):
-        raise IncompatibleModelError(
-            f"it is a {kind}; needed is a {_SD} or a {_SDXL}, not a refiner"
-        )
     frame = {
         "unet": _network(diffusers.UNet2DConditionModel, folder / "unet"),
         "vae": _network(diffusers.AutoencoderKL, folder / "vae"),
         "scheduler": _scheduler(folder / "scheduler"),
     }
-    for number in ("", "_2") if kind == _SDXL else ("",):
+    for number in text_numbers:
         config = _text_config(folder / f"text_encoder{number}")
         frame[f"text_encoder{number}"] = config
         frame[f"tokenizer{number}"] = read_tokenizer(

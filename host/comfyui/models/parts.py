@@ -1,4 +1,4 @@
-"""What a MODEL, a CLIP and a VAE say of themselves, for `diffusion.parts`: looked at, not copied."""
+"""What a MODEL, a CLIP and a VAE say of themselves, for `diffusion.parts`; nothing is copied."""
 
 from __future__ import annotations
 
