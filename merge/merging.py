@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..concept.concept import Concept, Delta, LowRankDelta
+from ..concept.concept import Concept, Delta, LowRankDelta, alike_tokens
 from ..concept.errors import IncompatibleModelError, MergeError
 from ..concept.layers import is_projection, sort_layers
 from ..concept.text import TextEncoder
@@ -112,6 +112,7 @@ def merge_concepts(
         residuals=tuple(residuals),
         change=_norm(merged) / max(max(_norm(concept) for concept in concepts), 1e-30),
         captions=factor.captions,
+        alike=tuple(alike_tokens(tokens)),
     )
     return merged, report
 

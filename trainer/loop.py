@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..concept.concept import Concept
+from ..concept.concept import Concept, alike_tokens
 from ..concept.errors import TrainingError
 from ..concept.text import TextEncoder
 from ..diffusion.protocols import Denoiser
@@ -28,6 +28,7 @@ from .events import (
     PreviewDrawn,
     RegularizationLeftOut,
     StepDone,
+    WordsAlike,
     WordsMoved,
 )
 from .learner import Learner
@@ -70,6 +71,8 @@ def train(
     pairs = zip(training_concepts, banks, strict=True)
     if unused := sum(len(one.regularization) for one, bank in pairs if not bank.regularization):
         on_event(RegularizationLeftOut(unused))
+    for pair in alike_tokens(start.tokens if start else ()):
+        on_event(WordsAlike(*pair))
     losses: list[float] = []
     backward = Backward(
         denoiser,
