@@ -15,7 +15,9 @@ from .models import DEFAULTS, add_model_options, load, precision, recipe_for
 def add_to(commands: Any) -> None:
     draw = commands.add_parser("sample", help="draw pictures, with a concept or without")
     add_model_options(draw)
-    draw.add_argument("--prompt", required=True)
+    draw.add_argument(
+        "--prompt", required=True, help="of any length; weights as in ComfyUI, (cat:1.2)"
+    )
     draw.add_argument("--concept", type=Path)
     draw.add_argument("--unet", type=Path, help="a whole UNet that was trained here")
     draw.add_argument("--strength", type=float, default=1.0, help="of --concept")

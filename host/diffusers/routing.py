@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...composition.routing import Route, Router, RowChanges, number_rows, own_rows
 from ...concept.layers import is_cross_attention, layer_from_diffusers
-from ...concept.text import TextEncoder
+from ..clip.chunks import Encoder, chunks_of, words_of
 
 
 @contextmanager
@@ -30,16 +30,21 @@ def routing(pipeline: Any) -> Iterator[Router]:
 def route(
     router: Router,
     routes: Sequence[Route],
-    encoder: TextEncoder,
+    encoder: Encoder,
     prompts: Sequence[str],
     context: Tensor,
 ) -> None:
-    """Prepares the router for the features (b, n, d) of these prompts."""
+    """Prepares the router for the features (b, n, d) of these prompts, as `encode_prompts` makes
+    them: prompts of fewer chunks are repeated.
+    """
     own = [torch.zeros_like(context) for _ in routes]
     for b, prompt in enumerate(prompts):
-        token_ids = encoder.tokenize(prompt)
+        token_ids, places = words_of(prompt, encoder)
+        length = len(chunks_of(prompt, encoder)) * encoder.context_length
         for route, rows in zip(routes, own, strict=True):
-            positions = own_rows(route.concept, encoder, token_ids)
-            rows[b, positions] = context[b, positions]
+            found = [places[word] for word in own_rows(route.concept, encoder, token_ids)]
+            for first in range(0, context.shape[1], length):
+                positions = [first + place for place in found]
+                rows[b, positions] = context[b, positions]
     (router.index,), features = number_rows([own])
     router.changes = RowChanges.of(routes, features).to(context.device, torch.float32)

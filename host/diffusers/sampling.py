@@ -14,9 +14,9 @@ from ...composition.routing import Route
 from ...concept.concept import Concept
 from ...concept.fit import check_fit
 from ...concept.layers import family_of_width, is_cross_attention, layer_from_diffusers
-from ...concept.text import TextEncoder
 from ...diffusion.latents import LATENT_PIXELS
 from ...diffusion.sampling import ddim_sample
+from ..clip.chunks import Encoder, as_long_as, encode_prompts
 from .lending import borrowed_models, text_encoder
 from .routing import route, routing
 
@@ -24,7 +24,7 @@ from .routing import route, routing
 @contextmanager
 def applied_concept(
     pipeline: Any, concept: Concept | None, strength: float = 1.0
-) -> Iterator[TextEncoder]:
+) -> Iterator[Encoder]:
     """The pipeline with a concept added to its UNet; yields a text encoder that knows the tokens.
 
     Afterwards every weight is bit for bit what it was. Without a concept it is the base model.
@@ -69,7 +69,8 @@ def sample(
 ) -> Tensor:
     """A picture of each prompt (b, h, w, 3) in 0..1, with the concept or without.
 
-    `concept` is added to the weights; those of `routes` act at their own words alone. Each picture
+    Prompts may be of any length and have weights, `(cat:1.2)`, as in ComfyUI. `concept` is added to
+    the weights; those of `routes` act at their own words alone. Each picture
     starts from noise of its own seed, by default 0, 1, 2 and so on.
     """
     with (
@@ -79,14 +80,12 @@ def sample(
     ):
         for one in routes:
             encoder = encoder.with_tokens(one.concept.embeddings())
-        both = [*prompts, *[""] * len(prompts)]
-        text, nothing = (
-            encoder.encode_with_pooled(encoder.pad([encoder.tokenize(prompt) for prompt in texts]))
-            for texts in (prompts, both[len(prompts) :])
-        )
+        text = encode_prompts(encoder, prompts)
+        nothing = encode_prompts(encoder, [""] * len(prompts))
+        nothing = nothing._replace(context=as_long_as(text.context, nothing.context))
         if routes:
             context = torch.cat([text.context, nothing.context]).to(models.denoiser.device)
-            route(router, routes, encoder, both, context)
+            route(router, routes, encoder, [*prompts, *[""] * len(prompts)], context)
         edge = resolution // LATENT_PIXELS
         shape = (pipeline.unet.config.in_channels, edge, edge)
         noise = torch.stack(
