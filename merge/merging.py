@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..concept.concept import Concept, Delta, LowRankDelta, alike_tokens
 from ..concept.errors import IncompatibleModelError, MergeError
+from ..concept.fit import TEXT_MARK
 from ..concept.layers import is_projection, sort_layers
-from ..concept.text import TextEncoder
+from ..concept.text import TextEncoder, text_mark
 from .caption_cache import cached_caption_factor
 from .captions import regularization_captions
 from .projector import Projector, constraint_projector
@@ -100,6 +101,7 @@ def merge_concepts(
             "method": "constrained least squares merge",
             "strengths": strengths,
             "parents": [dict(concept.provenance) for concept in concepts],
+            TEXT_MARK: text_mark(encoder),
         },
         scope="own words" if all(c.scope == "own words" for c in concepts) else "every word",
     )

@@ -28,7 +28,7 @@ from ...concept.concept import Concept
 from ...concept.errors import IncompatibleModelError
 from ...concept.layers import is_projection
 from ...concept.prompts import subject
-from .apply import check_models
+from .apply import check_models, text_remarks
 from .marking import MarkingTextModel, Words
 from .models.text import encoder_names
 from .tokenizer import with_concept_tokens
@@ -53,7 +53,8 @@ def route_concepts(
         for name in encoder_names(clip)
     ]
     knowing.cond_stage_model = MarkingTextModel(clip.cond_stage_model, words)
-    return routing.on(model), knowing, _remarks(routing.concepts, words[0])
+    remarks = *_remarks(routing.concepts, words[0]), *text_remarks(clip, routing.concepts.values())
+    return routing.on(model), knowing, remarks
 
 
 class Routing:

@@ -18,6 +18,10 @@ from ...concept.concept import Concept
 from ...concept.errors import IncompatibleModelError, TokenError
 from ...concept.prompts import split_at_tokens
 from ...concept.weighted_prompts import as_prompt, weighted_parts
+from .unknown_words import tell_of_unknown
+
+_SECOND_OF_TWO = "clip_g"
+"""SDXL's second text encoder reads the same prompts as the first"""
 
 
 class _TokenizerWithWords:
@@ -48,13 +52,17 @@ class _TokenizerWithWords:
         return getattr(self._tokenizer, name)
 
 
-class _KeepingWordsTogether:
+class _PromptsWithWords:
     """What a prompt's tokenizer does otherwise when it has learnt words: of several vectors they
-    stand alone, as an `embedding:` does, so that the end of a chunk does not divide them.
+    stand alone, as an `embedding:` does, so that the end of a chunk does not divide them; and of
+    those that it has not learnt the user is told.
     """
 
     def tokenize_with_weights(self, text: str, *args: Any, **kwargs: Any) -> Any:
-        long_words = [word for word, rows in rows_of_words(self).items() if len(rows) > 1]
+        known = rows_of_words(self)
+        if getattr(self, "embedding_key", "") != _SECOND_OF_TWO:
+            tell_of_unknown(text, known)
+        long_words = [word for word, rows in known.items() if len(rows) > 1]
         weighs = not kwargs.get("disable_weights", getattr(self, "disable_weights", False))
         if weighs and any(word in text for word in long_words):
             text = as_prompt(
@@ -107,7 +115,7 @@ def _with_words(tokenizer: Any, words: Mapping[str, Tensor]) -> Any:
     result = copy.copy(tokenizer)
     new = {token: tuple(rows.unbind()) for token, rows in words.items()}
     result.tokenizer = _TokenizerWithWords(plain, {**known, **new})
-    if not isinstance(result, _KeepingWordsTogether):
+    if not isinstance(result, _PromptsWithWords):
         kind = type(tokenizer)
-        result.__class__ = type(kind.__name__, (_KeepingWordsTogether, kind), {})
+        result.__class__ = type(kind.__name__, (_PromptsWithWords, kind), {})
     return result
