@@ -44,7 +44,8 @@ def watch_prompts(own_nodes: set[str]) -> None:
 
 def _look_through(own_nodes: set[str], queued: dict[str, Any]) -> dict[str, Any]:
     graph = queued.get("prompt")
-    for node_id, words in _without_concepts(graph) if isinstance(graph, dict) else ():
+    graph = graph if isinstance(graph, dict) else {}
+    for node_id, words in _without_concepts(graph):
         if graph[node_id].get("class_type") not in own_nodes:
             _tell(
                 node_id,
