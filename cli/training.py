@@ -20,7 +20,7 @@ from ..merge.projection import project_on_own_words
 from ..trainer.config import TrainConfig
 from ..trainer.data.folders import load_folder
 from ..trainer.data.training_concept import TrainingConcept, instance_caption
-from ..trainer.events import Event, MemoryShort, RegularizationLeftOut, StepDone
+from ..trainer.events import Event, Notice, StepDone
 from ..trainer.jobs.fingerprint import training_fingerprint
 from ..trainer.learning.network_file import fold_in, write_network
 from ..trainer.loop import train
@@ -224,5 +224,5 @@ def _show(event: Event, bar: tqdm[None]) -> None:
     if isinstance(event, StepDone):
         bar.set_postfix(loss=f"{event.loss:.4f}", refresh=False)
         bar.update(event.step - bar.n)
-    elif isinstance(event, MemoryShort | RegularizationLeftOut):
+    elif isinstance(event, Notice):
         bar.write(event.text())

@@ -5,8 +5,9 @@ one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 from .errors import TokenError
 from .layers import FAMILIES, Family, sort_layers
 from .prompts import check_modifier_token
+
+SAME_WORD_DISTANCE = 1e-2
+"""Words whose vectors are closer than this, relative to their length, are one word"""
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,26 @@ class Concept:
         """One line for messages and lists."""
         tokens = ", ".join(f"{t.name} {t.class_noun}".strip() for t in self.tokens) or "no token"
         return f"{tokens} ({FAMILIES[self.family.name].title}, {len(self.deltas)} projections)"
+
+
+def same_vectors(rows: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Whether two words (text encoder name → (vectors, width)) are one to every text encoder, up to
+    what half precision rounds.
+    """
+    for name, row in rows.items():
+        one, other = row.detach().float(), others[name].detach().to(row.device).float()
+        if one.shape != other.shape or (one - other).norm() > SAME_WORD_DISTANCE * one.norm():
+            return False
+    return True
+
+
+def alike_tokens(tokens: Sequence[ModifierToken]) -> list[tuple[str, str]]:
+    """Names of every two tokens that no prompt can tell apart, whatever they are called."""
+    return [
+        (one.name, other.name)
+        for one, other in combinations(tokens, 2)
+        if same_vectors(one.embeddings, other.embeddings)
+    ]
 
 
 def hash_projections(weights: Mapping[str, Tensor]) -> str:

@@ -20,8 +20,12 @@ from .names import layer_of
 _FARTHEST = 0.5
 """Relative change above which weights are of another base. Custom Diffusion moves keys and values
 by a few per cent; unrelated weights differ by more than their own norm."""
-_WHOLE = "diffusion_pytorch_model.safetensors"
-_INDEX = ".index.json"
+_STEM = "diffusion_pytorch_model"
+_INDEX = ".index"
+_VARIANTS = "", ".fp16", ".bf16", ".fp32", ".non_ema"
+"""How the name of a file may go on that holds the same weights, rounded or not averaged; the first
+that is there is taken
+"""
 _LARGEST_INDEX = 8 << 20
 """Bytes; what is behind them is not read, and then the index is none"""
 
@@ -116,16 +120,14 @@ def read_base(path: Path) -> BaseModel:
     file = path
     if os.path.isdir(path):
         unet = path / "unet" if os.path.isdir(path / "unet") else path
-        file = unet / _WHOLE
-        if not file.exists() and (unet / (_WHOLE + _INDEX)).exists():
-            file = unet / (_WHOLE + _INDEX)
+        file = _weight_file(unet, _STEM) or unet / f"{_STEM}.safetensors"
     if not os.path.isfile(file):
         raise ConceptFileError(
             f"There is no base model {file}. Give a checkpoint as .safetensors, or a folder in "
             "diffusers' layout."
         )
     weights: dict[str, Tensor] = {}
-    for part in shards(file) if file.name.endswith(_INDEX) else [file]:
+    for part in _parts(file):
         weights |= read_cross_attention(part)
     base = BaseModel.of(weights.items())
     try:
@@ -133,6 +135,40 @@ def read_base(path: Path) -> BaseModel:
     except IncompatibleModelError as error:
         raise IncompatibleModelError(f"{file.name}: {error}") from error
     return base
+
+
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """The .safetensors of a part of a model in diffusers' layout: one, or several with an index;
+    rounded ones (`.fp16`) where there are no others. Raises IncompatibleModelError.
+    """
+    file = _weight_file(folder, stem)
+    if file is not None:
+        return _parts(file)
+    others = sorted(found.name for found in folder.glob(f"{stem}*") if found.is_file())
+    raise IncompatibleModelError(
+        f"its {folder.name} has no {stem}.safetensors"
+        + (
+            f", only {', '.join(others)}, which can run code when opened and so was not. "
+            f"Convert it: load the folder with diffusers where you trust it, and save_pretrained "
+            f"it again"
+            if others
+            else ""
+        )
+    )
+
+
+def _weight_file(folder: Path, stem: str) -> Path | None:
+    """The file that holds a part's weights, or the index of those that do."""
+    for variant in _VARIANTS:
+        for name in (f"{stem}{variant}.safetensors", f"{stem}.safetensors{_INDEX}{variant}.json"):
+            if os.path.isfile(folder / name):
+                return folder / name
+    return None
+
+
+def _parts(file: Path) -> list[Path]:
+    index = f".safetensors{_INDEX}" in file.name and file.name.endswith(".json")
+    return shards(file) if index else [file]
 
 
 def shards(index: Path) -> list[Path]:

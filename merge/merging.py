@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..concept.concept import Concept, Delta, LowRankDelta
+from ..concept.concept import Concept, Delta, LowRankDelta, alike_tokens
 from ..concept.errors import IncompatibleModelError, MergeError
+from ..concept.fit import TEXT_MARK
 from ..concept.layers import is_projection, sort_layers
-from ..concept.text import TextEncoder
+from ..concept.text import TextEncoder, text_mark
 from .caption_cache import cached_caption_factor
 from .captions import regularization_captions
 from .projector import Projector, constraint_projector
@@ -100,6 +101,7 @@ def merge_concepts(
             "method": "constrained least squares merge",
             "strengths": strengths,
             "parents": [dict(concept.provenance) for concept in concepts],
+            TEXT_MARK: text_mark(encoder),
         },
         scope="own words" if all(c.scope == "own words" for c in concepts) else "every word",
     )
@@ -112,6 +114,7 @@ def merge_concepts(
         residuals=tuple(residuals),
         change=_norm(merged) / max(max(_norm(concept) for concept in concepts), 1e-30),
         captions=factor.captions,
+        alike=tuple(alike_tokens(tokens)),
     )
     return merged, report
 

@@ -28,7 +28,7 @@ from ...concept.concept import Concept
 from ...concept.errors import IncompatibleModelError
 from ...concept.layers import is_projection
 from ...concept.prompts import subject
-from .apply import check_models
+from .apply import check_models, text_remarks
 from .marking import MarkingTextModel, Words
 from .models.text import encoder_names
 from .tokenizer import with_concept_tokens
@@ -58,7 +58,7 @@ def marking_clip(clip: Any, concepts: Mapping[str, Concept]) -> tuple[Any, tuple
         Words.of(getattr(knowing.tokenizer, name), name, concepts) for name in encoder_names(clip)
     ]
     knowing.cond_stage_model = MarkingTextModel(clip.cond_stage_model, words)
-    return knowing, _remarks(concepts, words[0])
+    return knowing, (*_remarks(concepts, words[0]), *text_remarks(clip, concepts.values()))
 
 
 class Routing:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...composition.regions import Region, RegionalAttention, RegionPrompts, said_in, shared
 from ...composition.routing import Route, Router, RowChanges, number_rows, own_rows
 from ...concept.layers import is_cross_attention, layer_from_diffusers
-from ...concept.text import TextEncoder
+from ..clip.chunks import Encoder, chunks_of, encode_prompts, words_of
 
 _NO_ROUTE = object()
 """Stands for the route of a region without a concept"""
@@ -52,12 +52,13 @@ def _attend(module: nn.Module, x: Tensor, context: Tensor, named: Mapping[str, A
 def route(
     router: Router,
     routes: Sequence[Route],
-    encoder: TextEncoder,
+    encoder: Encoder,
     prompts: Sequence[str],
     context: Tensor,
     regions: Sequence[Sequence[Region]] = (),
 ) -> list[RegionPrompts]:
-    """Prepares the router for the features (b, n, d) of these prompts.
+    """Prepares the router for the features (b, n, d) of these prompts, as `encode_prompts` makes
+    them: prompts of fewer chunks are repeated.
 
     `regions` has a list for each of the first prompts, and their routes are among `routes`;
     returned is what each list says.
@@ -67,9 +68,7 @@ def route(
         for prompt, listed in zip(prompts, regions, strict=False)
         for region in listed
     ]
-    encoded = [
-        encoder.encode(encoder.pad([encoder.tokenize(said)])).to(context) for _, said in flat
-    ]
+    encoded = [encode_prompts(encoder, [said]).context.to(context) for _, said in flat]
     own = [
         _own(routes, encoder, prompts, context),
         *(
@@ -87,13 +86,14 @@ def route(
     for listed in regions:
         own_said = [next(said) for _ in listed]
         shares = shared([region.mask for region in listed])
-        sets.append(RegionPrompts([f[0] for f, _ in own_said], shares, [n[0] for _, n in own_said]))
+        said_here = RegionPrompts([f[0] for f, _ in own_said], shares, [n[0] for _, n in own_said])
+        sets.append(said_here.to(context.device, context.dtype))
     return sets
 
 
 def _own(
     routes: Sequence[Route],
-    encoder: TextEncoder,
+    encoder: Encoder,
     prompts: Sequence[str],
     context: Tensor,
     only: object = None,
@@ -103,11 +103,14 @@ def _own(
     """
     own = [torch.zeros_like(context) for _ in routes]
     for b, prompt in enumerate(prompts):
-        token_ids = encoder.tokenize(prompt)
+        token_ids, places = words_of(prompt, encoder)
+        length = len(chunks_of(prompt, encoder)) * encoder.context_length
         for route, rows in zip(routes, own, strict=True):
             if route is only and route.concept.scope == "every word":
                 rows[b] = context[b]
             elif only is None or route is only:
-                positions = own_rows(route.concept, encoder, token_ids)
-                rows[b, positions] = context[b, positions]
+                found = [places[word] for word in own_rows(route.concept, encoder, token_ids)]
+                for first in range(0, context.shape[1], length):
+                    positions = [first + place for place in found]
+                    rows[b, positions] = context[b, positions]
     return own

@@ -15,9 +15,9 @@ from ...composition.routing import Route
 from ...concept.concept import Concept
 from ...concept.fit import check_fit
 from ...concept.layers import family_of_width, is_cross_attention, layer_from_diffusers
-from ...concept.text import TextEncoder
 from ...diffusion.latents import LATENT_PIXELS
 from ...diffusion.sampling import ddim_sample
+from ..clip.chunks import Encoder, as_long_as, encode_prompts
 from .lending import borrowed_models, text_encoder
 from .routing import regional, route, routing
 
@@ -25,7 +25,7 @@ from .routing import regional, route, routing
 @contextmanager
 def applied_concept(
     pipeline: Any, concept: Concept | None, strength: float = 1.0
-) -> Iterator[TextEncoder]:
+) -> Iterator[Encoder]:
     """The pipeline with a concept added to its UNet; yields a text encoder that knows the tokens.
 
     Afterwards every weight is bit for bit what it was. Without a concept it is the base model.
@@ -71,9 +71,10 @@ def sample(
 ) -> Tensor:
     """A picture of each prompt (b, h, w, 3) in 0..1, with the concept or without.
 
-    `concept` is added to the weights; those of `routes` act at their own words alone. `regions` has
-    those of each picture, or is empty. Each picture starts from noise of its own seed, by default
-    0, 1, 2 and so on.
+    Prompts may be of any length and have weights, `(cat:1.2)`, as in ComfyUI. `concept` is added to
+    the weights; those of `routes` act at their own words alone. `regions` has those of each
+    picture, or is empty. Each picture starts from noise of its own seed, by default 0, 1, 2 and so
+    on.
     """
     with (
         applied_concept(pipeline, concept, strength) as encoder,
@@ -84,13 +85,12 @@ def sample(
         routes = _every_route(routes, regions)
         for one in routes:
             encoder = encoder.with_tokens(one.concept.embeddings())
-        both = [*prompts, *[""] * len(prompts)]
-        text, nothing = (
-            encoder.encode_with_pooled(encoder.pad([encoder.tokenize(prompt) for prompt in texts]))
-            for texts in (prompts, both[len(prompts) :])
-        )
+        text = encode_prompts(encoder, prompts)
+        nothing = encode_prompts(encoder, [""] * len(prompts))
+        nothing = nothing._replace(context=as_long_as(text.context, nothing.context))
         if routes or regions:
             context = torch.cat([text.context, nothing.context]).to(models.denoiser.device)
+            both = [*prompts, *[""] * len(prompts)]
             attention.sets = route(router, routes, encoder, both, context, regions)
             attention.chosen = [*range(1, len(regions) + 1), *[0] * len(prompts)] if regions else []
         edge = resolution // LATENT_PIXELS

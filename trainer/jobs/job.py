@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ...concept.errors import CustomDiffusionError, JobError, ModelsGoneError
-from ..events import Event, MemoryShort, RegularizationLeftOut, StepDone
+from ..events import Event, Notice, StepDone
 from .event_files import write_event
 from .folder import JobFolder
 from .records import Outcome
@@ -285,7 +285,7 @@ class Job:
                 changes["seconds_per_step"] = pace
             if changes:
                 self._update(**changes)
-        if isinstance(event, MemoryShort | RegularizationLeftOut):
+        if isinstance(event, Notice):
             self._note(event.text())
 
     def _leave_thumbnail(self, concept_file: Path) -> None:

@@ -11,6 +11,8 @@ export function showNotes(node) {
   after(node, "onExecuted", (output) => {
     const [notes] = output?.[KEY] ?? [];
     if (!notes) return;
+    const empty = !notes.lines.length && !notes.warnings.length && !notes.table.length;
+    if (empty && !placed.has(node)) return; // no room for what is not said
     if (!placed.has(node)) {
       const place = element("div", "cd-notes");
       placed.set(node, place);

@@ -17,7 +17,6 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ....concept.concept import Concept
 from ....concept.errors import TrainingError
 from ....concept.file import read_concept, write_new_concept
-from ....concept.fit import check_text_width
 from ....concept.naming import write_new
 from ....concept.text import TextEncoder
 from ....merge.projection import project_on_own_words
@@ -35,6 +34,7 @@ from ....trainer.loop import train
 from ....trainer.methods import METHODS
 from ....trainer.prepare import prepare
 from ....trainer.start import check_start
+from ..models.parts import check_models
 from ..models.unet import ComfyDenoiser, ComfyLatentEncoder
 from ..paths import cache_folder, concept_folder, network_folder
 from .models import Base, Models, copy_models, shared_copy
@@ -67,8 +67,8 @@ def start_training(
     in another process.
     """
     service = training_service()
+    check_models(model, clip, vae)
     models = copy_models(model, clip, config)
-    check_text_width(models.encoder.context_width, models.denoiser.family)
     if start:  # before the time that encoding takes
         check_start(start, models.denoiser, config)
     latent_encoder = ComfyLatentEncoder(vae, model.model.latent_format.scale_factor)
