@@ -165,9 +165,21 @@ def at_least_half(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+_CONTAINERS = {
+    **{b"\x1f\x8b": "packed with gzip", b"7z\xbc\xaf": "packed with 7-Zip"},
+    **{b"Rar!": "packed with RAR", b"GGUF": "a quantised model (GGUF)"},
+    **{b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture", b"\x89HDF": "an HDF5 file"},
+}
+
+
 def imposter(start: bytes) -> tuple[str, str] | None:
     """What a file is by its first bytes, and what to do, where it is no file of weights at all."""
-    text = start.lstrip().lower()
+    if not start:
+        return "it is truncated to nothing", _AGAIN
+    for magic, kind in _CONTAINERS.items():
+        if start.startswith(magic):
+            return f"it is {kind}", "Give what it was made of, or take the model as .safetensors"
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith(b"version https://git-lfs"):
         return (
             "it is a pointer of Git LFS, which stands for the file itself",

@@ -75,7 +75,11 @@ def read_archive(file: BinaryIO, file_bytes: int) -> Any:
     entries = read_entries(file, file_bytes)
     pickles = [name for name in entries if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise ValueError("it is a zip file, but not one that PyTorch wrote")
+        held = ", ".join(name[:100] for name in list(entries)[:3]) or "nothing"
+        raise ValueError(
+            f"it is a zip file, but not one that PyTorch wrote: it holds {held}. Unpack it, and "
+            f"give what was in it"
+        )
     folder = pickles[0].removesuffix("data.pkl")
     order = entries.get(f"{folder}byteorder")
     if order and read_entry(file, Entry(order.start, min(order.size, 10))) != b"little":

@@ -104,7 +104,7 @@ def merge_concepts(
     report = MergeReport(
         rows=tuple(rows),
         shared_rows=len(groups),
-        conflicts=tuple(conflicts(rows, groups)),
+        conflicts=tuple(conflicts(rows, groups, residuals)),
         condition=projector.condition,
         damped=projector.damped,
         residuals=tuple(residuals),

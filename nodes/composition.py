@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..composition.routing import Route
 from ..host.comfyui.routing import own_phrases, route_concepts
-from .types import CATEGORY, chosen_concepts, concepts_input, told
+from .types import CATEGORY, chosen_concepts, concepts_input, told, without_leftovers
 
 
 class RouteConcepts(io.ComfyNode):
@@ -29,6 +29,7 @@ class RouteConcepts(io.ComfyNode):
         )
 
     @classmethod
+    @without_leftovers
     def execute(cls, model: Any, clip: Any, concepts: Any) -> io.NodeOutput:
         routes = [Route(concept, strength) for concept, strength in chosen_concepts(concepts)]
         routed, knowing, remarks = route_concepts(model, clip, routes)

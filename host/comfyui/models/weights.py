@@ -84,10 +84,23 @@ def patched_projections(model: Any) -> dict[str, Tensor]:
 
 
 def base_model(model: Any) -> BaseModel:
-    """Copies of the cross-attention of a MODEL's UNet, patches applied."""
+    """Copies of the cross-attention of a MODEL's UNet, patches applied. Raises
+    IncompatibleModelError where its weights are quantised.
+    """
     network = cross_attention_unet(model)
     layers = [path for path, _ in network.named_modules() if is_cross_attention(path)]
+    if any(is_quantised(network.get_submodule(path).weight) for path in layers):
+        raise IncompatibleModelError(
+            "This model's weights are quantised (GGUF, for example): they are rounded by more than "
+            "a concept changes them, so a change cannot be told beside them, and whole weights "
+            "would keep the rounding. Load the same model from a .safetensors."
+        )
     return BaseModel({k: patched_weights(model, f"{_UNET_PREFIX}{k}.")["weight"] for k in layers})
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Whether what is stored are packed whole numbers, whose meaning another extension knows."""
+    return not weight.is_floating_point()
 
 
 def _projections(network: nn.Module) -> dict[str, str]:
