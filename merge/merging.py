@@ -80,7 +80,9 @@ def merge_concepts(
     if padding_weight > 0:
         soft = [all(rows[i].soft for i in group) for group in groups]
         slack = torch.tensor(soft) / (padding_weight * factor.captions)
-    projector = constraint_projector(factor, shared, slack)
+    still = torch.tensor([all(rows[i].still for i in group) for group in groups])
+    projector = constraint_projector(factor, shared, slack, still)
+    mixing = mixing[:, ~still]
     on_progress(0.9)
 
     deltas, residuals = merged_deltas(concepts, strengths, rows, features, mixing, projector)
@@ -103,7 +105,7 @@ def merge_concepts(
     )
     report = MergeReport(
         rows=tuple(rows),
-        shared_rows=len(groups),
+        shared_rows=mixing.shape[1],
         conflicts=tuple(conflicts(rows, groups, residuals)),
         condition=projector.condition,
         damped=projector.damped,
@@ -134,7 +136,7 @@ def merged_deltas(
     up = torch.zeros(sum(sizes.values()), len(down))
     parts = []
     for index, concept in enumerate(concepts):
-        own = [i for i, row in enumerate(rows) if row.concept == index]
+        own = [i for i, row in enumerate(rows) if row.concept == index and not row.still]
         words = features[own].float()
         asked = torch.cat([_asked(concept, layer, words, sizes[layer]) for layer in layers], dim=1)
         up.addmm_(asked.T, (mixing[own] @ projector.left).float())

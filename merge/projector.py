@@ -89,6 +89,8 @@ def _ridged_cholesky(rows: Tensor, relative_ridge: float) -> Tensor:
 class Projector:
     """P in factored form: `left` (s, r) times `rows` (r, d), orthonormal, r = min(s, d).
 
+    Of constraints at which nothing changes P has no rows.
+
     Orthonormal rows keep half-precision files accurate: rounding errors do not cancel against each
     other.
     """
@@ -104,13 +106,17 @@ class Projector:
 
 
 def constraint_projector(
-    factor: CaptionFactor, constraints: Tensor, slack: Tensor | None = None
+    factor: CaptionFactor,
+    constraints: Tensor,
+    slack: Tensor | None = None,
+    still: Tensor | None = None,
 ) -> Projector:
     """P for constraint rows (s, d): exact when they can be told apart, damped when they nearly
     coincide.
 
     `slack` (s,) is 0 for a row that must be met and 1 / ω for one whose squared error counts ω
-    times a caption's: P = (C G⁻¹ Cᵀ + Ω⁻¹)⁻¹ C G⁻¹.
+    times a caption's: P = (C G⁻¹ Cᵀ + Ω⁻¹)⁻¹ C G⁻¹. `still` (s,) marks constraints at which nothing
+    may change: they shape P, and its rows for them, which 0 would be multiplied by, are left out.
     """
     c = constraints.to(torch.float64)
     z = torch.linalg.solve_triangular(factor.upper, c, upper=True, left=False)
@@ -127,6 +133,8 @@ def constraint_projector(
     inverse = singular / (singular.square() + mu * singular[0].square())
     vh = vh[:, : c.shape[1]]
     p = scale * ((u * inverse) @ torch.linalg.solve_triangular(factor.upper, vh.T, upper=True).T)
+    if still is not None:
+        p, c = p[~still], c[~still]
     q, r = torch.linalg.qr(p.T)
     rows, left = q.T, r.T
     if not damped and slack is None:

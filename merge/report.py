@@ -20,7 +20,7 @@ class MergeReport:
 
     rows: tuple[ConstraintRow, ...]
     shared_rows: int
-    """Constraint rows left after rows with equal features became one."""
+    """Constraint rows that are taught, after rows with equal features became one: the rank."""
     conflicts: tuple[str, ...]
     condition: float
     damped: bool
@@ -33,17 +33,20 @@ class MergeReport:
     def summary(self) -> tuple[str, str]:
         """How the rows were kept, and how much that changes."""
         exact = "damped" if self.damped else "exact"
-        soft = sum(row.soft for row in self.rows)
+        soft, still = sum(row.soft for row in self.rows), sum(row.still for row in self.rows)
         softly = f" and {soft} rows of padding, softly" if soft else ""
+        staying = f"; {still} rows of bare class nouns stay" if still else ""
         return (
-            f"{len(self.rows) - soft} constraint rows{softly}, {self.shared_rows} different; "
+            f"{len(self.rows) - soft - still} constraint rows{softly}, {self.shared_rows} "
+            f"different{staying}; "
             f"{exact} (condition {self.condition:.3g}); {self.captions} regularization captions",
             f"change of the model: {self.change:.2f} times its largest concept's",
         )
 
     def kept(self, concept: int) -> dict[str, int]:
         """Prompt → how many of its rows are kept for a concept, counted from 0."""
-        return dict(Counter(row.prompt for row in self.rows if row.concept == concept))
+        own = (row for row in self.rows if row.concept == concept and not row.still)
+        return dict(Counter(row.prompt for row in own))
 
     def warnings(self) -> Iterator[str]:
         yield from (f"conflict: {conflict}" for conflict in self.conflicts)

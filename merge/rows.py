@@ -34,6 +34,8 @@ class ConstraintRow:
     position: int
     soft: bool = False
     """The mean of what follows the end of text: kept as well as the rest allows."""
+    still: bool = False
+    """A word of the bare class noun, which must stay as the base model has it."""
 
 
 def concept_prompts(concept: Concept) -> tuple[str, ...]:
@@ -49,7 +51,8 @@ def constraint_features(
     concepts: Sequence[Concept], encoder: TextEncoder, padding: bool = False
 ) -> tuple[list[ConstraintRow], Tensor]:
     """Constraint rows and their features C (s, d): V*, class noun and end of each prompt; of a
-    concept that means nothing at other words, V* and class noun.
+    concept that means nothing at other words, V* and class noun, and the bare class noun as a row
+    that stays: `cat` lies near `<new1> cat`, and no regularization picture held it in training.
 
     With `padding` also a soft row for what the model reads after the end of the prompt.
     """
@@ -70,6 +73,9 @@ def constraint_features(
                 (whole,) = encoder.encode(encoder.pad([ids]))
             rows.append(ConstraintRow(index, prompt, len(ids), soft=True))
             features.append(whole[len(ids) :].mean(0))
+    for row, row_features in _bare_nouns(concepts, encoder):
+        rows.append(row)
+        features.append(row_features)
     stacked = torch.stack(features).to(torch.float64).cpu()
     for row, finite in zip(rows, stacked.isfinite().all(1), strict=True):
         if not finite:
@@ -107,6 +113,23 @@ def _positions(
         ) from error
 
 
+def _bare_nouns(
+    concepts: Sequence[Concept], encoder: TextEncoder
+) -> Iterator[tuple[ConstraintRow, Tensor]]:
+    """The class nouns of concepts that live in their own words, in their prompts without V*."""
+    for index, concept in enumerate(concepts):
+        for token in concept.tokens if concept.scope == "own words" else ():
+            noun = encoder.tokenize_words(token.class_noun) if token.class_noun else []
+            for prompt in concept_prompts(concept) if noun else ():
+                if token.name not in prompt:
+                    continue
+                bare = " ".join(prompt.replace(token.name, " ").split())
+                ids = encoder.tokenize(bare)
+                (features,) = encode_unpadded(encoder, [ids])
+                for position in own_positions(ids, [], noun):
+                    yield ConstraintRow(index, bare, position, still=True), features[position]
+
+
 def group_rows(features: Tensor) -> list[list[int]]:
     """Indices of rows that are the same within SAME_ROW_DISTANCE, whatever their order."""
     norms = features.norm(dim=1)
@@ -129,12 +152,14 @@ def shared_rows(
 ) -> tuple[Tensor, Tensor]:
     """One feature row a group (s, d), and the mixing (rows, s) of what its members ask for.
 
-    Members share a row by the mean of what they ask for, weighted by their concepts' strengths.
+    Members share a row by the mean of what they ask for, weighted by their concepts' strengths; a
+    row that is to stay asks for nothing, and gives way to one that is taught.
     """
     mixing = torch.zeros(len(rows), len(groups), dtype=torch.float64)
     for column, group in enumerate(groups):
         weights = torch.tensor(
-            [abs(strengths[rows[i].concept]) for i in group], dtype=torch.float64
+            [0 if rows[i].still else abs(strengths[rows[i].concept]) for i in group],
+            dtype=torch.float64,
         )
         share = weights / weights.sum() if weights.sum() > 0 else torch.zeros_like(weights)
         for i, part in zip(group, share, strict=True):
@@ -149,7 +174,11 @@ def conflicts(
     largest error on its own words, they ask for one thing: there is nothing to tell.
     """
     involved = {
-        frozenset((rows[i].concept, rows[i].prompt) for i in group if not rows[i].soft)
+        frozenset(
+            (rows[i].concept, rows[i].prompt)
+            for i in group
+            if not rows[i].soft and not rows[i].still
+        )
         for group in groups
     }
     for members in sorted(involved, key=sorted):

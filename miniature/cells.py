@@ -49,9 +49,15 @@ def run_cells(
     return {cell: results[cell] for cell in cells}
 
 
-def options(description: str | None, *, concept_seed: int, seeds: int) -> argparse.Namespace:
+def options(
+    description: str | None,
+    *,
+    concept_seed: int,
+    seeds: int,
+    more: Sequence[argparse.ArgumentParser] = (),
+) -> argparse.Namespace:
     """The command line of an experiment, with its defaults."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, parents=more)
     parser.add_argument("--concept-seed", type=int, default=concept_seed, help="first concept")
     parser.add_argument("--concepts", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=seeds, help="trainings of each")

@@ -29,7 +29,14 @@ from .concepts import (
     to_image,
     training_concept,
 )
-from .judge import Facts, bleeds, both_present, image_alignment, kernel_distance, text_alignment
+from .judge import (
+    Facts,
+    bleeds,
+    block_kernel_distance,
+    both_present,
+    image_alignment,
+    text_alignment,
+)
 from .model import GUIDANCE, PICTURE_EDGE, SAMPLING_STEPS, miniature_pipeline
 from .recognizer import Recognizer, Seen, load_recognizer
 from .world import SHAPES, Look, class_caption
@@ -77,7 +84,7 @@ class Score:
     text_alignment: float
     image_alignment: float
     drift: float
-    """1000 times the KID of the bare class"""
+    """1000 times the KID of the bare class, the median of blocks"""
     class_alignment: float
     """Image alignment of pictures of the bare class: what has leaked from the token"""
     both_present: float | None = None
@@ -87,7 +94,7 @@ class Score:
 class Laboratory:
     """The miniature, its judge, and the experiments of the paper."""
 
-    def __init__(self, pictures_per_prompt: int = 3, class_pictures: int = 24) -> None:
+    def __init__(self, pictures_per_prompt: int = 3, class_pictures: int = 48) -> None:
         self.pictures_per_prompt, self.class_pictures = pictures_per_prompt, class_pictures
         self.pipeline = miniature_pipeline()
         self._reference: dict[str, Tensor] = {}
@@ -160,20 +167,33 @@ class Laboratory:
         seen = self.recognizer.look(self.draw(prompts, concept, seed, pipeline, routed))
         looks = [one.look for one in subjects]
         likeness = torch.stack([image_alignment(seen, look) for look in looks])
-        drifts, leaks = [], []
-        for look in looks:
-            captions = [class_caption(look.shape)] * (self.class_pictures // len(looks))
-            plain = self.recognizer.look(self.draw(captions, concept, seed + 1, pipeline, routed))
-            drifts.append(1000 * kernel_distance(plain.features, self._class_features(look.shape)))
-            leaks.append(float(image_alignment(plain, look).mean()))
+        drift, class_alignment = self.class_drift(subjects, concept, seed, pipeline, routed)
         return Score(
             text_alignment=float(text_alignment(seen, facts).mean()),
             image_alignment=float(likeness.mean()),
-            drift=sum(drifts) / len(drifts),
-            class_alignment=sum(leaks) / len(leaks),
+            drift=drift,
+            class_alignment=class_alignment,
             both_present=_rate(both_present(seen, looks)) if len(looks) > 1 else None,
             bleed=_rate(bleeds(seen, looks)) if len(looks) > 1 else None,
         )
+
+    def class_drift(
+        self,
+        subjects: Sequence[Subject],
+        concept: Concept | None,
+        seed: int,
+        pipeline: Any = None,
+        routed: Sequence[Concept] = (),
+    ) -> tuple[float, float]:
+        """Drift of the bare classes, and how much they look like the concepts."""
+        drifts, leaks = [], []
+        for look in (one.look for one in subjects):
+            captions = [class_caption(look.shape)] * (self.class_pictures // len(subjects))
+            plain = self.recognizer.look(self.draw(captions, concept, seed + 1, pipeline, routed))
+            reference = self._class_features(look.shape)
+            drifts.append(1000 * block_kernel_distance(plain.features, reference))
+            leaks.append(float(image_alignment(plain, look).mean()))
+        return sum(drifts) / len(drifts), sum(leaks) / len(leaks)
 
     def likeness(self, one: Subject, concept: Concept, seed: int) -> float:
         """Image alignment of a concept by itself."""

@@ -361,6 +361,86 @@ def test_a_lora_before_or_after(
     close(ours, wanted, base)
 
 
+@pytest.mark.parametrize("other", ["FreeU", "PerturbedAttentionGuidance"])
+def test_with_what_else_changes_a_network(comfy: Any, sd15: Any, cat: Concept, other: str) -> None:
+    """Before the node and behind it, as by hand on the model with the other change alone."""
+    from comfy_extras import nodes_freelunch, nodes_pag
+
+    def change(model: Any) -> Any:
+        if other == "FreeU":
+            return nodes_freelunch.FreeU.execute(model, 1.1, 1.2, 0.9, 0.2)[0]
+        return nodes_pag.PerturbedAttentionGuidance.execute(model, 3.0)[0]
+
+    model, clip = route(sd15.model, sd15.clip, cat)
+    texts = "a <new1> cat", ""
+    behind = sample(change(model), *(encode(clip, text) for text in texts))
+    model, clip = route(change(sd15.model), sd15.clip, cat)
+    before = sample(model, *(encode(clip, text) for text in texts))
+    p, n = (encode(base_clip(sd15.clip, cat), text) for text in texts)
+    base = sample(change(sd15.model), p, n)
+    assert not torch.allclose(base, sample(sd15.model, p, n), atol=1e-3)  # the other change acts
+    with by_hand(sd15.model, (p[0][0], [(cat, 1.0, rows(2, 4))])):
+        wanted = sample(change(sd15.model), p, n)
+    close(behind, wanted, base)
+    close(before, wanted, base)
+
+
+def test_a_control_net_reads_the_prompt_without_the_route(
+    comfy: Any, sd15: Any, cat: Concept
+) -> None:
+    """Its own keys and values stay as they are; the picture's are routed."""
+    from comfy.cldm.cldm import ControlNet as Network
+    from comfy.controlnet import ControlNet
+    from comfy.ops import disable_weight_init
+
+    from nodes import ControlNetApplyAdvanced
+
+    config = dict(sd15.model.model.model_config.unet_config)
+    for name in ("out_channels", "disable_unet_model_creation"):
+        config.pop(name, None)
+    config |= {"transformer_depth": [1, 1, 0], "channel_mult": (1, 2, 4), "num_res_blocks": [1] * 3}
+    config |= {"transformer_depth_middle": 0, "hint_channels": 3}
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(0)
+        network = Network(**config, device="cpu", operations=disable_weight_init)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+    control = ControlNet(network, load_device=torch.device("cpu"))
+
+    def controlled(*prompts: Conditioning) -> Any:
+        hint = torch.linspace(0, 1, 128 * 128 * 3).view(1, 128, 128, 3)
+        return ControlNetApplyAdvanced().apply_controlnet(*prompts, control, hint, 1.0, 0.0, 1.0)
+
+    model, clip = route(sd15.model, sd15.clip, cat)
+    texts = "a <new1> cat", ""
+    ours = sample(model, *controlled(*(encode(clip, text) for text in texts)))
+    p, n = (encode(base_clip(sd15.clip, cat), text) for text in texts)
+    base = sample(sd15.model, *controlled(p, n))
+    assert not torch.allclose(base, sample(sd15.model, p, n), atol=1e-3)
+    with by_hand(sd15.model, (p[0][0], [(cat, 1.0, rows(2, 4))])):
+        wanted = sample(sd15.model, *controlled(p, n))
+    close(ours, wanted, base)
+
+
+def test_weights_that_are_cast_when_they_are_needed(sd15: Any, cat: Concept) -> None:
+    """As low-memory modes do: every layer's weights come with its input."""
+    model, clip = route(sd15.model, sd15.clip, cat)
+    prompts = encode(clip, "a <new1> cat"), encode(clip, "")
+    wanted, base = sample(model, *prompts), sample(sd15.model, *prompts)
+    network = sd15.model.model.diffusion_model
+    casting = [m for m in network.modules() if hasattr(m, "comfy_cast_weights")]
+    before = [m.comfy_cast_weights for m in casting]
+    assert len(casting) > 100
+    try:
+        for module in casting:
+            module.comfy_cast_weights = True
+        ours = sample(model, *prompts)
+    finally:
+        for module, cast in zip(casting, before, strict=True):
+            module.comfy_cast_weights = cast
+    close(ours, wanted, base)
+
+
 def test_two_nodes_in_a_row_are_one_node_with_both(sd15: Any, cat: Concept, dog: Concept) -> None:
     texts = "a <new1> cat and a <new2> dog", "<new2>"
     together = route(sd15.model, sd15.clip, cat, dog)

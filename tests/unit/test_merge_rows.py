@@ -101,6 +101,19 @@ class TestProjector:
         ours = self.ASKED.T @ projector.dense().numpy()
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
 
+    @pytest.mark.parametrize("staying", [(4,), (0, 2), (0, 1, 2, 3)])
+    def test_rows_that_stay_shape_the_optimum_and_add_no_rank(
+        self, staying: tuple[int, ...]
+    ) -> None:
+        still = torch.zeros(5, dtype=torch.bool)
+        still[list(staying)] = True
+        wanted = np.where(still.numpy()[:, None], 0.0, self.ASKED)
+        projector = constraint_projector(self.factor(), torch.from_numpy(self.C), still=still)
+        assert projector.left.shape == (5 - len(staying), 5 - len(staying))
+        expected = softly_constrained_change(self.ridged(), self.C, wanted, (HARD,) * 5)
+        ours = self.ASKED[~still.numpy()].T @ projector.dense().numpy()
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
     def test_no_slack_is_slack_zero(self) -> None:
         constraints = torch.from_numpy(self.C)
         plain = constraint_projector(self.factor(), constraints)

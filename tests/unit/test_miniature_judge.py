@@ -4,6 +4,7 @@ is given sights made by hand in place of what its recognizer would see.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from math import e
@@ -223,6 +224,18 @@ def test_colours_become_latents_of_equal_weight_and_come_back_unchanged() -> Non
     assert torch.equal(autoencoder.to_colors(latents), colors)
     variances = latents.var((0, 2, 3))
     torch.testing.assert_close(variances, variances.mean().expand(4), rtol=0.02, atol=0)
+
+
+def test_one_odd_picture_spoils_the_kernel_distance_but_not_the_median_of_blocks() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(48, 16, generator=generator) for _ in range(2))
+    odd = torch.cat([x[:1] + 30, x[1:]])
+    assert judge.kernel_distance(odd, y) > 100 * abs(judge.kernel_distance(x, y))
+    plain, spoilt = judge.block_kernel_distance(x, y), judge.block_kernel_distance(odd, y)
+    spread = statistics.stdev(judge.kernel_distance(block, y) for block in x.split(judge.BLOCK))
+    assert abs(spoilt - plain) < spread
+    shifted = judge.block_kernel_distance(x + 1, y)
+    assert shifted - plain > 5 * spread  # and a change of all pictures shows
 
 
 def test_the_autoencoder_serves_the_trainer() -> None:
