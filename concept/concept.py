@@ -134,8 +134,8 @@ class Concept:
             if name in names:
                 raise TokenError(
                     f"Two concepts use the modifier token {name}; every token needs one meaning. "
-                    "Rename one of them (LoadConcept has an input for it), or train it with "
-                    "another token."
+                    "Rename one of them (in ComfyUI LoadConcept's rename_token, --tokens of "
+                    "`custom-diffusion merge`), or train it with another token."
                 )
             names.add(name)
 
