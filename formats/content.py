@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..concept.errors import ConceptFileError, UnreadableFileError
 from ..concept.tensors import at_least_half, imposter, opened, read_header, read_tensors
 from .archive import read_archive
+from .zip_entries import OtherZipError
 
 ENDINGS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".pti")
 """How such files are called; what they are is decided by content"""
@@ -105,15 +106,7 @@ def read_content(path: Path, judge: Callable[[Content], object] = lambda shapes:
     with opened(path) as file:
         start = file.read(100)
         if start.startswith(_ZIP_START):
-            try:
-                values = read_archive(file, os.fstat(file.fileno()).st_size)
-            except ValueError as error:
-                raise ConceptFileError(
-                    f"{path.name} is a PyTorch archive that cannot be read as plain tensors: "
-                    f"{error}. It is damaged, or holds objects that run code when opened, which "
-                    "was not done. Copy it again, or ask for it as .safetensors."
-                ) from error
-            return Content(path, _named(path, values))
+            return Content(path, _named(path, _unpacked(path, file)))
     if start[8:9] == b"{":
         judge(read_shapes(path))
         tensors, metadata = read_tensors(path)
@@ -129,6 +122,20 @@ def read_content(path: Path, judge: Callable[[Content], object] = lambda shapes:
         f"{path.name} is neither a .safetensors nor a PyTorch archive: it begins with "
         f"{start[:16]!r}. Copy it again, or ask for it as .safetensors."
     )
+
+
+def _unpacked(path: Path, file: BinaryIO) -> object:
+    """What lies in an archive. Raises ConceptFileError."""
+    try:
+        return read_archive(file, os.fstat(file.fileno()).st_size)
+    except OtherZipError as error:
+        raise ConceptFileError(f"{path.name} cannot be read: {error}.") from error
+    except ValueError as error:
+        raise ConceptFileError(
+            f"{path.name} is a PyTorch archive that cannot be read as plain tensors: {error}. It "
+            "is damaged, or holds objects that run code when opened, which was not done. Copy it "
+            "again, or ask for it as .safetensors."
+        ) from error
 
 
 def _named(path: Path, values: object) -> Mapping[str, Any]:

@@ -16,7 +16,9 @@ _OUTPUT = {"clip_l_out", "clip_g_out"}
 """OneTrainer's vectors for what comes out of a text encoder, where a concept has no place"""
 _NAMELESS = {"emb_params", "*", ""}
 _WIDTHS = {width for family in FAMILIES.values() for width in family.text_encoders.values()}
+_KNOWN = _PAIRS | _OUTPUT | _NAMELESS
 _PARAMETER = re.compile(r"\.(weight|bias)$")
+_PART_OF_A_NETWORK = re.compile(r"\.|^(clip|t5|text_encoder)")
 
 
 def read_embeddings(content: Content) -> Found | None:
@@ -32,7 +34,13 @@ def read_embeddings(content: Content) -> Found | None:
     tensors = content.tensors()
     if not tensors or len(tensors) != len(content.values):
         return None
-    if not all(t.ndim in (1, 2) and t.shape[-1] in _WIDTHS for t in tensors.values()):
+    odd = next((n for n, t in tensors.items() if not _is_embedding(t)), None)
+    if odd is not None and tensors.keys() <= _KNOWN:
+        raise ValueError(
+            f"{odd} has shape {tuple(tensors[odd].shape)}; a row or a matrix as wide as a text "
+            f"encoder is needed, one of {sorted(_WIDTHS)}"
+        )
+    if odd is not None:
         return None
     named = {name: tensor for name, tensor in tensors.items() if name not in _OUTPUT}
     if not named:
@@ -52,8 +60,14 @@ def read_embeddings(content: Content) -> Found | None:
     return found
 
 
+def _is_embedding(tensor: Tensor) -> bool:
+    return tensor.ndim in (1, 2) and tensor.shape[-1] in _WIDTHS
+
+
 def _are_words(named: dict[str, Tensor]) -> bool:
     """Whether the names are those of words, and not of a network's parameters."""
     if any(_PARAMETER.search(name) for name in named):
         return False
-    return len(named) == 1 or all(name.startswith("<") for name in named)
+    if len(named) == 1 or all(name.startswith("<") for name in named):
+        return True
+    return not any(_PART_OF_A_NETWORK.search(name) for name in named)

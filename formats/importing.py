@@ -131,7 +131,9 @@ def _found(content: Content) -> Found | None:
     try:
         found = _first(content)
     except (ValueError, RuntimeError) as error:  # what a reader says of the file it knows
-        raise ConceptFileError(f"{path.name}: {error}. Take another copy of the file.") from error
+        raise ConceptFileError(
+            f"{path.name}: {error}. Take another copy of the file, or ask for it in another format."
+        ) from error
     if found is None:
         names = ", ".join(list(content.values)[:3]) or "nothing"
         known = next((what for at, what in _STRANGERS if any(map(at.search, content.values))), "")
@@ -203,9 +205,13 @@ def family_of(found: Found, shapes: dict[str, tuple[int, int]]) -> Family:
         if rows == {frozenset(family.text_encoders.values())}:
             return family
     given = sorted({width for widths in rows for width in widths})
+    needed = ", ".join(
+        f"{' and '.join(map(str, family.text_encoders.values()))} ({family.title})"
+        for family in FAMILIES.values()
+    )
     raise ValueError(
         f"it changes no cross-attention of Stable Diffusion, and its embeddings have the widths "
-        f"{given}; those of a family are needed"
+        f"{given}; {needed} are needed"
         if given
         else "it changes no cross-attention of Stable Diffusion and has no word, so there is "
         f"nothing that a concept could hold: {'; '.join(found.notes) or 'it is empty'}"

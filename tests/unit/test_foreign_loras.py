@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -396,6 +397,32 @@ class TestWords:
         with pytest.raises(ConceptFileError, match="two embeddings"):
             open_concept(tmp_path / "e.pt")
 
+    def test_two_words_in_one_archive(self, tmp_path: Path) -> None:
+        words = {"cat-toy": torch.ones(768), "other": torch.zeros(2, 768)}
+        torch.save(words, tmp_path / "e.bin")
+        tokens = open_concept(tmp_path / "e.bin").concept.tokens
+        assert [(t.name, len(t.embeddings["clip_l"])) for t in tokens] == [
+            ("<cat-toy>", 1),
+            ("<other>", 2),
+        ]
+
+    @pytest.mark.parametrize(
+        ("tensors", "message"),
+        [
+            ({"emb_params": torch.ones(1, 4, 768)}, r"emb_params has shape \(1, 4, 768\)"),
+            ({"emb_params": torch.ones(4, 4096)}, r"emb_params has shape \(4, 4096\)"),
+            ({"clip_g": torch.ones(2, 1280)}, r"768 and 1280 \(Stable Diffusion XL\)"),
+            ({"clip_l": torch.ones(2, 768), "t5xxl": torch.ones(2, 4096)}, "no concept"),
+            ({"clip_l": torch.ones(2, 768), "clip_h": torch.ones(2, 1024)}, "no concept"),
+        ],
+    )
+    def test_embeddings_that_no_model_here_reads(
+        self, tensors: dict[str, Tensor], message: str, tmp_path: Path
+    ) -> None:
+        save_file(tensors, tmp_path / "e.safetensors")
+        with pytest.raises(ConceptFileError, match=message):
+            open_concept(tmp_path / "e.safetensors")
+
     def test_the_first_scripts_for_pivotal_tuning(self, tmp_path: Path) -> None:
         pair = {"text_encoders_0": torch.ones(2, 768), "text_encoders_1": torch.ones(2, 1280)}
         save_file(pair, tmp_path / "embeddings.pti")
@@ -463,6 +490,15 @@ def test_what_a_file_is_is_said(content: bytes, what: str, ending: str, tmp_path
         open_concept(path)
     assert "\x1b" not in str(caught.value) and "weights_only" not in str(caught.value)
     assert ("pickle" in str(caught.value)) == (what == "bare pickle")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_zip_of_anything_is_to_be_unpacked(method: int, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.safetensors", "w", method) as archive:
+        archive.writestr("my cat.safetensors", b"x" * 1000)
+    with pytest.raises(ConceptFileError, match=r"holds my cat\.safetensors. Unpack it") as caught:
+        open_concept(tmp_path / "a.safetensors")
+    assert "run code" not in str(caught.value)
 
 
 def test_how_far_the_base_was_is_said(base: BaseModel, tmp_path: Path) -> None:
