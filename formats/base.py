@@ -16,7 +16,7 @@ from ..concept.layers import Family, family_of_width, is_projection
 from ..concept.plain import read_json
 from ..concept.tensors import opened, read_tensors
 from .names import layer_of
-from .relative import Relative
+from .relative import Relative, Whole
 
 _FARTHEST = 0.5
 """Relative change above which weights are of another base. Custom Diffusion moves keys and values
@@ -75,7 +75,8 @@ class BaseModel:
         if not any(one.tells_base for one in relative.values()):
             return changes, None
         moved = math.sqrt(squares[0] / squares[1]) if squares[1] else math.inf
-        if not moved <= _FARTHEST:
+        # Of a DoRA nobody can say how far its training went, so that is shown and not judged.
+        if not moved <= _FARTHEST and any(isinstance(one, Whole) for one in relative.values()):
             raise IncompatibleModelError(
                 f"The weights in the file differ from the base model given by {moved:.0%} of their "
                 f"norm; training moves them by a few per cent. They were trained on another base "

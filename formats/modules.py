@@ -36,7 +36,7 @@ _ENDS = tuple(
                 *("alpha", "diff", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
                 *("hada_t1", "hada_t2", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2"),
                 *("lokr_w2_a", "lokr_w2_b", "lokr_t2", "lora_mid.weight", "reshape_weight"),
-                *("set_weight", "oft_blocks", "rescale", "on_input"),
+                *("set_weight", "oft_blocks", "rescale", "on_input", "ia3_l"),
                 *("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"),
             )
         },
@@ -69,7 +69,7 @@ def made_shape(parts: Parts) -> tuple[int, int] | None:
     what they are. Raises ValueError where they are no factors.
     """
     kinds = parts.keys() - _BESIDE
-    if kinds in ({"oft_blocks"}, {"weight"}):
+    if kinds in ({"oft_blocks"}, {"weight"}, {"ia3_l"}):
         return None
     if any(parts[kind].ndim != 2 for kind in kinds):
         raise ValueError("its factors are not matrices")
@@ -95,6 +95,9 @@ def read_module(name: str, parts: Parts, scale: Scale | None) -> Delta | Relativ
     known: Delta | Relative
     if kinds == {"weight"} and "on_input" in parts:
         known = Scaled(parts["weight"].flatten(), bool(parts["on_input"].item()))
+    elif kinds == {"ia3_l"} and parts["ia3_l"].ndim == 2 and 1 in parts["ia3_l"].shape:
+        factors = parts["ia3_l"].float()  # PEFT's: of columns (1, in), or of rows (out, 1)
+        known = Scaled(factors.flatten() - 1, of_columns=len(factors) == 1)
     elif kinds == {"oft_blocks"} and parts["oft_blocks"].ndim == 3:
         known = _turned(name, parts)
     elif kinds == _GENERALIZED:

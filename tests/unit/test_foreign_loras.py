@@ -21,7 +21,7 @@ from custom_diffusion.formats.base import BaseModel
 from custom_diffusion.formats.importing import companions, open_concept
 from custom_diffusion.formats.names import hugging_face_name, kohya_name, layer_of
 from custom_diffusion.formats.peft import matches_end
-from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
@@ -47,7 +47,7 @@ def learnt(unet: nn.Module) -> None:
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
-            if any(part in name for part in ("lora_B", "hada_w", "lokr_w")):
+            if any(part in name for part in ("lora_B", "hada_w", "lokr_w", "ia3_l")):
                 size = 0.05 if "lora_B" in name else 0.2
                 parameter.copy_(size * torch.randn(parameter.shape, generator=draw))
 
@@ -166,8 +166,9 @@ class TestPeftFolder:
             LoHaConfig(r=4, alpha=2, target_modules=TARGETS),
             LoKrConfig(r=4, alpha=2, target_modules=TARGETS),
             LoKrConfig(r=64, alpha=2, target_modules=TARGETS),
+            IA3Config(target_modules=TARGETS, feedforward_modules=TARGETS[:1]),
         ],
-        ids=["lora", "stabilised", "dora", "loha", "lokr", "lokr of whole factors"],
+        ids=["lora", "stabilised", "dora", "loha", "lokr", "lokr of whole factors", "ia3"],
     )
     def test_as_peft_merges_it(
         self, settings: Any, unet: nn.Module, base: BaseModel, tmp_path: Path
@@ -176,9 +177,9 @@ class TestPeftFolder:
         learnt(adapted)
         adapted.save_pretrained(tmp_path)
         path = tmp_path / "adapter_model.safetensors"
-        dora = getattr(settings, "use_dora", False)
+        relative = getattr(settings, "use_dora", False) or isinstance(settings, IA3Config)
         expected = merged_changes(adapted.base_model.model, unet)
-        assert_changes(path, expected, base=base if dora else None)
+        assert_changes(path, expected, base=base if relative else None)
         assert tmp_path / "adapter_config.json" in companions(path)
         (tmp_path / "adapter_config.json").unlink()
         with pytest.raises(ConceptFileError, match=r"adapter_config\.json beside it"):
@@ -499,6 +500,17 @@ def test_a_zip_of_anything_is_to_be_unpacked(method: int, tmp_path: Path) -> Non
     with pytest.raises(ConceptFileError, match=r"holds my cat\.safetensors. Unpack it") as caught:
         open_concept(tmp_path / "a.safetensors")
     assert "run code" not in str(caught.value)
+
+
+def test_a_strong_dora_is_no_other_models(base: BaseModel, tmp_path: Path) -> None:
+    layer = layer_of(FIRST) or ""
+    tensors = factors_of([FIRST])
+    norms = base.weights[layer].norm(dim=1, keepdim=True)
+    tensors[f"{kohya_name(layer, diffusers_blocks=True)}.dora_scale"] = 3 * norms
+    save_file(tensors, tmp_path / "a.safetensors")
+    opened = open_concept(tmp_path / "a.safetensors", base)
+    share = opened.concept.deltas[layer].dense().norm() / base.weights[layer].norm()
+    assert share > 1 and f"by {share:.1%} of their norm" in opened.facts[1]
 
 
 def test_how_far_the_base_was_is_said(base: BaseModel, tmp_path: Path) -> None:
