@@ -129,7 +129,8 @@ class ExportConcept(io.ComfyNode):
     def execute(
         cls, concept: Any, format: str, name: str, precision: str, model: Any = None
     ) -> io.NodeOutput:
-        base = None if model is None else base_model(model)
+        needed = model is not None and FORMATS[format].needs_base
+        base = base_model(model) if needed else None
         path = export_folder(format) / safe_file_name(name)
         paths = export_concept(
             concept, path, format, base, PRECISIONS[precision], number_if_taken=True

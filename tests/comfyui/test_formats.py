@@ -203,6 +203,42 @@ def test_whole_weights_are_read_with_their_model(
     assert read.base_hash == base.hash and read.tokens[0].class_noun == "cat"
 
 
+class Packed(torch.Tensor):
+    """As ComfyUI-GGUF keeps a matrix: packed numbers that say they have its shape."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((320, 768))
+
+
+@pytest.mark.parametrize(
+    ("weight", "stored"),
+    [
+        (torch.zeros(320, 816, dtype=torch.uint8), "uint8 (320, 816)"),
+        (torch.zeros(320, 816, dtype=torch.uint8).as_subclass(Packed), "uint8 (320, 768)"),
+        (torch.zeros(320, 384), "float32 (320, 384)"),
+    ],
+    ids=["packed", "packed, of its true shape", "of another shape"],
+)
+def test_a_quantised_base_is_refused_by_name(
+    weight: torch.Tensor, stored: str, sd15: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of GGUF, say: where its weights are read for whole matrices, and where they are trained."""
+    from custom_diffusion.concept.errors import IncompatibleModelError
+    from custom_diffusion.host.comfyui.models.unet import ComfyDenoiser
+    from custom_diffusion.host.comfyui.models.weights import base_model
+
+    network = sd15.model.model.diffusion_model
+    layer = network.get_submodule("input_blocks.1.1.transformer_blocks.0.attn2.to_k")
+    packed = torch.nn.Parameter(weight, requires_grad=False)
+    monkeypatch.setitem(layer._parameters, "weight", packed)
+    for read in (base_model, lambda model: ComfyDenoiser(model, torch.float32)):
+        with torch.inference_mode(), pytest.raises(IncompatibleModelError) as caught:
+            read(sd15.model)
+        message = str(caught.value)
+        assert "GGUF" in message and stored in message and "from a .safetensors" in message
+
+
 def small_concept(shapes: Any) -> Concept:
     """With changes of a few per cent of the model's weights, as training makes them."""
     concept = made_concept(shapes, rank=12)
