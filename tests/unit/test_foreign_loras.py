@@ -326,6 +326,14 @@ class TestStrength:
         (kept,) = read_concept(tmp_path / "own.safetensors").deltas.values()
         assert (kept.dense() - expected).norm() < 2e-3 * expected.norm()
 
+    def test_more_factors_than_the_layer_has_rows_are_read(self, tmp_path: Path) -> None:
+        """As of a LoRA that was trained with one large rank for all layers."""
+        tensors = factors_of([FIRST], rank=40)
+        up, down = tensors.values()
+        save_file(tensors, tmp_path / "a.safetensors")
+        (delta,) = open_concept(tmp_path / "a.safetensors").concept.deltas.values()
+        assert torch.equal(delta.dense(), up @ down)
+
     def test_a_file_that_does_nothing_says_so(self, tmp_path: Path) -> None:
         tensors = factors_of([FIRST])
         tensors |= {next(iter(tensors)).replace("lora_up.weight", "alpha"): torch.tensor(0.0)}
