@@ -159,8 +159,8 @@ def read_cross_attention(file: Path) -> dict[str, Tensor]:
         weights, _ = read_tensors(file, lambda name: bool(layer_of(name.removesuffix(".weight"))))
     except UnreadableFileError as error:
         raise ConceptFileError(
-            f"{file.name} cannot be read as a .safetensors checkpoint ({error.reason}). Copy it "
-            "again, or convert it to .safetensors."
+            f"{file.name} cannot be read as a .safetensors checkpoint ({error.reason}). Give the "
+            "whole model as .safetensors: copy or download it again, or convert it."
         ) from error
     odd = next((name for name, weight in weights.items() if weight.ndim != 2), None)
     if odd is not None:

@@ -8,7 +8,7 @@ import struct
 import zipfile
 from typing import BinaryIO, NamedTuple
 
-PICKLE = "/data.pkl"
+STRUCTURE = "/data.pkl"
 """How the entry ends that says what PyTorch's others are"""
 _LARGEST_DIRECTORY = 8 << 20
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -47,7 +47,7 @@ def read_entries(file: BinaryIO, file_bytes: int) -> dict[str, Entry]:
             listed = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, struct.error, OverflowError) as error:
         raise ValueError(f"its end is missing or damaged ({error})") from error
-    if not any(info.filename.endswith(PICKLE) for info in listed):
+    if not any(info.filename.endswith(STRUCTURE) for info in listed):
         held = ", ".join(info.filename[:100] for info in listed[:3]) or "nothing"
         raise OtherZipError(
             f"it is a zip file, but not one that PyTorch wrote: it holds {held}. Unpack it, and "

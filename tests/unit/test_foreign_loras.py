@@ -17,7 +17,7 @@ from custom_diffusion.concept.concept import LowRankDelta
 from custom_diffusion.concept.errors import ConceptFileError
 from custom_diffusion.concept.file import read_concept, write_concept
 from custom_diffusion.concept.layers import layer_to_diffusers
-from custom_diffusion.formats.base import BaseModel
+from custom_diffusion.formats.base import BaseModel, read_base
 from custom_diffusion.formats.importing import companions, open_concept
 from custom_diffusion.formats.names import hugging_face_name, kohya_name, layer_of
 from custom_diffusion.formats.peft import matches_end
@@ -497,6 +497,9 @@ def test_what_a_file_is_is_said(content: bytes, what: str, ending: str, tmp_path
     path.write_bytes(content)
     with pytest.raises(ConceptFileError, match=what) as caught:
         open_concept(path)
+    if what in ("gzip", "GGUF", "picture"):
+        with pytest.raises(ConceptFileError, match=f"{what}.*Give the whole model"):
+            read_base(path)
     assert "\x1b" not in str(caught.value) and "weights_only" not in str(caught.value)
     assert ("pickle" in str(caught.value)) == (what == "bare pickle")
 
