@@ -126,30 +126,10 @@ def _of_layer(name: str) -> tuple[str, str]:
 
 
 def _take_modules(found: Found, file: _Sorted, scale: Scale | None) -> None:
-    names: dict[str, str] = {}
-    """Layer → module"""
-    for module in file.modules:
-        if layer := layer_of(module):
-            if layer in names:
-                raise ValueError(
-                    f"it changes one matrix under two names, {names[layer]} and {module}, and "
-                    f"nothing says which of them counts"
-                )
-            names[layer] = module
-    if len(names) > MOST_LAYERS:
-        raise ValueError(f"it changes {len(names)} matrices; {MOST_LAYERS} are the most")
-    parts = {module: flattened(file.modules[module]) for module in names.values()}
-    # Small factors can stand for large matrices: of all those that are made, the sizes come first.
-    made: dict[str, tuple[int, ...]] = {}
-    for module in names.values():
-        try:
-            if shape := made_shape(parts[module]):
-                made[module] = shape
-        except ValueError as error:
-            raise ValueError(f"{module}: {error}") from error
-    check_sizes(made)
-    biases = []
-    for layer, module in names.items():
+    modules = _by_layer(file)
+    parts = {module: flattened(file.modules[module]) for module in modules.values()}
+    _check_sizes(parts)
+    for layer, module in modules.items():
         if parts[module].keys() == {"bias"}:
             continue
         try:
@@ -161,14 +141,44 @@ def _take_modules(found: Found, file: _Sorted, scale: Scale | None) -> None:
         else:
             found.relative[layer] = change
         found.used.update(file.names[module])
-    for module in names.values():
-        if "bias" in parts[module]:
-            biases += [
-                name for name in file.names[module] if (split_name(name) or "?")[1] == "bias"
-            ]
+    biases = [
+        name
+        for module in parts
+        for name in file.names[module]
+        if (split_name(name) or ("", ""))[1] == "bias"
+    ]
     found.used.difference_update(biases)
     found.leave_out("biases, which a concept has no place for,", biases)
     _leave_out_modules(found, file, {m for m in file.modules if m not in parts})
+
+
+def _by_layer(file: _Sorted) -> dict[str, str]:
+    """Layer of cross-attention → module. Raises ValueError for two of one layer."""
+    modules: dict[str, str] = {}
+    for module in file.modules:
+        layer = layer_of(module)
+        if layer in modules:
+            raise ValueError(
+                f"it changes one matrix under two names, {modules[layer]} and {module}, and "
+                f"nothing says which of them counts"
+            )
+        if layer:
+            modules[layer] = module
+    if len(modules) > MOST_LAYERS:
+        raise ValueError(f"it changes {len(modules)} matrices; {MOST_LAYERS} are the most")
+    return modules
+
+
+def _check_sizes(parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Of all matrices that are to be made, first: small factors can stand for large ones."""
+    sizes: dict[str, tuple[int, ...]] = {}
+    for module, its_parts in parts.items():
+        try:
+            if shape := made_shape(its_parts):
+                sizes[module] = shape
+        except ValueError as error:
+            raise ValueError(f"{module}: {error}") from error
+    check_sizes(sizes)
 
 
 def _leave_out_modules(found: Found, file: _Sorted, beyond: set[str]) -> None:
