@@ -47,8 +47,8 @@ class LoadConcept(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="Only for another tool's file with whole weights or DoRA: the base "
-                    "model it was trained on, so that the change can be told.",
+                    tooltip="Only for another tool's file with whole weights, DoRA, OFT, IA3 or "
+                    "GLoRA: the base model it was trained on, so that the change can be told.",
                 ),
             ],
             outputs=[Concept.Output(display_name="concept")],
