@@ -115,8 +115,8 @@ def read_content(path: Path, judge: Callable[[Content], object] = lambda shapes:
         raise UnreadableFileError(path, *found)
     if start.startswith(_PICKLES):
         raise ConceptFileError(
-            f"{path.name} is a bare pickle, as PyTorch before 1.6 wrote it. It can run code when "
-            "opened, which was not done: ask for it as .safetensors."
+            f"{path.name} is a bare pickle, which can run code when opened: ask for it as "
+            ".safetensors. PyTorch before 1.6 wrote files so; it was not opened."
         )
     raise ConceptFileError(
         f"{path.name} is neither a .safetensors nor a PyTorch archive: it begins with "
