@@ -5,6 +5,7 @@ one.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -42,7 +43,8 @@ class DenseDelta:
         return DenseDelta(self.weight.to(dtype))
 
     def scaled(self, factor: float) -> DenseDelta:
-        return DenseDelta(self.weight * factor)
+        """In float32."""
+        return DenseDelta(self.weight.float() * factor)
 
     def tensors(self) -> dict[str, Tensor]:
         """Named as stock LoRA loaders read them."""
@@ -75,7 +77,11 @@ class LowRankDelta:
         return LowRankDelta(self.up.to(dtype), self.down.to(dtype))
 
     def scaled(self, factor: float) -> LowRankDelta:
-        return LowRankDelta(self.up * factor, self.down)
+        """In float32, a root of the factor on either side: in half precision all of it on one
+        could be too large or too small for the type.
+        """
+        root = math.sqrt(abs(factor))
+        return LowRankDelta(self.up.float() * math.copysign(root, factor), self.down.float() * root)
 
     def tensors(self) -> dict[str, Tensor]:
         """Named as stock LoRA loaders read them; alpha = rank makes their scale exactly one."""
@@ -132,8 +138,8 @@ class Concept:
             if name in names:
                 raise TokenError(
                     f"Two concepts use the modifier token {name}; every token needs one meaning. "
-                    "Rename one of them (LoadConcept has an input for it), or train it with "
-                    "another token."
+                    "Rename one of them (in ComfyUI LoadConcept's rename_token, --tokens of "
+                    "`custom-diffusion merge`), or train it with another token."
                 )
             names.add(name)
 

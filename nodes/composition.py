@@ -16,6 +16,7 @@ from .types import (
     chosen_concepts,
     concepts_input,
     told,
+    without_leftovers,
 )
 
 
@@ -39,6 +40,7 @@ class RouteConcepts(io.ComfyNode):
         )
 
     @classmethod
+    @without_leftovers
     def execute(cls, model: Any, clip: Any, concepts: Any) -> io.NodeOutput:
         routes = [Route(concept, strength) for concept, strength in chosen_concepts(concepts)]
         routed, knowing, remarks = route_concepts(model, clip, routes)
@@ -163,6 +165,7 @@ class ApplyRegions(io.ComfyNode):
         )
 
     @classmethod
+    @without_leftovers
     def execute(cls, model: Any, clip: Any, prompt: str, regions: Any) -> io.NodeOutput:
         numbers = range(1, int(regions["regions"]) + 1)
         placed = [regions[f"region_{number}"] for number in numbers]

@@ -202,11 +202,17 @@ def test_concepts_are_taught_together_and_a_category_without_a_token(
     )
 
 
-def test_equal_tokens_can_be_renamed_in_a_merge(model: Path, photos: Path, tmp_path: Path) -> None:
+def test_equal_tokens_can_be_renamed_in_a_merge(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     one, two, both = (tmp_path / f"{name}.safetensors" for name in ("one", "two", "both"))
     for path in (one, two):
         assert teach(model, photos, "cat", "<new1>", path) == 0
     merge = ["merge", str(one), str(two), "--model", str(model), "--output", str(both)]
+    unloaded = ["merge", str(one), str(two), "--model", "nowhere", "--output", str(both)]
+    capsys.readouterr()
+    assert main(unloaded) == 1
+    assert "--tokens" in capsys.readouterr().err, "said before the model is looked for"
     assert main(merge) == 1
     assert not both.exists()
     assert main([*merge, "--tokens", "<tom>"]) == 1
