@@ -64,8 +64,10 @@ def decode_picture(content: bytes, name: str) -> Image.Image:
                 raise Image.DecompressionBombError
             image.load()
             turn = _UPRIGHT.get(_orientation(image))
-            upright: Image.Image = image.copy() if turn is None else image.transpose(turn)
-            return upright
+            if turn is not None:
+                return image.transpose(turn)
+            # A copy of a photograph takes 100 MB; so does a WebP's decoder, which stays with it.
+            return image.copy() if image.format == "WEBP" else image
     except UnidentifiedImageError as error:
         raise _unreadable(name, f"it is none of {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:

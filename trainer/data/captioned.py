@@ -85,11 +85,16 @@ def _opaque(image: Image.Image) -> Picture:
     if image.mode.startswith("I;16"):  # Pillow would turn every shade above 255 white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if not image.has_transparency_data:
-        return Picture(image.convert("RGB"))
-    image = image.convert("RGBA")
+        return Picture(_in_mode(image, "RGB"))
+    image = _in_mode(image, "RGBA")
     alpha = image.getchannel("A")
     if alpha.getextrema() == (255, 255):
         return Picture(image.convert("RGB"))
-    ground = Image.new("RGB", image.size, GREY)
-    ground.paste(image, mask=alpha)
-    return Picture(ground, alpha)
+    picture = image.convert("RGB")
+    picture.paste(GREY, mask=ImageChops.invert(alpha))
+    return Picture(picture, alpha)
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Itself where it is in that mode: a copy of a photograph takes 100 MB."""
+    return image if image.mode == mode else image.convert(mode)
