@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageChops
 
 from ...concept.errors import DataError
+from ...pictures.colours import in_colours
 from ...pictures.opening import read_picture
 
 GREY = (128, 128, 128)
@@ -49,7 +49,7 @@ class CaptionedImage:
         if self.mask is None:
             mask = picture.mask
         else:
-            mask = _upright(self.mask).convert("L")
+            mask = in_colours(_upright(self.mask)).convert("L")
             if mask.size != picture.image.size:
                 raise DataError(
                     f"The mask of {self.name} is {mask.width} x {mask.height} pixels, the picture "
@@ -82,19 +82,10 @@ def _upright(source: Image.Image | Path) -> Image.Image:
 
 
 def _opaque(image: Image.Image) -> Picture:
-    if image.mode.startswith("I;16"):  # Pillow would turn every shade above 255 white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if not image.has_transparency_data:
-        return Picture(_in_mode(image, "RGB"))
-    image = _in_mode(image, "RGBA")
+    image = in_colours(image)
+    if image.mode == "RGB":
+        return Picture(image)
     alpha = image.getchannel("A")
-    if alpha.getextrema() == (255, 255):
-        return Picture(image.convert("RGB"))
     picture = image.convert("RGB")
     picture.paste(GREY, mask=ImageChops.invert(alpha))
     return Picture(picture, alpha)
-
-
-def _in_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Itself where it is in that mode: a copy of a photograph takes 100 MB."""
-    return image if image.mode == mode else image.convert(mode)
