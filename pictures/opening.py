@@ -14,8 +14,10 @@ from ..concept.regular_files import read_regular
 from .colours import in_colours
 from .content import claims_too_much, without_comments
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"),
+)
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
 """What content may be, whatever a file is called. Pillow knows forty more: PostScript, for which it
 runs another program, and many that are hardly tested.
 """

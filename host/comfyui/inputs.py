@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ...merge.report import MergeReport
 from ...trainer.config import TrainConfig
 from ...trainer.data.captioned import CaptionedImage
 from ...trainer.data.contact_sheet import contact_sheet, picture_sheet
-from ...trainer.data.folders import load_folder
+from ...trainer.data.folders import folder_advice, load_folder
 from ...trainer.data.training_concept import TrainingConcept, instance_caption
 from .models.text import text_encoder
 from .paths import NO_FOLDER, cache_folder, input_folder
@@ -77,6 +77,13 @@ def training_concept(
         ordinary = instance_caption("", class_noun, template)
         regularization = load_folder(input_folder(regularization_folder), ordinary)
     return TrainingConcept(instances, class_noun, token, initializer, regularization, template)
+
+
+def folders_advice(*folders: str) -> Iterator[str]:
+    """What of the chosen folders of `input/` is not used, a sentence each."""
+    for folder in folders:
+        if folder != NO_FOLDER:
+            yield from folder_advice(input_folder(folder))
 
 
 def merge_in_comfyui(

@@ -50,9 +50,9 @@ def mutants(count: int, seed: int = 0) -> Iterator[bytes]:
     for number in range(count):
         content = bytearray(files[number % len(files)])
         reach = drawn.choice((64, 300, len(content)))  # headers are where the odd things are
-        for _ in range(drawn.randint(1, 4)):
+        for _ in range(drawn.choice((1, 1, 2, 4))):
             place = drawn.randrange(max(1, min(reach, len(content))))
-            length = drawn.choice((1, 2, 4, 8))
+            length = drawn.choice((1, 1, 2, 4, 8))
             what = drawn.randrange(6)
             if what < 3:
                 content[place : place + length] = bytes(drawn.choices(EDGES, k=length))
@@ -90,7 +90,7 @@ def main(count: int) -> None:
             ends["opened"] += 1
         except DataError as error:
             ends["named" if path.name in str(error) else "refused without its name"] += 1
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  (what escapes is what is counted)
             ends[f"escaped: {type(error).__name__}: {error}"[:100]] += 1
     path.unlink()
     for end, times in ends.most_common():

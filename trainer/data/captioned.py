@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,12 +67,23 @@ class CaptionedImage:
 
 def check_readable(images: Sequence[CaptionedImage]) -> None:
     """Opens every picture; raises one DataError that names all that cannot be read."""
+    for _ in open_each(images):
+        pass
+
+
+def open_each(images: Sequence[CaptionedImage]) -> Iterator[tuple[int, Picture]]:
+    """Places and pictures, one in memory at a time, without those that cannot be read: after the
+    last one DataError names them all.
+    """
     broken = []
-    for image in images:
+    for place, image in enumerate(images):
         try:
-            image.open()
+            picture = image.open()
         except DataError as error:
             broken.append(str(error))
+            continue
+        yield place, picture
+        del picture
     if broken:
         raise DataError("\n".join(broken))
 
