@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from shutil import copy
 
 import pytest
 import torch
@@ -72,6 +73,23 @@ def test_two_concepts_are_taught_merged_inspected_and_drawn(
     drawn = ["--prompt", "a <new1> cat", "--count", "2", "--output", str(picture)]
     assert main([*sample, *drawn, "--device", "cpu"]) == 0
     assert Image.open(picture).size == (128, 64)
+
+
+def test_a_training_says_what_the_concept_node_says_of_its_pictures(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for picture in sorted(photos.glob("*.png"))[:2]:
+        copy(picture, tmp_path)
+    (tmp_path / "a.heic").write_bytes(b"x")
+    (next(tmp_path.glob("*.png"))).with_suffix(".caption").write_text("a <new1> cat (red:1.3)")
+    assert teach(model, tmp_path, "cat", "<new1>", tmp_path / "cat.safetensors") == 0
+    said = capsys.readouterr().err
+    assert f"note: {tmp_path}: Not read, because of their kind: 1 .heic." in said
+    assert "note: 2 pictures are few" in said
+    assert "note: Captions have no weights or choices" in said and "'(red:1.3)'" in said
+    refused = ["train", "--model", str(model), "--images", str(photos), "--class-noun", "cat"]
+    assert main([*refused, "--regularization", str(photos)]) == 1
+    assert "as pictures of the concept and as regularization" in capsys.readouterr().err
 
 
 def test_a_training_goes_on_from_a_concept(
