@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from shutil import copy
+from shutil import copy, copytree
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from custom_diffusion.cli.training import training_config
 from custom_diffusion.concept.file import read_concept
 from custom_diffusion.miniature import demo
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.clip_weights import write_text_half
 from support.graphs import draw_pictures
 from support.tiny_models import tiny_pipeline
@@ -201,6 +201,16 @@ def test_a_regularization_set_is_drawn_gone_on_with_and_used(
 
     assert main([*command, "--count", "6", "--seed", "9"]) == 1
     assert "other settings" in capsys.readouterr().err
+    for part, name in (("vae", "decoder.conv_out.bias"), ("text_encoder", "final_layer_norm.bias")):
+        other = tmp_path / part
+        copytree(model, other)
+        (file,) = (other / part).glob("*.safetensors")
+        weights = load_file(file)
+        weights[next(key for key in weights if key.endswith(name))] += 0.1
+        save_file(weights, file, {"format": "pt"})
+        changed = [str(other) if word == str(model) else word for word in command]
+        assert main([*changed, "--count", "6"]) == 1
+        assert "other settings" in capsys.readouterr().err
 
 
 def test_concepts_are_taught_together_and_a_category_without_a_token(
