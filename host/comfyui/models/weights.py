@@ -25,6 +25,8 @@ from ....formats.base import BaseModel
 _UNET_PREFIX = "diffusion_model."
 _SAMPLED = 4096
 """Entries of each weight that a fingerprint looks at"""
+_MAY_BE_EMPTY = ("text_projection.weight", "logit_scale")
+"""Checkpoints of SD 1 and 2 have none: ComfyUI leaves there what the memory held, unread"""
 
 
 def cross_attention_unet(model: Any) -> UNetModel:
@@ -67,6 +69,8 @@ def patched_fingerprint(patcher: Any) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in _each_patched_weight(patcher, "", lambda name, weight: weight.dtype):
+        if name.endswith(_MAY_BE_EMPTY):
+            continue
         flat = weight.reshape(-1)
         some = flat[:: max(1, len(flat) // _SAMPLED)].half()
         digest.update(f"{name} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
