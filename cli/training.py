@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,8 @@ from ..concept.prompts import DEFAULT_TEMPLATE, STYLE_TEMPLATE
 from ..concept.text import TextEncoder
 from ..merge.projection import project_on_own_words
 from ..trainer.config import TrainConfig
-from ..trainer.data.folders import load_folder
+from ..trainer.data.advice import advice
+from ..trainer.data.folders import folder_advice, load_folder
 from ..trainer.data.training_concept import TrainingConcept, instance_caption
 from ..trainer.events import Event, Notice, StepDone
 from ..trainer.jobs.fingerprint import training_fingerprint
@@ -97,7 +99,19 @@ def train_command(options: argparse.Namespace) -> None:
     concepts = _training_concepts(options)
     start = read_concept(options.start) if options.start else None
     with team(options.device) as together:
+        if together.leads:
+            _show_advice(options, concepts)
         _train(options, config, concepts, start, together)
+
+
+def _show_advice(options: argparse.Namespace, concepts: list[TrainingConcept]) -> None:
+    """What the Concept node says of its pictures."""
+    for folder in [*options.images, *(options.regularization or [])]:
+        for sentence in folder_advice(folder):
+            print(f"note: {folder}: {sentence}", file=sys.stderr)
+    for concept in concepts:
+        for sentence in advice(concept):
+            print(f"note: {sentence}", file=sys.stderr)
 
 
 def _train(
