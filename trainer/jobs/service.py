@@ -201,16 +201,19 @@ class TrainingService:
     def _see_to_it(self) -> None:
         """Starts the thread where there is something to do and none that does it."""
         if self._queue and self._thread is None and not self._closed:
-            self._thread = threading.Thread(
+            thread = threading.Thread(
                 target=self._work, name="custom-diffusion-trainer", daemon=True
             )
-            self._thread.start()
+            thread.start()  # its first step waits for this lock
+            self._thread = thread
 
     def _work(self) -> None:
         """Ends when there is nothing left to do."""
         try:
             while job := self._next():
                 job.run()
+                with self._lock:
+                    self._enqueue(job, 0)  # where it was to go on, or stop, while it was left
         finally:  # whatever a job has done to this thread, the next one has its turn
             with self._lock:
                 self._thread = None

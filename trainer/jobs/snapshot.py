@@ -102,7 +102,11 @@ class Pace:
 
 def failure(error: object, log: str = "") -> dict[str, Any]:
     """What becomes of the snapshot of a job that failed."""
-    return {"state": JobState.FAILED, "error": str(error) or type(error).__name__, "log": log}
+    try:
+        text = str(error)
+    except Exception:  # an exception whose own words raise another
+        text = ""
+    return {"state": JobState.FAILED, "error": text or type(error).__name__, "log": log}
 
 
 def not_now(job_id: str, state: JobState) -> JobError:
