@@ -350,8 +350,11 @@ class Job:
                 self._wish = None
             if changes["state"] in ENDED:
                 self._work = None  # the models that it holds are free to go
-                self._ended.set()
-            self._update(waiting=False, **changes)
+            try:
+                self._update(waiting=False, **changes)
+            finally:  # whoever waits is released, also where somebody who looks on fails
+                if changes["state"] in ENDED:
+                    self._ended.set()
 
     def _wished_meanwhile(self, wish: Wish) -> dict[str, Any]:
         """What becomes of a job whose loop is left, by what was wished last."""
