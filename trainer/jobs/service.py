@@ -11,7 +11,7 @@ from typing import Any
 from ...concept.errors import CustomDiffusionError, JobError, UnknownJobError
 from .folder import JobFolder
 from .job import Job
-from .snapshot import JobState
+from .snapshot import ACTIVE, JobState
 from .trash import clear_trash
 from .work import Work
 
@@ -76,6 +76,17 @@ class TrainingService:
                 on_next()
             self._enqueue(job)
             return job
+
+    def join(self, fingerprint: str, steps: int) -> Job | None:
+        """The job that does the same and has finished, waits for its turn or is at work: a pause
+        that it was asked for is taken back. Raises JobError where it is being stopped.
+        """
+        with self._lock:
+            job = self.find(fingerprint, steps)
+            if job and job.runs_here:
+                job.queue()
+                self._enqueue(job)
+            return job if job and job.snapshot().state in (*ACTIVE, JobState.FINISHED) else None
 
     def find(self, fingerprint: str, steps: int) -> Job | None:
         """The newest job that does the same; of finished ones only if its concept is there."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.latent_formats
@@ -22,6 +22,7 @@ from ....concept.layers import Family, family_of_width, is_cross_attention, is_p
 from ....formats.base import BaseModel
 
 _UNET_PREFIX = "diffusion_model."
+DtypeOf = Callable[[str, Tensor], torch.dtype]
 
 
 def cross_attention_unet(model: Any) -> UNetModel:
@@ -42,12 +43,13 @@ def unet_family(network: UNetModel) -> Family:
     return family_of_width(network.get_submodule(path).weight.shape[1])
 
 
-def patched_weights(
+def each_patched_weight(
     patcher: Any,
     prefix: str,
-    dtype_of: Callable[[str, Tensor], torch.dtype] = lambda name, weight: weight.dtype,
-) -> dict[str, Tensor]:
-    """Copies of the weights below `prefix`, on the CPU, with the patches (LoRAs) applied.
+    dtype_of: DtypeOf = lambda name, weight: weight.dtype,
+) -> Iterator[tuple[str, Tensor]]:
+    """Copies of the weights below `prefix`, one after the other, on the CPU, with the patches
+    (LoRAs) applied.
 
     Numbers that are stored with a scale come as what they stand for. `dtype_of` says what a weight
     is cast to, at once: two copies of a whole model would be the peak of memory.
@@ -55,7 +57,6 @@ def patched_weights(
     ComfyUI's `get_key_patches` gives the same, but not of a model whose state has keys beside its
     parameters, as scales are.
     """
-    weights = {}
     for key, _ in patcher.model.named_parameters():
         if not key.startswith(prefix):
             continue
@@ -71,8 +72,12 @@ def patched_weights(
             changed = comfy.lora.calculate_weight(patcher.patches[key], copy.float(), key)
             copy = changed.to(weight.dtype)
         name = key.removeprefix(prefix)
-        weights[name] = copy.to(dtype_of(name, copy))
-    return weights
+        yield name, copy.to(dtype_of(name, copy))
+
+
+def patched_weights(patcher: Any, prefix: str, *dtype_of: DtypeOf) -> dict[str, Tensor]:
+    """`each_patched_weight`, all at once."""
+    return dict(each_patched_weight(patcher, prefix, *dtype_of))
 
 
 def patched_projections(model: Any) -> dict[str, Tensor]:
