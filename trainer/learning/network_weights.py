@@ -10,7 +10,6 @@ from torch import nn
 
 from ...concept.concept import Delta, DenseDelta
 from ...diffusion.protocols import Denoiser
-from ..economy.frozen_layers import replaced_forward
 
 
 class NetworkWeights:
@@ -46,12 +45,10 @@ class NetworkWeights:
     def learning(self) -> Iterator[None]:
         """While the context lasts they are float32 and require gradients.
 
-        In half precision a step at a small rate would round to nothing. So the network computes
-        with casts meanwhile; each pass makes them anew, because autocast keeps its casts for as
-        long as it is on, and the weights change between passes.
+        In half precision a step at a small rate would round to nothing. So the network has to
+        compute with casts meanwhile.
         """
         dtypes = [parameter.dtype for parameter in self._parameters]
-        network = self._denoiser.network
         try:
             for parameter in self._parameters:
                 copy = id(parameter) in self._put_back
@@ -60,8 +57,7 @@ class NetworkWeights:
             for layer, parameter in self._layers.items():
                 if layer in self._start:
                     parameter.data += self._start[layer].dense().to(parameter)
-            with replaced_forward(network, self._casts()(network.forward)):
-                yield
+            yield
         finally:
             for parameter, dtype in zip(self._parameters, dtypes, strict=True):
                 parameter.requires_grad_(False)
@@ -69,11 +65,6 @@ class NetworkWeights:
                 parameter.data = parameter.data.to(dtype)
             for layer, parameter in self._layers.items():
                 parameter.data = self._own[layer]
-
-    def _casts(self) -> torch.autocast:
-        denoiser = self._denoiser
-        needed = bool(self._parameters) and denoiser.dtype != torch.float32
-        return torch.autocast(denoiser.device.type, denoiser.dtype, enabled=needed)
 
     def deltas(self) -> dict[str, DenseDelta]:
         """What `layers` have learnt so far and before, on the CPU in float32; while they learn."""
