@@ -19,6 +19,7 @@ from .config import TrainConfig
 from .data.latents import Batch, LatentBank, batch_of_step, step_randomness
 from .data.training_concept import TrainingConcept
 from .economy.backward import Backward
+from .economy.casts import casting_each_pass
 from .economy.frozen_layers import keeping_less
 from .economy.layout import fastest_for
 from .economy.processes import DataParallel
@@ -83,6 +84,7 @@ def train(
     with (
         fastest_for(denoiser, config.resolution),
         learner.learning(),
+        casting_each_pass(denoiser),
         keeping_less(denoiser.network),
     ):
         if checkpoint:

@@ -9,7 +9,7 @@ patches in them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import comfy.latent_formats
@@ -28,7 +28,13 @@ from torch import Tensor, nn
 from ....diffusion.latents import check_moments
 from ....diffusion.parts import SIZE_WIDTH, check_autoencoder, check_network, check_noise
 from .parts import autoencoder_of, network_of, noise_of
-from .weights import _UNET_PREFIX, _projections, cross_attention_unet, patched_weights, unet_family
+from .weights import (
+    _UNET_PREFIX,
+    _projections,
+    cross_attention_unet,
+    each_patched_weight,
+    unet_family,
+)
 
 _BLOCK = re.compile(r"(input_blocks\.\d+|middle_block|output_blocks\.\d+)\.\d+$")
 
@@ -59,15 +65,8 @@ class ComfyDenoiser:
             self.blocks: Sequence[str] = [
                 path for path, _ in self.network.named_modules() if _BLOCK.match(path)
             ]
-            # The projections are trained from their own precision, everything else is cast.
-            exact = {f"{path}.weight" for path in self.projections.values()}
-
-            def dtype_of(name: str, weight: Tensor) -> torch.dtype:
-                small = keep_float8 and weight.dtype in _FLOAT8 and weight.ndim > 1
-                return weight.dtype if small or name in exact else dtype
-
-            weights = patched_weights(model, _UNET_PREFIX, dtype_of)
-            self.network.load_state_dict(weights, assign=True)
+            weights = denoiser_weights(model, dtype, keep_float8)
+            self.network.load_state_dict(dict(weights), assign=True)
             self.network.requires_grad_(False).train(False)
 
     def to(self, device: torch.device) -> None:
@@ -101,6 +100,23 @@ class ComfyDenoiser:
         rgb, bias = self._rgb.to(latents_bchw.device), self._rgb_bias.to(latents_bchw.device)
         images = latents_bchw.float().permute(0, 2, 3, 1) @ rgb + bias
         return (images / 2 + 0.5).clamp(0, 1)
+
+
+def denoiser_weights(
+    model: Any, dtype: torch.dtype, keep_float8: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights of `ComfyDenoiser` by their names, each made when it is asked for.
+
+    Raises IncompatibleModelError where the model has no cross-attention.
+    """
+    # The projections are trained from their own precision, everything else is cast.
+    exact = {f"{path}.weight" for path in _projections(cross_attention_unet(model)).values()}
+
+    def dtype_of(name: str, weight: Tensor) -> torch.dtype:
+        small = keep_float8 and weight.dtype in _FLOAT8 and weight.ndim > 1
+        return weight.dtype if small or name in exact else dtype
+
+    return each_patched_weight(model, _UNET_PREFIX, dtype_of)
 
 
 class ComfyLatentEncoder:

@@ -27,6 +27,7 @@ _SAMPLED = 4096
 """Entries of each weight that a fingerprint looks at"""
 _MAY_BE_EMPTY = ("text_projection.weight", "logit_scale")
 """Checkpoints of SD 1 and 2 have none: ComfyUI leaves there what the memory held, unread"""
+DtypeOf = Callable[[str, Tensor], torch.dtype]
 
 
 def cross_attention_unet(model: Any) -> UNetModel:
@@ -47,12 +48,13 @@ def unet_family(network: UNetModel) -> Family:
     return family_of_width(network.get_submodule(path).in_features)  # weights may be packed
 
 
-def patched_weights(
+def each_patched_weight(
     patcher: Any,
     prefix: str,
-    dtype_of: Callable[[str, Tensor], torch.dtype] = lambda name, weight: weight.dtype,
-) -> dict[str, Tensor]:
-    """Copies of the weights below `prefix`, on the CPU, with the patches (LoRAs) applied.
+    dtype_of: DtypeOf = lambda name, weight: weight.dtype,
+) -> Iterator[tuple[str, Tensor]]:
+    """Copies of the weights below `prefix`, one after the other, on the CPU, with the patches
+    (LoRAs) applied.
 
     Numbers that are stored with a scale come as what they stand for. `dtype_of` says what a weight
     is cast to, at once: two copies of a whole model would be the peak of memory.
@@ -62,7 +64,16 @@ def patched_weights(
     ComfyUI's `get_key_patches` gives the same, but not of a model whose state has keys beside its
     parameters, as scales are.
     """
-    return dict(_each_patched_weight(patcher, prefix, dtype_of))
+    for key, _ in patcher.model.named_parameters():
+        if key.startswith(prefix):
+            _check_computable(patcher.model, key)
+            name, copy = key.removeprefix(prefix), _patched(patcher, key)
+            yield name, copy.to(dtype_of(name, copy))
+
+
+def patched_weights(patcher: Any, prefix: str, *dtype_of: DtypeOf) -> dict[str, Tensor]:
+    """`each_patched_weight`, all at once."""
+    return dict(each_patched_weight(patcher, prefix, *dtype_of))
 
 
 def patched_fingerprint(patcher: Any) -> str:
@@ -70,23 +81,13 @@ def patched_fingerprint(patcher: Any) -> str:
     entries of each: equal in the next session, too.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for name, weight in _each_patched_weight(patcher, "", lambda name, weight: weight.dtype):
+    for name, weight in each_patched_weight(patcher, ""):
         if name.endswith(_MAY_BE_EMPTY):
             continue
         flat = weight.reshape(-1)
         some = flat[:: max(1, len(flat) // _SAMPLED)].half()
         digest.update(f"{name} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _each_patched_weight(
-    patcher: Any, prefix: str, dtype_of: Callable[[str, Tensor], torch.dtype]
-) -> Iterator[tuple[str, Tensor]]:
-    for key, _ in patcher.model.named_parameters():
-        if key.startswith(prefix):
-            _check_computable(patcher.model, key)
-            name, copy = key.removeprefix(prefix), _patched(patcher, key)
-            yield name, copy.to(dtype_of(name, copy))
 
 
 def _patched(patcher: Any, key: str) -> Tensor:
