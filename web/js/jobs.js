@@ -46,10 +46,29 @@ export async function startAgain(id, steps) {
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify({ prompt, client_id: api.clientId }),
   });
-  if (!answer.ok) {
-    const { error } = await answer.json();
-    throw new Error(error?.message ?? t("refused", { status: answer.status }));
-  }
+  const queued = await answer.json();
+  if (!answer.ok) throw new Error(refusal(queued) ?? t("refused", { status: answer.status }));
+  if (!steps) await begun(id, queued.prompt_id);
+}
+
+/** Why ComfyUI takes no prompt: what it says of a node says more than what it says of all. */
+function refusal({ error, node_errors }) {
+  const [first] = Object.values(node_errors ?? {}).flatMap(({ errors }) => errors);
+  return first ? [first.message, first.details].filter(Boolean).join(": ") : error?.message;
+}
+
+/** Waits until a prompt has begun or found the job, or has ended; throws when it failed before. */
+function begun(id, prompt) {
+  const heard = new AbortController();
+  return new Promise((resolve, reject) => {
+    const on = (event, act) => api.addEventListener(event, act, { signal: heard.signal });
+    const ends = (act) => ({ detail }) => detail.prompt_id === prompt && act(detail);
+    on(EVENT, ({ detail }) => detail.id === id && ACTIVE.includes(detail.state) && resolve());
+    on("execution_error", ends(({ exception_message }) => reject(new Error(exception_message))));
+    on("execution_interrupted", ends(() => reject(new Error(t("interrupted")))));
+    on("execution_success", ends(resolve));
+    on("reconnected", resolve); // the server that had it is gone
+  }).finally(() => heard.abort());
 }
 
 /** Calls `onJob` with every job that changes, and `onReturn` when the server is back. */
@@ -58,7 +77,7 @@ export function listen(onJob, onReturn = () => {}) {
   api.addEventListener("reconnected", onReturn);
 }
 
-/** Calls `onBegun` with {node, job} when a node of this page's prompt has begun or found a job. */
+/** Calls `onBegun` with {node, job, prompt} when a node of this page's prompt has begun or found a job. */
 export function listenToNodes(onBegun) {
   api.addEventListener(NODE_EVENT, ({ detail }) => onBegun(detail));
 }
