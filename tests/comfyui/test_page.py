@@ -206,6 +206,16 @@ def test_nodes_tell_what_they_have_found(bench: ComfyServer, page: Any) -> None:
     assert "<new2> mug" in rows.nth(2).inner_text() and "%" in rows.nth(2).inner_text()
     assert "both.safetensors" in told
     assert contrast(notes.first.locator("p").first) > 4.5
+    for vue_nodes in (True, False):
+        page.evaluate(
+            "vue => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue)", vue_nodes
+        )
+        for palette in ("light", "dark"):
+            page.evaluate(f"app.extensionManager.setting.set('Comfy.ColorPalette', '{palette}')")
+            page.wait_for_timeout(500)
+            for warning in page.locator(".cd-notes .cd-warning").all():
+                assert contrast(warning) >= 4.5, (vue_nodes, palette)
+            screenshot(page, f"node-warnings-{palette}-{'vue' if vue_nodes else 'classic'}")
     for shown in page.locator(".cd-node").all():  # the nodes have grown: nothing is cut off
         until(page, lambda: shown.evaluate(_WITHIN_NODE))  # noqa: B023
     screenshot(page, "node-notes")
@@ -387,7 +397,7 @@ def test_a_long_list_of_words_stays_in_the_window_and_scrolls(
     marks = """row => {
         const probe = document.createElement("i");
         row.parentElement.append(probe);
-        probe.style.color = getComputedStyle(row).getPropertyValue("--cd-accent");
+        probe.style.color = getComputedStyle(row).getPropertyValue("--cd-strong");
         return probe;
     }"""
     for palette in ("dark", "light"):

@@ -58,6 +58,17 @@ def opened_library(page: Any) -> Any:
     return library
 
 
+def widen(page: Any, width: int) -> None:
+    """The sidebar, by its edge, until the panel is as wide as that or nearly."""
+    panel = page.locator(".cd-panel")
+    edge = page.locator(".p-splitter-gutter").first.bounding_box()
+    page.mouse.move(edge["x"] + edge["width"] / 2, 500)
+    page.mouse.down()
+    page.mouse.move(panel.bounding_box()["x"] + width, 500, steps=5)
+    page.mouse.up()
+    assert panel.bounding_box()["width"] == pytest.approx(width, abs=12)
+
+
 def item(library: Any, name: str) -> Any:
     return library.locator(f"li[data-name='{name}.safetensors']")
 
@@ -148,15 +159,18 @@ def test_nothing_but_the_files_of_the_list_can_be_moved(bench: ComfyServer, name
 
 
 def test_the_library_shows_a_grid_renames_and_deletes(bench: ComfyServer, page: Any) -> None:
+    write_concept(
+        made_concept({LAYER: (320, 768)}, "<new4>", "toy"),
+        bench.models / "custom_diffusion" / "zoo" / "a-toy-with-a-long-name.safetensors",
+    )
     show(page, {"load": node("LoadConcept", concept_name="cat.safetensors", rename_token="")})
     library = opened_library(page)
     panel = page.locator(".cd-panel")
     lefts = "list => new Set([...list.children].map(item => item.offsetLeft)).size"
-    for width, columns in ((220, 1), (400, 2), (600, 2)):
-        panel.evaluate("(panel, width) => { panel.style.width = `${width}px`; }", width)
-        page.wait_for_timeout(100)
+    for width, columns in ((250, 1), (400, 2), (600, 3)):
+        widen(page, width)
+        until(page, lambda: library.locator("ul").evaluate(lefts) == columns)  # noqa: B023
         screenshot(page, f"library-{width}px")
-        assert library.locator("ul").evaluate(lefts) == columns, width
         assert panel.evaluate("panel => panel.scrollWidth <= panel.clientWidth")
     # No rows that are wide and empty: a picture takes most of its box.
     box, picture = item(library, "cat"), item(library, "cat").locator("img")
@@ -174,7 +188,8 @@ def test_the_library_shows_a_grid_renames_and_deletes(bench: ComfyServer, page: 
     (load,) = prompt_of(page).values()
     assert load["inputs"]["concept_name"] == "my-dog.safetensors"
     choices = "app.graph._nodes[0].widgets[0].options.values"
-    assert page.evaluate(choices) == ["mug.safetensors", "my-dog.safetensors"]
+    toy = "zoo/a-toy-with-a-long-name.safetensors"
+    assert page.evaluate(choices) == ["mug.safetensors", "my-dog.safetensors", toy]
 
     press(item(library, "mug"), "Delete")
     dialog.wait_for()
@@ -187,7 +202,7 @@ def test_the_library_shows_a_grid_renames_and_deletes(bench: ComfyServer, page: 
     dialog.get_by_role("button", name="Delete").click()
     item(library, "mug").wait_for(state="detached")
     library.get_by_text("mug.safetensors is now bin/mug.safetensors.deleted").wait_for()
-    until(page, lambda: page.evaluate(choices) == ["my-dog.safetensors"])
+    until(page, lambda: page.evaluate(choices) == ["my-dog.safetensors", toy])
 
 
 def test_a_concept_is_wired_between_the_selected_loader_and_what_it_feeds(page: Any) -> None:
@@ -278,7 +293,7 @@ def test_lists_of_concepts_hold_what_a_training_has_saved(bench: ComfyServer, pa
 def test_the_empty_panel_opens_the_first_template(page: Any) -> None:
     panel = open_panel(page)
     for width in (400, 600):
-        panel.evaluate("(panel, width) => { panel.style.width = `${width}px`; }", width)
+        widen(page, width)
         screenshot(page, f"panel-empty-{width}px")
     press(panel, "Open the first template")
     page.wait_for_function(

@@ -24,6 +24,7 @@ def bench(comfyui_path: Path, checkpoints: Path, base: Path) -> Iterator[ComfySe
     folder = base / "models" / "custom_diffusion"
     folder.mkdir(parents=True)
     write_concept(made_concept({LAYER: (320, 768)}), folder / "cat.safetensors")
+    write_concept(made_concept({LAYER: (320, 768)}, "<new2>", "mug"), folder / "mug.safetensors")
     (folder / "broken.safetensors").write_bytes(b"{}")
     with ComfyServer(comfyui_path, base, checkpoints=[checkpoints / "sd15.safetensors"]) as running:
         yield running
@@ -131,7 +132,7 @@ def test_an_error_stands_on_the_node_that_raised_it(page: Any, vue_nodes: bool) 
     error = page.locator(".cd-error .cd-trouble")
     error.wait_for(timeout=LONG_MS)
     sentence = error.inner_text()
-    assert "broken.safetensors is not a readable concept file" in sentence
+    assert "broken.safetensors is neither a .safetensors nor a PyTorch archive" in sentence
     assert "Traceback" not in sentence
     shown_on = page.evaluate(
         "app.graph._nodes.filter(n => n.widgets?.some(w => w.name === 'runs'))"
@@ -174,30 +175,43 @@ def test_what_is_refused_before_anything_runs_stands_on_its_node_too(page: Any) 
     assert "gone.safetensors" in error.inner_text()
 
 
-def test_nodes_in_subgraphs_show_what_is_theirs(bench: ComfyServer, page: Any) -> None:
-    """One subgraph, used twice: its node saves under one name, and each use tells of its own."""
-    show(page, {"load": inspected("cat")["load"], "save": inspected("cat")["save"]})
+def test_nodes_in_subgraphs_show_what_is_theirs(page: Any) -> None:
+    """One subgraph, used twice: its node tells of each use under the name of that use."""
+    show(
+        page,
+        {
+            "cat": node("LoadConcept", concept_name="cat.safetensors", rename_token=""),
+            "mug": node("LoadConcept", concept_name="mug.safetensors", rename_token=""),
+            "inspect": node("InspectConcept", concept=["cat", 0]),
+        },
+    )
     page.evaluate(
         """() => {
-            const save = app.graph._nodes.find(node => node.comfyClass === "SaveConcept");
-            const { node } = app.graph.convertToSubgraph(new Set([save]));
-            const copy = node.clone();
-            app.graph.add(copy);
-            copy.pos = [node.pos[0], node.pos[1] + 300];
-            const load = app.graph._nodes.find(node => node.comfyClass === "LoadConcept");
-            load.connect(0, copy, 0);
+            const loading = value => app.graph._nodes.find(
+                node => node.widgets?.some(widget => widget.value === value)
+            );
+            const inspect = app.graph._nodes.find(node => node.comfyClass === "InspectConcept");
+            const { node } = app.graph.convertToSubgraph(new Set([inspect]));
+            node.title = "of the cat";
+            const second = LiteGraph.createNode(node.type);
+            app.graph.add(second);
+            second.title = "of the mug";
+            second.pos = [node.pos[0], node.pos[1] + 300];
+            loading("mug.safetensors").connect(0, second, 0);
         }"""
     )
     run(page)
     until(
         page,
-        lambda: (page.evaluate("localStorage['custom_diffusion.runs'] ?? ''")).count("copy") >= 2,
+        lambda: page.evaluate("localStorage['custom_diffusion.runs'] ?? ''").count("notes") == 2,
     )
     page.evaluate("app.canvas.setGraph([...app.graph.subgraphs.values()][0])")
     places = page.locator(".cd-place:not(:empty)")
     until(page, lambda: places.count() == 2)
-    notes = [text for text in page.locator(".cd-notes").all_inner_texts() if text]
-    assert len(set(notes)) == 2, "both uses show the same"
+    for place, word in (("of the cat", "<new1> cat"), ("of the mug", "<new2> mug")):
+        told = page.locator(".cd-runs > div", has_text=f"in {place}").inner_text()
+        assert word in told, told
+    assert "undefined" not in page.locator(".cd-runs").inner_text()
     screenshot(page, "node-subgraph")
     page.evaluate("app.canvas.setGraph(app.graph)")
     assert not page.locator(".cd-notes:visible").count()
@@ -218,6 +232,12 @@ def test_a_training_is_shown_after_undo_and_a_deleted_one_is_named(
     until(page, lambda: "learns" in training.inner_text())
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
+    workflow = page.evaluate("app.graph.serialize()")
+    page.reload()
+    page.wait_for_function("window.app?.extensionManager?.workflow?.activeWorkflow?.isLoaded")
+    page.wait_for_function("!!window.LiteGraph.registered_node_types.CustomDiffusionTrain")
+    load_again(page, workflow, "after the reload")
+    until(page, lambda: "learns" in training.inner_text())
     (job,) = bench.get(JOBS)["jobs"]
     bench.post(f"{JOBS}/{job['id']}/stop")
     until(page, lambda: "stopped" in training.inner_text())

@@ -88,8 +88,9 @@ export function showOnNode(node, name, content, height) {
   const frame = element("div", "cd-node", content);
   frame.addEventListener("wheel", (event) => event.stopPropagation());
   // Else a page would move the node where its text is to be marked.
-  const marks = (event) => event.target.closest(".cd-trouble") && event.stopPropagation();
-  frame.addEventListener("pointerdown", marks);
+  frame.addEventListener("pointerdown", (event) => {
+    if (event.target.closest(".cd-trouble")) event.stopPropagation();
+  });
   const widget = node.addDOMWidget(name, "custom_diffusion", frame, {
     serialize: false,
     hideOnZoom: false,

@@ -61,13 +61,16 @@ function refusal({ error, node_errors }) {
 function begun(id, prompt) {
   const heard = new AbortController();
   return new Promise((resolve, reject) => {
-    const on = (event, act) => api.addEventListener(event, act, { signal: heard.signal });
-    const ends = (act) => ({ detail }) => detail.prompt_id === prompt && act(detail);
-    on(EVENT, ({ detail }) => detail.id === id && ACTIVE.includes(detail.state) && resolve());
-    on("execution_error", ends(({ exception_message }) => reject(new Error(exception_message))));
-    on("execution_interrupted", ends(() => reject(new Error(t("interrupted")))));
-    on("execution_success", ends(resolve));
-    on("reconnected", resolve); // the server that had it is gone
+    const acts = {
+      [EVENT]: (job) => job.id === id && ACTIVE.includes(job.state) && resolve(),
+      execution_error: (end) => end.prompt_id === prompt && reject(new Error(end.exception_message)),
+      execution_interrupted: (end) => end.prompt_id === prompt && reject(new Error(t("interrupted"))),
+      execution_success: (end) => end.prompt_id === prompt && resolve(),
+      reconnected: resolve, // the server that had it is gone
+    };
+    for (const [event, act] of Object.entries(acts)) {
+      api.addEventListener(event, ({ detail }) => act(detail), { signal: heard.signal });
+    }
   }).finally(() => heard.abort());
 }
 

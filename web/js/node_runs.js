@@ -45,9 +45,9 @@ class Run {
 }
 
 function errorParts(error) {
-  const sentence = element("p", "cd-trouble", error);
-  sentence.setAttribute("role", "alert");
-  return [sentence, copyButton(t("copyError"), t("copyErrorHint"), error)];
+  const said = element("p", "cd-trouble", error);
+  said.setAttribute("role", "alert");
+  return [said, copyButton(t("copyError"), t("copyErrorHint"), error)];
 }
 
 class Display {

@@ -67,8 +67,9 @@ export function originOf(prompt) {
   return origins.get(prompt);
 }
 
+const fetched = async (path) => (await api.fetchApi(path)).json();
+
 async function lookUp(prompt) {
-  const fetched = async (path) => (await api.fetchApi(path)).json();
   const { queue_running: running } = await fetched("/queue");
   const found =
     running.find(([, id]) => id === prompt) ?? (await fetched(`/history/${prompt}`))[prompt]?.prompt;
