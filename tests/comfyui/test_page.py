@@ -275,12 +275,12 @@ def test_more_steps_are_another_training_that_goes_on(bench: ComfyServer, page: 
     bench.run(teach("cat", "cat", "cat", "<new1>", steps=3, seed=1))
     open_panel(page)
     finished = card(page, "finished")
-    press(finished, "More steps")
+    press(finished, "Extend")
     dialog = page.get_by_role("dialog")
     dialog.locator("input").fill("none")
     dialog.locator("input").press("Enter")
-    page.get_by_text("is no number of steps").wait_for()
-    press(finished, "More steps")
+    page.get_by_text("is not a number of steps").wait_for()
+    press(finished, "Extend")
     dialog.locator("input").fill("2")
     screenshot(page, "panel-more-steps")
     dialog.locator("input").press("Enter")
@@ -297,7 +297,7 @@ def test_more_steps_are_another_training_that_goes_on(bench: ComfyServer, page: 
 def test_typing_offers_the_words_of_concepts(page: Any) -> None:
     show(page, draw("photo of a "))
     box = page.locator("textarea").first
-    offer = page.get_by_role("listbox", name="Words that your concepts have taught")
+    offer = page.get_by_role("listbox", name="Trigger words of your concepts")
     box.click()
     box.press("End")
     box.press_sequentially("<new")
@@ -344,7 +344,7 @@ def test_a_note_is_offered_no_words(page: Any) -> None:
         boxes = page.locator("textarea:visible")
         until(page, lambda: boxes.count() == 2)  # noqa: B023
         note, prompt = sorted(boxes.all(), key=lambda box: box.bounding_box()["x"])
-        offer = page.get_by_role("listbox", name="Words that your concepts have taught")
+        offer = page.get_by_role("listbox", name="Trigger words of your concepts")
         for box, offered in ((prompt, True), (note, False), (prompt, True)):
             box.click()
             box.fill("")
@@ -379,7 +379,7 @@ def test_a_long_list_of_words_stays_in_the_window_and_scrolls(
     until(page, lambda: box.bounding_box()["y"] > 600)
     box.click()
     box.press_sequentially("<many")
-    offer = page.get_by_role("listbox", name="Words that your concepts have taught")
+    offer = page.get_by_role("listbox", name="Trigger words of your concepts")
     offer.wait_for()
     options = offer.get_by_role("option")
     assert options.count() == 20
