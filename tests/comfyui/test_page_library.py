@@ -167,7 +167,7 @@ def test_the_library_shows_a_grid_renames_and_deletes(bench: ComfyServer, page: 
     library = opened_library(page)
     panel = page.locator(".cd-panel")
     lefts = "list => new Set([...list.children].map(item => item.offsetLeft)).size"
-    for width, columns in ((250, 1), (400, 2), (600, 3)):
+    for width, columns in ((312, 1), (400, 2), (600, 3)):
         widen(page, width)
         until(page, lambda: library.locator("ul").evaluate(lefts) == columns)  # noqa: B023
         screenshot(page, f"library-{width}px")
