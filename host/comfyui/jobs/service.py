@@ -52,7 +52,8 @@ def tell_node(node_id: str, job: Job) -> None:
     """
     server = getattr(PromptServer, "instance", None)
     if server and server.client_id:
-        server.send_sync(NODE_EVENT, {"node": node_id, "job": job.id}, server.client_id)
+        begun = {"node": node_id, "job": job.id, "prompt": server.last_prompt_id}
+        server.send_sync(NODE_EVENT, begun, server.client_id)
 
 
 def device_memory() -> dict[str, Any]:
