@@ -83,7 +83,7 @@ class ConceptMerge(io.ComfyNode):
 def _told(concepts: Sequence[Any], report: MergeReport) -> dict[str, Any]:
     table = [("concept", "kept words", "largest error")]
     for number, (concept, residual) in enumerate(zip(concepts, report.residuals, strict=True)):
-        words = ", ".join(f"{prompt} ({rows})" for prompt, rows in report.kept(number).items())
+        words = ", ".join(report.kept(number))
         table.append((concept.describe(), words, f"{residual:.2%}"))
     return told(*report.summary(), warnings=report.warnings(), table=table)
 
