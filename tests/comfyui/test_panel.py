@@ -92,7 +92,7 @@ def test_a_training_is_watched_and_steered_to_its_end(bench: ComfyServer, page: 
     press(running, "Pause")
     paused = card(page, "paused")
     screenshot(page, "panel-paused")
-    press(paused, "Go on")
+    press(paused, "Resume")
     press(card(page, "running"), "Stop and save")
     stopped = card(page, "stopped")
 
@@ -105,7 +105,7 @@ def test_a_training_is_watched_and_steered_to_its_end(bench: ComfyServer, page: 
     assert apply["inputs"]["concept"] == [load, 0]
     screenshot(page, "panel-added-to-graph")
 
-    press(stopped, "Go on")
+    press(stopped, "Resume")
     press(card(page, "running"), "Stop and save")
     press(card(page, "stopped"), "Delete")
     dialog = page.get_by_role("dialog")
@@ -131,7 +131,7 @@ def test_a_failed_training_says_why_and_goes_on_when_that_is_mended(
     screenshot(page, "panel-failed")
     folder.unlink()
     folder.with_name("away").rename(folder)
-    press(failed, "Go on")
+    press(failed, "Resume")
     card(page, "finished")
 
 
@@ -153,7 +153,7 @@ def test_the_panel_survives_a_reload_and_a_restart_of_the_server(
     bench.stop()
     bench.start(port)
     paused = card(page, "paused")  # without a click: the page has found the server again
-    press(paused, "Go on")  # its models are not loaded: the graph is queued
+    press(paused, "Resume")  # its models are not loaded: the graph is queued
     card(page, "running")
 
 
