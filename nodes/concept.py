@@ -65,6 +65,7 @@ class CustomDiffusionConcept(io.ComfyNode):
                 ),
                 io.String.Input(
                     "modifier_token",
+                    display_name="trigger_word",
                     default="<new1>",
                     tooltip="The trigger word, in angle brackets; prompts then say '<new1> cat'. "
                     "Give every concept its own, or leave it empty to teach a kind of thing that "

@@ -36,6 +36,7 @@ class LoadConcept(io.ComfyNode):
                 ),
                 io.String.Input(
                     "rename_token",
+                    display_name="new_trigger_word",
                     default="",
                     advanced=True,
                     tooltip="Another trigger word for this concept, <mine> for example. Use it "

@@ -392,7 +392,7 @@ class TestConflicts:
         (conflict,) = report.conflicts  # once, though the end of text conflicts as 'cat' does
         assert "concept 1 in 'photo of a cat'" in conflict
         assert "concept 2 in 'photo of a cat'" in conflict
-        assert "Give each concept its own token" in conflict
+        assert "Give each concept its own trigger word" in conflict
         assert f"conflict: {conflict}" in report.text()
 
     @pytest.mark.parametrize("strengths", [(1.0, 1.0), (1.0, 3.0), (1.0, 0.0), (0.5, 0.5)])
@@ -647,7 +647,7 @@ class TestRefusals:
         with pytest.raises(MergeError) as caught:
             merge([CAT, random_concept(None)])
         assert "names no word to keep" in str(caught.value)
-        assert "modifier token" in str(caught.value)
+        assert "trigger word" in str(caught.value)
 
     @pytest.mark.parametrize("prompt", ["", "   ", "word " * 100 + "<new1> cat"])
     def test_a_prompt_in_which_the_encoder_finds_no_subject(self, prompt: str) -> None:
