@@ -274,7 +274,7 @@ def test_a_regularization_caption_with_the_token_is_quoted() -> None:
         concept(regularization=(CaptionedImage(RED, "a <new1> cat"),))
     message = str(caught.value)
     assert "'a <new1> cat' of an image in memory contains the trigger word <new1>" in message
-    assert "remove the token from their captions" in message
+    assert "remove the word from their captions" in message
 
 
 @pytest.mark.parametrize("token", ["new1", "<new 1>", "<>", "<new1> cat", "<new1>\n"])

@@ -596,7 +596,7 @@ class TestRefusals:
         message = str(caught.value)
         assert "<new1>" in message
         assert "Rename one of them" in message
-        assert "LoadConcept" in message
+        assert "Load Concept" in message
 
     def test_a_renamed_concept_can_be_merged(self) -> None:
         merged, report = merge([CAT, DOG.with_token("<new1>").with_token("<rex>")])
