@@ -137,9 +137,9 @@ class Concept:
         for name in (token.name for token in self.tokens):
             if name in names:
                 raise TokenError(
-                    f"Two concepts use the modifier token {name}; every token needs one meaning. "
-                    "Rename one of them (in ComfyUI LoadConcept's rename_token, --tokens of "
-                    "`custom-diffusion merge`), or train it with another token."
+                    f"Two concepts use the trigger word {name}; it can mean only one thing. Rename "
+                    "one of them (in ComfyUI Load Concept's new_trigger_word, on the command line "
+                    "--tokens of `custom-diffusion merge`), or train it with another trigger word."
                 )
             names.add(name)
 
@@ -169,7 +169,7 @@ class Concept:
         """The same concept with its one modifier token called `name`, in its prompts too."""
         if len(self.tokens) != 1:
             raise TokenError(
-                f"Only a concept with one modifier token can be renamed to {name}; this is "
+                f"Only a concept with one trigger word can be renamed to {name}; this is "
                 f"{self.describe()}. Rename the concepts before merging them."
             )
         (token,) = self.tokens
@@ -178,7 +178,7 @@ class Concept:
 
     def describe(self) -> str:
         """One line for messages and lists."""
-        tokens = ", ".join(f"{t.name} {t.class_noun}".strip() for t in self.tokens) or "no token"
+        tokens = ", ".join(f"{t.name} {t.class_noun}".strip() for t in self.tokens) or "no word"
         return f"{tokens} ({FAMILIES[self.family.name].title}, {len(self.deltas)} projections)"
 
 

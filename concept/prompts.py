@@ -18,7 +18,7 @@ def check_modifier_token(token: str) -> str:
     if not _MODIFIER_TOKEN.fullmatch(token):
         inner = re.sub(r"[^\w-]+", "-", token.strip("<> ")) or "new1"
         raise TokenError(
-            f"The modifier token {token!r} would be read as ordinary text. A modifier token is a "
+            f"The trigger word {token!r} would be read as ordinary text. A trigger word is a "
             f"name in angle brackets made of letters, digits, '-' and '_'. Write {f'<{inner}>'!r}, "
             "for example."
         )

@@ -46,7 +46,7 @@ def constrained_least_squares(
     if (rank := int(torch.linalg.matrix_rank(inner, hermitian=True))) < len(c):
         raise MergeError(
             f"Only {rank} of {len(c)} constraint rows are independent, so they cannot all be met "
-            "exactly. Remove duplicate rows, or give every concept its own modifier token."
+            "exactly. Remove duplicate rows, or give every concept its own trigger word."
         )
     v_transposed: Tensor = torch.linalg.solve(inner.T, v - c @ w0.T).T
     merged: Tensor = w0 + v_transposed @ d

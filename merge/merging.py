@@ -213,8 +213,8 @@ def check_mergeable(
             )
         if not concept_prompts(concept):
             raise MergeError(
-                f"The concept {concept.describe()} names no word to keep: it has no modifier token "
-                "and no constraint prompts. Train it again with a modifier token."
+                f"The concept {concept.describe()} names no word to keep: it has no trigger word "
+                "and no prompts of its own. Train it again with a trigger word."
             )
     hashes = {concept.base_hash for concept in concepts if concept.base_hash}
     if len(hashes) > 1:

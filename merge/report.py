@@ -1,8 +1,7 @@
-"""What a merge did, for reading and for deciding whether to trust it."""
+"""What a merge did: a verdict that anybody can read, what to do, and the figures behind it."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +10,8 @@ from .rows import ConstraintRow
 LARGE_RESIDUAL = 0.1
 """A concept whose words are missed by more than this share deserves a warning."""
 _KEPT_EXACTLY = 1e-3
+SMALL_RESIDUAL = 0.01
+"""Up to here nobody sees a difference."""
 LARGE_CHANGE = 5.0
 """A merge that changes the model this many times more than its largest concept deserves one too."""
 
@@ -33,8 +34,29 @@ class MergeReport:
     alike: tuple[tuple[str, str], ...] = ()
     """Modifier tokens that are one to the text encoder"""
 
+    def verdict(self) -> str:
+        """Whether to be content, for somebody who reads nothing else."""
+        numbers = enumerate(self.residuals, start=1)
+        lost = [f"concept {number}" for number, error in numbers if error > LARGE_RESIDUAL]
+        if lost:
+            names, its = " and ".join(lost).capitalize(), "its" if len(lost) == 1 else "their"
+            looks = f"{names} lost some of {its} look."
+        else:
+            count = len(self.residuals)
+            all_of_them = {1: "The concept keeps its", 2: "Both concepts keep their"}.get(
+                count, f"All {count} concepts keep their"
+            )
+            nearly = ", nearly" if max(self.residuals) > SMALL_RESIDUAL else ""
+            looks = f"{all_of_them} look{nearly}."
+        if self.change > LARGE_CHANGE:
+            return f"{looks} The rest of the model changed a lot."
+        return f"{looks} Nothing else changed."
+
     def summary(self) -> tuple[str, str]:
-        """How the rows were kept, and how much that changes."""
+        """The verdict, and the figures behind it."""
+        return self.verdict(), f"details: {'; '.join(self._details())}"
+
+    def _details(self) -> tuple[str, str]:
         exact = "damped" if self.damped else "exact"
         soft, still = sum(row.soft for row in self.rows), sum(row.still for row in self.rows)
         softly = f" and {soft} rows of padding, softly" if soft else ""
@@ -46,10 +68,10 @@ class MergeReport:
             f"change of the model: {self.change:.2f} times its largest concept's",
         )
 
-    def kept(self, concept: int) -> dict[str, int]:
-        """Prompt → how many of its rows are kept for a concept, counted from 0."""
+    def kept(self, concept: int) -> tuple[str, ...]:
+        """The prompts that are kept for a concept, counted from 0."""
         own = (row for row in self.rows if row.concept == concept and not row.still)
-        return dict(Counter(row.prompt for row in own))
+        return tuple(dict.fromkeys(row.prompt for row in own))
 
     def warnings(self) -> Iterator[str]:
         yield from (f"conflict: {conflict}" for conflict in self.conflicts)
@@ -62,23 +84,26 @@ class MergeReport:
             )
         if max(self.residuals) > LARGE_RESIDUAL:
             yield (
-                "warning: the concepts' words are too alike to keep each exactly. Give them other "
-                "class nouns or modifier tokens, or train the concepts together."
+                "warning: the concepts' words are too alike to keep each look. Give them other "
+                "class nouns or trigger words, or train the concepts together."
             )
         if self.change > LARGE_CHANGE:
             yield (
-                "warning: the concepts' words are hard to tell apart, so the merge changes the "
-                "model a lot. Check pictures of the bare class nouns, or train the concepts "
-                "together."
+                "warning: the concepts' words are hard to tell apart, so other words changed too. "
+                "Draw a few pictures with the class nouns alone; if they look wrong, train the "
+                "concepts together."
             )
 
     def lines(self) -> Iterator[str]:
-        rows, change = self.summary()
+        yield self.verdict()
+        yield from self.warnings()
+        yield ""
+        yield "details"
+        rows, change = self._details()
         yield rows
         for index, residual in enumerate(self.residuals):
             yield f"concept {index + 1}: largest error on its own words {residual:.2%}"
         yield change
-        yield from self.warnings()
 
     def text(self) -> str:
         return "\n".join(self.lines())

@@ -81,7 +81,7 @@ def constraint_features(
         if not finite:
             raise MergeError(
                 f"The text features of {row.prompt!r} are not finite numbers: the embedding of its "
-                "modifier token is broken. Train that concept again."
+                "trigger word is broken. Train that concept again."
             )
     return rows, stacked
 
@@ -187,5 +187,5 @@ def conflicts(
             where = " and ".join(f"concept {c + 1} in '{prompt}'" for c, prompt in sorted(members))
             yield (
                 f"the same words mean different things to {where}; their mean was used. "
-                f"Give each concept its own token."
+                f"Give each concept its own trigger word."
             )

@@ -15,20 +15,33 @@ class ApplyKVDelta(io.ComfyNode):
             node_id="ApplyKVDelta",
             display_name="Apply Concept (KV Delta)",
             category=CATEGORY,
-            description="Adds a concept to a model. Its modifier token, <new1> for example, then "
-            "works in every prompt that is encoded with this CLIP.",
+            description="Adds a concept to a model, like a LoRA loader. Its trigger word, such as "
+            "<new1>, then works in every prompt that is encoded with this CLIP.",
             search_aliases=["apply concept", "custom diffusion", "load lora"],
             inputs=[
-                io.Model.Input("model"),
-                io.Clip.Input("clip"),
-                Concept.Input("concept"),
+                io.Model.Input(
+                    "model",
+                    tooltip="The checkpoint the concept was trained on, or a close relative. It is "
+                    "not changed.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    tooltip="The CLIP of the same checkpoint. Encode your prompts with the CLIP "
+                    "that comes out of this node.",
+                ),
+                Concept.Input(
+                    "concept",
+                    tooltip="The concept to add, from Load Concept, Custom Diffusion Train or "
+                    "Concept Merge.",
+                ),
                 io.Float.Input(
                     "strength",
                     default=1.0,
                     min=-4.0,
                     max=4.0,
                     step=0.05,
-                    tooltip="0 is exactly the base model.",
+                    tooltip="How much of the concept. 1 is as trained, 0 is exactly the base "
+                    "model; lower it if the concept takes over the picture.",
                 ),
             ],
             outputs=[io.Model.Output(), io.Clip.Output()],

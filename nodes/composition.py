@@ -27,14 +27,22 @@ class RouteConcepts(io.ComfyNode):
             node_id="RouteConcepts",
             display_name="Route Concepts",
             category=CATEGORY,
-            description="Puts concepts on a model, each at its own words of a prompt alone. "
-            "Nothing is merged, so they do not disturb each other's words, and their order does "
+            description="Adds concepts to a model, each acting only at its own words of the "
+            "prompt. Nothing is merged, so they do not disturb each other, and their order does "
             "not matter.",
             search_aliases=["combine concepts", "multi concept", "composition", "apply concept"],
             inputs=[
-                io.Model.Input("model"),
-                io.Clip.Input("clip"),
-                concepts_input(1, "How many concepts to route."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The checkpoint the concepts were trained on, or a close relative. It "
+                    "is not changed.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    tooltip="The CLIP of the same checkpoint. Encode your prompts with the CLIP "
+                    "that comes out of this node.",
+                ),
+                concepts_input(1, "How many concepts to use. The inputs below follow this number."),
             ],
             outputs=[io.Model.Output(), io.Clip.Output()],
         )

@@ -27,24 +27,33 @@ _TARGETS = {
         max=2000.0,
         step=0.1,
         round=False,
-        tooltip="The file in half precision is no larger. Layers get ranks so that it keeps the "
-        "most.",
+        tooltip="Largest size of the file that Save Concept writes in half precision. Lower it "
+        "for a smaller file, raise it if the look suffers.",
     ),
     "share of energy": _share(
         "energy_share",
         0.95,
-        "Of the squared change, over all layers. Layers get ranks so that the file is smallest.",
+        "How much of the squared change to keep, over all layers. 0.95 is careful, 0.8 makes a "
+        "small file.",
     ),
     "share of singular values": _share(
         "nuclear_share",
         0.6,
-        "Of the sum of each layer's singular values, as in the paper, which takes 0.6.",
+        "How much of the sum of each layer's singular values to keep. The paper uses 0.6; raise "
+        "it if the look suffers.",
     ),
-    "rank": io.Int.Input("rank", default=16, min=1, max=2048, tooltip="The same for every layer."),
+    "rank": io.Int.Input(
+        "rank",
+        default=16,
+        min=1,
+        max=2048,
+        tooltip="The rank of every layer. Lower it for a smaller file, raise it if the look "
+        "suffers.",
+    ),
     "own words": io.Clip.Input(
         "clip",
-        tooltip="The text encoder of the base model. What the concept does at its own words is "
-        "kept, a hundredth of the size; what it does elsewhere goes.",
+        tooltip="The CLIP of the base checkpoint. What the concept does at its own words is kept, "
+        "in a hundredth of the size; what it does at other words is dropped.",
     ),
 }
 
@@ -56,24 +65,27 @@ class CompressConcept(io.ComfyNode):
             node_id="CompressConcept",
             display_name="Compress Concept",
             category=CATEGORY,
-            description="Makes a concept several times smaller: of every layer the low-rank "
-            "matrix that is nearest to it.",
+            description="Makes a concept's file several times smaller and keeps its look as well "
+            "as that size allows.",
             search_aliases=["svd", "resize lora", "low rank", "shrink concept"],
             inputs=[
-                Concept.Input("concept"),
+                Concept.Input(
+                    "concept", tooltip="The concept to shrink. A merged one is small already."
+                ),
                 io.DynamicCombo.Input(
                     "target",
                     options=[
                         io.DynamicCombo.Option(name, [value]) for name, value in _TARGETS.items()
                     ],
-                    tooltip="What says how small.",
+                    tooltip="How to choose the size. own words makes the smallest file; the others "
+                    "keep some of what the concept does at every word.",
                 ),
             ],
             outputs=[
                 Concept.Output(display_name="concept"),
                 io.Image.Output(
                     display_name="spectrum",
-                    tooltip="Singular values added up, with dots where layers were cut.",
+                    tooltip="How much of each layer a rank keeps, with dots where layers were cut.",
                 ),
             ],
         )

@@ -26,72 +26,80 @@ class CustomDiffusionConcept(io.ComfyNode):
             node_id="CustomDiffusionConcept",
             display_name="Custom Diffusion Concept",
             category=CATEGORY,
-            description="What to teach: 4 to 20 pictures of a thing or a style, and its words.",
+            description="What to teach: 4 to 20 pictures of a subject or a style, and the words "
+            "for it.",
             search_aliases=["dreambooth images", "training images", "instance images"],
             is_input_list=True,
             inputs=[
                 io.Image.Input(
                     "images",
                     optional=True,
-                    tooltip="Pictures of the concept. Leave it open to use a folder instead.",
+                    tooltip="4 to 20 pictures of the subject or style. Leave this unconnected to "
+                    "use a folder instead.",
                 ),
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="One mask a picture: what is white (1) is learnt, the rest is not.",
+                    tooltip="One mask per picture: only white (1) areas are learnt. Use masks "
+                    "when the background must not be learnt.",
                 ),
                 io.String.Input(
                     "captions",
                     optional=True,
                     force_input=True,
-                    tooltip="One caption a picture, with the modifier token in it. Without: "
-                    "'photo of a <new1> cat'.",
+                    tooltip="One caption per picture, each with the trigger word in it. Leave this "
+                    "unconnected for 'photo of a <new1> cat'.",
                 ),
                 io.Combo.Input(
                     "folder",
                     options=input_folders(),
                     default=NO_FOLDER,
                     tooltip="A folder of pictures in ComfyUI's input folder, used when no images "
-                    "are connected. The first line of a .txt or .caption file beside a picture is "
-                    "its caption, a .mask.png file its mask.",
+                    "are connected. The first line of cat1.txt or cat1.caption next to cat1.jpg is "
+                    "its caption, cat1.mask.png its mask.",
                 ),
                 io.String.Input(
                     "class_noun",
                     default="cat",
-                    tooltip="The everyday word for the thing: cat, mug, chair.",
+                    tooltip="The everyday word for the subject: cat, mug, chair. Use the one you "
+                    "would write in a prompt.",
                 ),
                 io.String.Input(
                     "modifier_token",
+                    display_name="trigger_word",
                     default="<new1>",
-                    tooltip="The new word, in angle brackets. Prompts then say '<new1> cat'. Give "
-                    "every concept its own. Empty: the class noun itself is taught, for a kind of "
-                    "thing that the model does not know.",
+                    tooltip="The trigger word, in angle brackets; prompts then say '<new1> cat'. "
+                    "Give every concept its own, or leave it empty to teach a kind of thing that "
+                    "the model does not know.",
                 ),
                 io.Combo.Input(
                     "regularization_folder",
                     options=input_folders(),
                     default=NO_FOLDER,
-                    tooltip="Not needed where a modifier token is taught as usual. Else about 200 "
-                    "ordinary pictures of the class, which keep the model from drifting. A .txt "
-                    "file beside a picture is its caption.",
+                    tooltip="Usually none. If the trigger word is empty or gradient_cut is not own "
+                    "words, choose about 200 ordinary pictures of the class: they keep other cats "
+                    "from turning into yours.",
                 ),
                 RegularizationSet.Input(
                     "regularization_set",
                     optional=True,
-                    tooltip="Such pictures from another node, instead of a folder.",
+                    tooltip="Regularization pictures from Draw or Retrieve Regularization Set, "
+                    "instead of a folder.",
                 ),
                 io.String.Input(
                     "initializer",
                     default="",
                     advanced=True,
-                    tooltip="A word the token starts from. Empty: a rare one, as in the paper.",
+                    tooltip="A common word that the trigger word starts from. Leave it empty for "
+                    "a rare one, as in the paper.",
                 ),
                 io.Combo.Input(
                     "kind",
                     options=list(KINDS),
                     default="thing",
-                    tooltip="Of a thing there is a 'photo of a <new1> cat'; of a style, a "
-                    "'painting in the style of <new1> art', with the class noun art.",
+                    tooltip="What the pictures have in common. Captions say 'photo of a <new1> "
+                    "cat' for a thing, 'painting in the style of <new1> art' for a style, whose "
+                    "class noun is art.",
                 ),
             ],
             outputs=[TrainingConcept.Output(display_name="training concept")],
@@ -144,11 +152,13 @@ class CustomDiffusionViews(io.ComfyNode):
             display_name="Custom Diffusion Views",
             category=CATEGORY,
             description="Shows what a training will see: pictures as they are cropped, resized and "
-            "mirrored, with their captions. What does not count is dark.",
+            "mirrored, with their captions. Dark areas are not learnt.",
             search_aliases=["contact sheet", "dataset preview"],
             is_output_node=True,
             inputs=[
-                TrainingConcept.Input("concept"),
+                TrainingConcept.Input(
+                    "concept", tooltip="The Custom Diffusion Concept whose pictures to show."
+                ),
                 setting_input("resolution"),
                 setting_input("seed"),
                 *setting_inputs("views"),

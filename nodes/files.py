@@ -24,31 +24,37 @@ class LoadConcept(io.ComfyNode):
             node_id="LoadConcept",
             display_name="Load Concept",
             category=CATEGORY,
-            description="Loads a concept from models/custom_diffusion, or makes one of another "
-            "tool's file there: Custom Diffusion deltas, LoRAs, textual-inversion embeddings.",
+            description="Loads a concept from models/custom_diffusion. Other tools' files in there "
+            "open too: Custom Diffusion deltas, LoRAs, textual-inversion embeddings.",
             search_aliases=["load custom diffusion", "load delta", "import concept", "load lora"],
             inputs=[
-                io.Combo.Input("concept_name", options=concept_files()),
+                io.Combo.Input(
+                    "concept_name",
+                    options=concept_files(),
+                    tooltip="The file in models/custom_diffusion. Press R to refresh the list "
+                    "after adding one.",
+                ),
                 io.String.Input(
                     "rename_token",
+                    display_name="new_trigger_word",
                     default="",
                     advanced=True,
-                    tooltip="Another modifier token for a concept that has one, when two concepts "
-                    "use the same.",
+                    tooltip="Another trigger word for this concept, <mine> for example. Use it "
+                    "when two concepts have the same one; the file is not changed.",
                 ),
                 io.String.Input(
                     "class_noun",
                     default="",
                     optional=True,
                     advanced=True,
-                    tooltip="For another tool's file, which has none: the everyday word for the "
-                    "thing. Concept Merge keeps it.",
+                    tooltip="Only for another tool's file, which has none: the everyday word for "
+                    "the subject. Fill it in before a merge.",
                 ),
                 io.Model.Input(
                     "model",
                     optional=True,
                     tooltip="Only for another tool's file with whole weights, DoRA, OFT, IA3 or "
-                    "GLoRA: the base model it was trained on, so that the change can be told.",
+                    "GLoRA: the base model it was trained on, to find out what it changed.",
                 ),
             ],
             outputs=[Concept.Output(display_name="concept")],
@@ -82,13 +88,25 @@ class SaveConcept(io.ComfyNode):
             node_id="SaveConcept",
             display_name="Save Concept",
             category=CATEGORY,
-            description="Saves a concept in models/custom_diffusion; an existing file is never "
-            "replaced. Copied to models/loras, its weights work in ComfyUI's own LoRA loader.",
+            description="Saves a concept in models/custom_diffusion and never replaces a file. "
+            "Copied to models/loras, its weights work in ComfyUI's own LoRA loader.",
             is_output_node=True,
             inputs=[
-                Concept.Input("concept"),
-                io.String.Input("name", default="my-concept"),
-                io.Combo.Input("precision", options=list(PRECISIONS), advanced=True),
+                Concept.Input(
+                    "concept", tooltip="The concept to save: merged, renamed or compressed."
+                ),
+                io.String.Input(
+                    "name",
+                    default="my-concept",
+                    tooltip="Name of the file. A number is added if the name is taken.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    advanced=True,
+                    tooltip="half (fp16) is enough for drawing. full (fp32) keeps every digit, in "
+                    "twice the size.",
+                ),
             ],
             outputs=[],
         )
@@ -111,14 +129,29 @@ class ExportConcept(io.ComfyNode):
             search_aliases=["save lora", "convert concept", "diffusers", "kohya"],
             is_output_node=True,
             inputs=[
-                Concept.Input("concept"),
-                io.Combo.Input("format", options=list(FORMATS)),
-                io.String.Input("name", default="my-concept"),
-                io.Combo.Input("precision", options=list(PRECISIONS), advanced=True),
+                Concept.Input("concept", tooltip="The concept to save as another tool's file."),
+                io.Combo.Input(
+                    "format",
+                    options=list(FORMATS),
+                    tooltip="The tool that will open the file. A LoRA lacks the trigger word, so "
+                    "export embeddings as well.",
+                ),
+                io.String.Input(
+                    "name",
+                    default="my-concept",
+                    tooltip="Name of the file. A number is added if the name is taken.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    advanced=True,
+                    tooltip="half (fp16) is enough for drawing. full (fp32) keeps every digit, in "
+                    "twice the size.",
+                ),
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="For formats that hold whole weights (compvis, adobe, hugging-face): "
+                    tooltip="Only for compvis, adobe and hugging-face, which hold whole weights: "
                     "the base model of the concept.",
                 ),
             ],

@@ -16,16 +16,17 @@ class InspectConcept(io.ComfyNode):
             node_id="InspectConcept",
             display_name="Inspect Concept",
             category=CATEGORY,
-            description="Says what a concept teaches and changes, layer by layer, where it came "
-            "from, and whether it fits a model.",
+            description="Shows what a concept teaches, what it changes in each layer, where it "
+            "came from, and whether it fits a model.",
             search_aliases=["concept info", "show concept", "metadata", "spectrum"],
             is_output_node=True,
             inputs=[
-                Concept.Input("concept"),
+                Concept.Input("concept", tooltip="The concept to look at. It is not changed."),
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="To be told whether the concept fits it, and if not, why.",
+                    tooltip="Connect the model you want to use, to see whether the concept fits "
+                    "it, and if not, why.",
                 ),
             ],
             outputs=[io.String.Output(display_name="text")],

@@ -18,22 +18,23 @@ class TrainingJob(io.ComfyNode):
             node_id="TrainingJob",
             display_name="Training Job",
             category=CATEGORY,
-            description="What a training has learnt until now, so that a graph can be built while "
-            "it goes on: of its last checkpoint, or of the best.",
+            description="What a training has learnt so far, from its newest or best checkpoint. "
+            "Use it to build your graph before the training is done.",
             search_aliases=["checkpoint", "training progress", "training samples"],
             is_output_node=True,
             inputs=[
                 io.String.Input(
                     "job_id",
                     default="",
-                    tooltip="The job id that Custom Diffusion Train gives. Empty: the newest job.",
+                    tooltip="The job id from Custom Diffusion Train. Leave it empty for the "
+                    "newest job.",
                 ),
                 io.Combo.Input(
                     "checkpoint",
                     options=[_NEWEST, _BEST],
                     default=_NEWEST,
-                    tooltip="Best: of those that were kept, the one before which the mean loss of "
-                    "50 steps was lowest. That says less than looking at samples.",
+                    tooltip="best is the kept version with the lowest mean loss in the 50 steps "
+                    "before it. Looking at samples tells you more than the loss does.",
                 ),
             ],
             outputs=[

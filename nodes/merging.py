@@ -1,4 +1,4 @@
-"""Combining concepts that were taught apart."""
+"""Combining concepts that were trained separately."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,21 +23,25 @@ class ConceptMerge(io.ComfyNode):
             node_id="ConceptMerge",
             display_name="Concept Merge",
             category=CATEGORY,
-            description="Merges concepts into one that knows them all, by constrained least "
-            "squares: each keeps its own words, everything else stays near the base model.",
+            description="Combines concepts into one, without training. Each keeps its look at its "
+            "own words, and everything else stays close to the base model.",
             search_aliases=["combine concepts", "merge lora", "composition"],
             inputs=[
                 io.Clip.Input(
-                    "clip", tooltip="The text encoder of the base model, without concepts."
+                    "clip",
+                    tooltip="The CLIP of the base checkpoint, straight from its loader, without "
+                    "concepts.",
                 ),
-                concepts_input(2, "How many concepts to merge."),
+                concepts_input(
+                    2, "How many concepts to merge. The inputs below follow this number."
+                ),
                 io.Combo.Input(
                     "regularization_captions",
                     options=caption_files(),
                     default=BUILT_IN_CAPTIONS,
                     advanced=True,
-                    tooltip="What the merged model must keep drawing as the base model does: "
-                    "ours, or a .txt file in ComfyUI's input folder with one caption a line.",
+                    tooltip="What the merged model must keep drawing as before. Use built-in, or "
+                    "a .txt file in ComfyUI's input folder with one caption per line.",
                 ),
                 io.Float.Input(
                     "relative_ridge",
@@ -47,7 +51,8 @@ class ConceptMerge(io.ComfyNode):
                     step=1e-5,
                     round=False,
                     advanced=True,
-                    tooltip="Keeps the change small where the captions say little.",
+                    tooltip="Keeps the change small where the captions say little. Raise it only "
+                    "if the report warns of a large change.",
                 ),
             ],
             outputs=[
@@ -79,7 +84,7 @@ class ConceptMerge(io.ComfyNode):
 def _told(concepts: Sequence[Any], report: MergeReport) -> dict[str, Any]:
     table = [("concept", "kept words", "largest error")]
     for number, (concept, residual) in enumerate(zip(concepts, report.residuals, strict=True)):
-        words = ", ".join(f"{prompt} ({rows})" for prompt, rows in report.kept(number).items())
+        words = ", ".join(report.kept(number))
         table.append((concept.describe(), words, f"{residual:.2%}"))
     return told(*report.summary(), warnings=report.warnings(), table=table)
 

@@ -17,6 +17,8 @@ from ..host.open_clip.text import MODEL, MODELS
 from ..trainer.regularization.retrieved import COUNT, LEAST_SIMILARITY
 from .types import CATEGORY, RegularizationSet
 
+CLASS_NOUN = "The everyday word for the subject. Use the one of Custom Diffusion Concept."
+
 
 class DrawRegularization(io.ComfyNode):
     @classmethod
@@ -25,26 +27,73 @@ class DrawRegularization(io.ComfyNode):
             node_id="DrawRegularization",
             display_name="Draw Regularization Set",
             category=CATEGORY,
-            description="Lets the model itself draw pictures of the class, for those who have no "
-            "photographs of it. They are kept: the same inputs draw nothing twice, and an "
-            "interrupted set goes on where it stopped. Photographs work better.",
+            description="Lets the model draw ordinary pictures of the class, if you have no "
+            "photographs of it. They are kept: nothing is drawn twice, and an interrupted set "
+            "resumes where it stopped. Photographs work better.",
             search_aliases=["class images", "prior preservation", "regularization images"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that is going to be taught."),
-                io.Clip.Input("clip"),
-                io.Vae.Input("vae"),
-                io.String.Input(
-                    "class_noun", default="cat", tooltip="As in Custom Diffusion Concept."
-                ),
-                io.Int.Input("count", default=200, min=1, max=10_000),
-                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False),
-                io.Int.Input("steps", default=25, min=1, max=1000),
-                io.Float.Input("cfg", default=6.0, min=0.0, max=100.0, step=0.1),
-                io.Combo.Input("sampler_name", options=SAMPLERS),
-                io.Combo.Input("scheduler", options=SCHEDULERS),
-                io.Int.Input("resolution", default=512, min=64, max=2048, step=8),
+                io.Model.Input("model", tooltip="The model that you are going to train."),
+                io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
+                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+                io.String.Input("class_noun", default="cat", tooltip=CLASS_NOUN),
                 io.Int.Input(
-                    "batch_size", default=4, min=1, max=256, advanced=True, tooltip="Drawn at once."
+                    "count",
+                    default=200,
+                    min=1,
+                    max=10_000,
+                    tooltip="How many pictures; 200 as in the paper. Raise it later, and only the "
+                    "missing ones are drawn.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=False,
+                    tooltip="Where the random noise starts. Change it to draw other pictures.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=25,
+                    min=1,
+                    max=1000,
+                    tooltip="Sampling steps per picture, as on KSampler. Lower it to draw faster.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=6.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="How closely the pictures follow the prompt, as on KSampler. Lower it "
+                    "if they look harsh.",
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=SAMPLERS,
+                    tooltip="The sampler, as on KSampler. Use one that draws well with your model.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=SCHEDULERS,
+                    tooltip="The noise schedule, as on KSampler. Use the one that goes with your "
+                    "sampler.",
+                ),
+                io.Int.Input(
+                    "resolution",
+                    default=512,
+                    min=64,
+                    max=2048,
+                    step=8,
+                    tooltip="Width and height in pixels. Use the resolution of the training.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=4,
+                    min=1,
+                    max=256,
+                    advanced=True,
+                    tooltip="How many pictures are drawn at once. Lower it if memory runs out.",
                 ),
             ],
             outputs=[RegularizationSet.Output(display_name="regularization set")],
@@ -62,8 +111,8 @@ class RetrieveRegularization(io.ComfyNode):
             node_id="RetrieveRegularization",
             display_name="Retrieve Regularization Set",
             category=CATEGORY,
-            description="Takes pictures of the class out of a large captioned collection of your "
-            "own: those whose captions are nearest in CLIP's text space. Captions are read once.",
+            description="Finds ordinary pictures of the class in a captioned collection of your "
+            "own, by comparing the captions with CLIP. Captions are read only once.",
             search_aliases=["clip retrieval", "laion", "regularization images"],
             inputs=[
                 io.Combo.Input(
@@ -73,31 +122,37 @@ class RetrieveRegularization(io.ComfyNode):
                     tooltip="A folder in ComfyUI's input folder, or a link there: pictures with "
                     ".txt files, webdataset shards (.tar) or parquet tables, of any size.",
                 ),
-                io.String.Input(
-                    "class_noun", default="cat", tooltip="As in Custom Diffusion Concept."
+                io.String.Input("class_noun", default="cat", tooltip=CLASS_NOUN),
+                io.Int.Input(
+                    "count",
+                    default=COUNT,
+                    min=1,
+                    max=10_000,
+                    tooltip="How many pictures; 200 as in the paper. You get fewer if not enough "
+                    "captions are similar.",
                 ),
-                io.Int.Input("count", default=COUNT, min=1, max=10_000),
                 io.Float.Input(
                     "similarity",
                     default=LEAST_SIMILARITY,
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Captions that are less near to 'photo of a cat' are not taken.",
+                    tooltip="Minimum similarity of a caption to 'photo of a cat'. Raise it for "
+                    "closer matches, lower it if too few are found.",
                 ),
                 io.Combo.Input(
                     "clip_model",
                     options=[*MODELS],
                     default=MODEL,
                     advanced=True,
-                    tooltip="The CLIP model that the weights belong to, as open_clip calls it. "
+                    tooltip="The model that clip_weights belongs to, as open_clip calls it. "
                     "OpenAI's weights need a name that ends with -quickgelu.",
                 ),
                 io.Combo.Input(
                     "clip_weights",
                     options=clip_weight_files(),
-                    tooltip="A .safetensors of an open_clip model in models/text_encoders. "
-                    "Nothing is downloaded.",
+                    tooltip="The weights of an open_clip model: a .safetensors in "
+                    "models/text_encoders. Nothing is downloaded for you.",
                 ),
             ],
             outputs=[RegularizationSet.Output(display_name="regularization set")],

@@ -22,31 +22,45 @@ class CustomDiffusionTrain(io.ComfyNode):
             node_id="CustomDiffusionTrain",
             display_name="Custom Diffusion Train",
             category=CATEGORY,
-            description="Teaches the model concepts on a thread of its own, and saves them in "
+            description="Teaches the model one or more concepts and saves them in "
             "models/custom_diffusion. Interrupting saves what was learnt so far.",
             search_aliases=["train", "finetune", "dreambooth", "textual inversion"],
             is_output_node=True,
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="SD 1.x, SD 2.x or SDXL. It is copied, never changed."
+                    "model",
+                    tooltip="The model to teach: SD 1.x, SD 2.x or SDXL. It is copied, never "
+                    "changed.",
                 ),
-                io.Clip.Input("clip", tooltip="The text encoder of the same checkpoint."),
-                io.Vae.Input("vae"),
+                io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
+                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
                 io.Autogrow.Input(
                     "concepts",
                     template=io.Autogrow.TemplatePrefix(
-                        TrainingConcept.Input("concept"), prefix="concept", min=1, max=MOST_CONCEPTS
+                        TrainingConcept.Input(
+                            "concept",
+                            tooltip="A Custom Diffusion Concept. Connect several to teach them "
+                            "together in one file.",
+                        ),
+                        prefix="concept",
+                        min=1,
+                        max=MOST_CONCEPTS,
                     ),
+                    tooltip="What to teach: one Custom Diffusion Concept, or up to eight that "
+                    "share one file.",
                 ),
                 io.String.Input(
-                    "name", default="my-concept", tooltip="Name of the concept's file."
+                    "name",
+                    default="my-concept",
+                    tooltip="Name of the concept's file. A number is added if the name is taken.",
                 ),
                 io.DynamicCombo.Input(
                     "method",
                     options=[io.DynamicCombo.Option(name, method_inputs(name)) for name in METHODS],
-                    tooltip=". ".join(
-                        f"{name}: {method.description}" for name, method in METHODS.items()
-                    ),
+                    tooltip="What is trained. Use custom diffusion for SD 1.x and 2.x, low-rank "
+                    "for SDXL. "
+                    + ". ".join(f"{name}: {method.description}" for name, method in METHODS.items())
+                    + ".",
                 ),
                 *setting_inputs("run"),
                 io.Boolean.Input(
@@ -54,14 +68,15 @@ class CustomDiffusionTrain(io.ComfyNode):
                     default=True,
                     label_on="until trained",
                     label_off="no, in the background",
-                    tooltip="Wait, and hand the concept on; or return at once with the job's id.",
+                    tooltip="On: the node waits for the training and passes the concept on. Off: "
+                    "it returns at once, and the training runs in the background.",
                 ),
                 *setting_inputs("views"),
                 Concept.Input(
                     "start",
                     optional=True,
-                    tooltip="A concept of this model to go on from: with the same modifier token "
-                    "its training continues, with another one more is learnt on top of it.",
+                    tooltip="A concept of this model to extend. With the same trigger word it is "
+                    "trained further, with another one a new concept is added to it.",
                 ),
                 *setting_inputs("advanced"),
                 io.Int.Input(
@@ -70,8 +85,8 @@ class CustomDiffusionTrain(io.ComfyNode):
                     min=1,
                     max=10_000,
                     advanced=True,
-                    tooltip="After so many steps the training is written to disk. A crash costs no "
-                    "more than the steps since: queue the same graph again, and it goes on.",
+                    tooltip="How often progress is saved, in steps. After a crash you lose at "
+                    "most this many: queue the same graph again to resume.",
                 ),
                 io.Boolean.Input(
                     "share_device",
@@ -79,16 +94,17 @@ class CustomDiffusionTrain(io.ComfyNode):
                     advanced=True,
                     label_on="trains while prompts run",
                     label_off="prompts go first",
-                    tooltip="Prompts go first: between two steps the training waits until they are "
-                    "done. Or both at once, both slower.",
+                    tooltip="Off: the training pauses between steps while a prompt runs. On: both "
+                    "run at once, and both are slower.",
                 ),
                 io.Boolean.Input(
                     "keep_on_interrupt",
                     default=False,
                     advanced=True,
-                    label_on="goes on in the background",
+                    label_on="continues in the background",
                     label_off="stops and saves",
-                    tooltip="What the training does when you interrupt the prompt that waits.",
+                    tooltip="What happens when you cancel a prompt that waits for this training. "
+                    "Turn it on to let the training continue in the background.",
                 ),
                 io.Int.Input(
                     "keep_best",
@@ -96,8 +112,8 @@ class CustomDiffusionTrain(io.ComfyNode):
                     min=1,
                     max=100,
                     advanced=True,
-                    tooltip="So many concepts of the run are kept in its folder beside the newest: "
-                    "those before which the losses were lowest.",
+                    tooltip="How many earlier versions to keep besides the newest: the ones with "
+                    "the lowest recent loss.",
                 ),
                 *setting_inputs("added"),
             ],

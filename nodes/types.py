@@ -31,9 +31,23 @@ def concepts_input(fewest: int, tooltip: str) -> io.Input:
 def _slots(count: int) -> list[io.Input]:
     inputs: list[io.Input] = []
     for number in range(1, count + 1):
-        inputs.append(Concept.Input(f"concept_{number}"))
         inputs.append(
-            io.Float.Input(f"strength_{number}", default=1.0, min=-4.0, max=4.0, step=0.05)
+            Concept.Input(
+                f"concept_{number}",
+                tooltip="A concept from Load Concept or Custom Diffusion Train. If two have the "
+                "same trigger word, rename one in Load Concept.",
+            )
+        )
+        inputs.append(
+            io.Float.Input(
+                f"strength_{number}",
+                default=1.0,
+                min=-4.0,
+                max=4.0,
+                step=0.05,
+                tooltip="How much of this concept. 1 is as trained; lower it if the concept takes "
+                "over the picture.",
+            )
         )
     return inputs
 

@@ -34,11 +34,19 @@ class TrainConfig:
 
     # The node's choice of a method has inputs of its own: made in nodes/ and cli/ from METHODS.
     method: MethodName = setting("custom diffusion", "What learns.", None)
-    steps: int = setting(250, "How many steps the training takes.", "method", least=1, most=100_000)
+    steps: int = setting(
+        250,
+        "How long to train. Raise it if the concept is not learnt; lower it if every picture looks "
+        "like the training pictures.",
+        "method",
+        least=1,
+        most=100_000,
+    )
     # For keys, values and modifier token alike: the reference's 1e-5 times 8 images.
     learning_rate: float = setting(
         8e-5,
-        "How much a step changes. The method's own rate is for 8 pictures a step.",
+        "How much each step changes. The default suits 8 pictures per step; halve it and train "
+        "longer for faces, or if results look distorted.",
         "method",
         least=1e-7,
         most=0.1,
@@ -46,7 +54,7 @@ class TrainConfig:
     )
     rank: int = setting(
         16,
-        "Size of the low-rank factors: larger ones hold more, in a larger file.",
+        "Size of the low-rank factors. Raise it to learn more detail, in a larger file.",
         "method",
         method="low-rank",
         least=1,
@@ -54,14 +62,16 @@ class TrainConfig:
     )
     batch_size: int = setting(
         8,
-        "Pictures a step; half of them regularization, when there are any.",
+        "Pictures per step, half of them regularization pictures if there are any. If memory runs "
+        "out, lower micro_batch_size instead: the result stays the same.",
         "run",
         least=1,
         most=256,
     )
     resolution: int = setting(
         512,
-        "512 for SD 1.x and 2.x base, 768 for SD 2.1 768, 1024 for SDXL.",
+        "Size of the training pictures: 512 for SD 1.x and 2.x base, 768 for SD 2.1 768, 1024 for "
+        "SDXL.",
         "run",
         least=LATENT_PIXELS * 8,
         most=2048,
@@ -69,19 +79,31 @@ class TrainConfig:
     )
     # Data order, views, noise, timesteps and previews.
     seed: int = setting(
-        0, "Of everything random: another seed, another run.", "run", least=0, most=2**63 - 1
+        0,
+        "Controls everything random. Change it for another result from the same pictures.",
+        "run",
+        least=0,
+        most=2**63 - 1,
     )
-    augment: bool = setting(True, "Random sizes with words that say so, as in the paper.", "views")
-    flip: bool = setting(True, "Mirror half of the pictures. Off for writing and faces.", "views")
+    augment: bool = setting(
+        True,
+        "Shows the subject at random sizes, with words for them in the captions, as in the paper. "
+        "Turn it off only if size and framing are part of the concept.",
+        "views",
+    )
+    flip: bool = setting(
+        True, "Mirrors half of the pictures. Turn it off for writing, logos and faces.", "views"
+    )
     fit: Fit = setting(
         "crop",
-        "Pictures that are not square: crop to the middle, or letterbox: all of them, between grey "
-        "bars that do not count.",
+        "For pictures that are not square. crop cuts out the middle; letterbox keeps all of the "
+        "picture, between grey bars that are not learnt.",
         "views",
     )
     prior_weight: float = setting(
         1.0,
-        "Weight of the regularization pictures.",
+        "How much the regularization pictures count. Raise it if ordinary pictures of the class "
+        "start to look like yours.",
         "advanced",
         least=0,
         most=10,
@@ -93,28 +115,29 @@ class TrainConfig:
     # "start and padding" for it.
     gradient_cut: GradientCut = setting(
         "own words",
-        "Where keys and values learn. own words: at the new word and its class noun alone, so that "
-        "concepts combine well and need no regularization. The others leave out: the start of the "
-        "prompt as in the paper's code; its padding too; or nothing.",
+        "Which words of the prompt train. Keep own words: only the trigger word and its class "
+        "noun, so that concepts combine well. The others train every word except the start token "
+        "(start, as in the paper), the start token and padding (start and padding), or nothing "
+        "(none).",
         "advanced",
     )
     micro_batch_size: int = setting(
         0,
-        "Pictures computed at once, a part of the batch; 0 is all of it. It becomes less by itself "
-        "when memory runs out.",
+        "How many pictures of the batch are computed at once; 0 means all. It is lowered "
+        "automatically when memory runs out, and the result stays the same.",
         "advanced",
         least=0,
         most=256,
     )
     gradient_checkpointing: bool = setting(
         False,
-        "Needs less memory and more time. It is turned on by itself when one picture at once is "
-        "still too much.",
+        "Saves memory and takes longer. It is turned on automatically when even one picture at a "
+        "time does not fit.",
         "advanced",
     )
     preview_every_steps: int = setting(
         50,
-        "A picture of '<new1> cat' is drawn this often; 0 draws none.",
+        "How often a sample of '<new1> cat' is drawn, in steps. 0 draws none and trains faster.",
         "advanced",
         least=0,
         most=10_000,
@@ -122,14 +145,14 @@ class TrainConfig:
     )
     optimizer: OptimizerName = setting(
         "adamw",
-        "8-bit: the optimiser's state in a quarter of the memory. It needs the Python package "
-        "bitsandbytes.",
+        "adamw 8-bit needs a quarter of the memory for the optimizer's state. Use it if memory is "
+        "short; it needs the Python package bitsandbytes.",
         "added",
     )
     text_encoder_on_cpu: bool = setting(
         False,
-        "Leaves the text encoders in main memory: less GPU memory, slower steps. For SDXL on small "
-        "GPUs.",
+        "Keeps the text encoders in main memory: less GPU memory, slower steps. Turn it on for "
+        "SDXL on a small GPU.",
         "added",
     )
     weight_decay: float = setting(1e-2, "Of AdamW.", None, least=0)

@@ -73,8 +73,8 @@ class Learner:
         ]
         if not words and (method.whole_network or not self.parameters):
             raise ConfigError(
-                f"What the method {config.method!r} leaves beside a UNet is a word, and no concept "
-                f"has a modifier token. Give one, '<new1>' say, or choose another method."
+                f"The method {config.method!r} saves a UNet and a new word, but no concept has a "
+                f"trigger word. Give one, '<new1>' for example, or choose another method."
             )
         self.optimizer = make_optimizer(config, self.parameters)
         self._text_mark = text_mark(text_encoder)

@@ -57,7 +57,7 @@ def _check_words(concept: TrainingConcept, config: TrainConfig, encoder: TextEnc
     for image in concept.images:
         if token_id not in words.tokenize(f"{longest} {image.caption}"):
             raise DataError(
-                f"The caption {image.caption!r} of {image.name} is too long: the modifier token "
+                f"The caption {image.caption!r} of {image.name} is too long: the trigger word "
                 f"{concept.token} lies beyond the {words.context_length} words that CLIP reads. "
                 f"Put it nearer to the start, or shorten the caption."
             )

@@ -20,8 +20,8 @@ def check_start(start: Concept, denoiser: Denoiser, config: TrainConfig) -> None
     ]
     if beyond:
         raise ConfigError(
-            f"The concept to go on from, {start.describe()}, changes queries and outputs of "
-            f"cross-attention too ({beyond[0]} for one). Go on with the method 'cross-attention'."
+            f"The concept to extend, {start.describe()}, changes queries and outputs of "
+            f"cross-attention too ({beyond[0]} for one). Use the method 'cross-attention'."
         )
     if config.method == "low-rank":
         for layer in filter(is_projection, start.layers):
@@ -34,7 +34,7 @@ def check_start(start: Concept, denoiser: Denoiser, config: TrainConfig) -> None
     check_fit(start, denoiser.family, shapes)
     if start.base_hash and start.base_hash != base_hash(denoiser):
         raise IncompatibleModelError(
-            f"The concept to go on from, {start.describe()}, was trained on another checkpoint of "
+            f"The concept to extend, {start.describe()}, was trained on another checkpoint of "
             f"{start.family.title} (base hash {start.base_hash[:8]}). Load the checkpoint it was "
             f"trained on, or train from nothing."
         )

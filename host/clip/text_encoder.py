@@ -123,7 +123,7 @@ class ClipTextEncoder:
         for token in new:
             if token in self._embeddings:
                 raise TokenError(
-                    f"This CLIP already knows the modifier token {token}; it came with another "
+                    f"This CLIP already knows the trigger word {token}; it came with another "
                     f"concept. Choose another token, or connect the CLIP of the base model."
                 )
         return ClipTextEncoder(

@@ -61,7 +61,7 @@ def check_models(model: Any, clip: Any, concept: Concept) -> None:
     if clip is None:
         raise IncompatibleModelError(
             "No CLIP was given: the checkpoint has no text encoder. Connect the CLIP of the "
-            "concept's base model, which learns the concept's modifier tokens."
+            "concept's base model, which learns the concept's trigger words."
         )
     network = cross_attention_unet(model)
     shapes = {n.removesuffix(".weight"): tuple(p.shape) for n, p in network.named_parameters()}

@@ -199,8 +199,8 @@ def _check_concept(concept: Concept, encoders: Sequence[str]) -> None:
     if not own_words(concept):
         raise IncompatibleModelError(
             f"The concept {concept.describe()} names no word at which it could act: it has no "
-            "modifier token and no constraint prompts. Use Apply Concept, or train it again with a "
-            "modifier token."
+            "trigger word and no prompts of its own. Use Apply Concept, or train it again with a "
+            "trigger word."
         )
     if set(encoders) != set(concept.family.text_encoders):
         raise IncompatibleModelError(

@@ -107,7 +107,7 @@ def _with_words(tokenizer: Any, words: Mapping[str, Tensor]) -> Any:
     for token in words:
         if token in known:
             raise TokenError(
-                f"The modifier token {token} is already taken by another concept on this CLIP. "
+                f"The trigger word {token} is already taken by another concept on this CLIP. "
                 f"Rename one of the two with LoadConcept, or merge the concepts first."
             )
     inner = tokenizer.tokenizer

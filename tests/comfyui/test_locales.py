@@ -1,4 +1,4 @@
-"""Nodes and panel in other languages: all they say is translated, and nothing else.
+"""What nodes and panel say: every input has a tooltip, and all of it is translated, and no more.
 
 ComfyUI shows English where a translation is missing and overlooks one that belongs to nothing, so
 nobody would notice that a node has changed and its translations have not.
@@ -70,6 +70,18 @@ def said(server: ComfyServer) -> Texts:
         if info["python_module"] == f"custom_nodes.{PACK_FOLDER}":
             texts |= english(node, info)
     return texts
+
+
+def test_every_input_has_a_tooltip(server: ComfyServer) -> None:
+    """Those that come with a choice or grow too; a graph is wired by people who read no manual."""
+    inputs = {
+        f"{node}.{name}": options
+        for node, info in server.object_info().items()
+        if info["python_module"] == f"custom_nodes.{PACK_FOLDER}"
+        for name, options in inputs_of(info["input"])
+    }
+    assert {"CustomDiffusionTrain.method_rank", "RouteConcepts.concepts_strength_8"} < set(inputs)
+    assert [name for name, options in inputs.items() if not options.get("tooltip")] == []
 
 
 @pytest.fixture(params=LANGUAGES)

@@ -234,7 +234,7 @@ def test_a_token_added_twice_is_refused(encoder: ClipTextEncoder) -> None:
     known = with_new(encoder, a=1)
     with pytest.raises(TokenError) as caught:
         with_new(known, a=1)
-    assert "already knows the modifier token <a>" in str(caught.value)
+    assert "already knows the trigger word <a>" in str(caught.value)
     assert "Choose another token" in str(caught.value)
 
 

@@ -201,7 +201,7 @@ def test_duplicate_constraints_are_refused_with_what_to_do() -> None:
     message = _message({**tensors, "constraints": c})
     assert "Only 4 of 5 constraint rows are independent" in message
     assert "Remove duplicate rows" in message
-    assert "modifier token" in message
+    assert "trigger word" in message
 
 
 def test_a_constraint_that_is_a_sum_of_others_is_refused() -> None:

@@ -777,7 +777,7 @@ class TestRenaming:
         if token:
             other = random_concept(token="<new2>").tokens
             concept = replace(concept, tokens=(*concept.tokens, *other))
-        with pytest.raises(TokenError, match="one modifier token"):
+        with pytest.raises(TokenError, match="one trigger word"):
             concept.with_token("<tom>")
 
 

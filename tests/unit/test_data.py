@@ -265,7 +265,7 @@ def test_a_caption_without_the_token_is_quoted_with_an_example() -> None:
     with pytest.raises(DataError) as caught:
         concept(images=(GOOD, CaptionedImage(Path("some") / "b.png", "photo of a cat")))
     message = str(caught.value)
-    assert "'photo of a cat' of b.png does not contain the modifier token <new1>" in message
+    assert "'photo of a cat' of b.png does not contain the trigger word <new1>" in message
     assert "Write it like 'photo of a <new1> cat'" in message
 
 
@@ -273,8 +273,8 @@ def test_a_regularization_caption_with_the_token_is_quoted() -> None:
     with pytest.raises(DataError) as caught:
         concept(regularization=(CaptionedImage(RED, "a <new1> cat"),))
     message = str(caught.value)
-    assert "'a <new1> cat' of an image in memory contains the modifier token <new1>" in message
-    assert "remove the token from their captions" in message
+    assert "'a <new1> cat' of an image in memory contains the trigger word <new1>" in message
+    assert "remove the word from their captions" in message
 
 
 @pytest.mark.parametrize("token", ["new1", "<new 1>", "<>", "<new1> cat", "<new1>\n"])
@@ -284,7 +284,7 @@ def test_a_malformed_token_says_how_to_write_it(token: str) -> None:
 
 
 def test_an_initializer_without_a_token_is_refused() -> None:
-    with pytest.raises(DataError, match="'cat' has no modifier token to start"):
+    with pytest.raises(DataError, match="'cat' has no trigger word to start"):
         concept(token="", initializer="cat")
 
 

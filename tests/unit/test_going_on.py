@@ -190,7 +190,7 @@ def test_factors_of_a_higher_rank_are_refused(
     models: DiffusersModels, method: MethodName, given: str
 ) -> None:
     start = trained(models, cat_concept(), replace(config(method, steps=1), rank=4))
-    with pytest.raises(ConfigError, match=f"of {given}.*would go on at rank 3"):
+    with pytest.raises(ConfigError, match=f"of {given}.*would continue at rank 3"):
         trained(models, cat_concept(), replace(config("low-rank"), rank=3), start=start)
 
 

@@ -389,7 +389,7 @@ def test_an_unusable_initializer_is_refused_before_encoding(models: DiffusersMod
 
 def test_a_token_that_the_text_encoder_knows_already_is_refused(models: DiffusersModels) -> None:
     known = models.text_encoder.with_tokens({"clip_l": {"<new1>": torch.zeros(1, 768)}})
-    with pytest.raises(TokenError, match="already knows the modifier token <new1>"):
+    with pytest.raises(TokenError, match="already knows the trigger word <new1>"):
         prepare(concept(), config(), UnusedEncoder(), known)
 
 
@@ -410,7 +410,7 @@ def test_captions_are_refused_exactly_when_their_token_would_be_cut_off(
         with pytest.raises(DataError) as caught:
             prepare(long, settings, UnusedEncoder(), models.text_encoder)
         assert caption in str(caught.value)
-        assert "the modifier token <new1> lies beyond the 77 words" in str(caught.value)
+        assert "the trigger word <new1> lies beyond the 77 words" in str(caught.value)
         assert "shorten the caption" in str(caught.value)
 
 

@@ -422,8 +422,8 @@ def test_one_concept_holds_all_that_was_taught_together(models: DiffusersModels)
 def test_concepts_with_one_token_cannot_be_taught_together(models: DiffusersModels) -> None:
     with pytest.raises(ConfigError) as caught:
         trained_together(models, config(), cat_concept(), dog_concept(), cat_concept(3))
-    assert "modifier tokens are <new1>, <new2>, <new1>" in str(caught.value)
-    assert "rename those that are alike" in str(caught.value)
+    assert "trigger words are <new1>, <new2>, <new1>" in str(caught.value)
+    assert "rename those that are the same" in str(caught.value)
 
 
 def test_a_category_is_taught_without_a_token(models: DiffusersModels) -> None:

@@ -392,7 +392,7 @@ class TestConflicts:
         (conflict,) = report.conflicts  # once, though the end of text conflicts as 'cat' does
         assert "concept 1 in 'photo of a cat'" in conflict
         assert "concept 2 in 'photo of a cat'" in conflict
-        assert "Give each concept its own token" in conflict
+        assert "Give each concept its own trigger word" in conflict
         assert f"conflict: {conflict}" in report.text()
 
     def test_words_that_are_one_to_the_text_encoder_are_told_of(self) -> None:
@@ -473,15 +473,45 @@ class TestReport:
         merged, report = merge([CAT, DOG])
         text = report.text()
         assert text.splitlines() == list(report.lines())
-        assert f"12 constraint rows, 12 different; exact (condition {report.condition:.3g})" in text
-        assert "60 regularization captions" in text
-        assert "concept 1: largest error on its own words 0.00%" in text
-        assert "concept 2: largest error on its own words 0.00%" in text
+        verdict, details = text.split("\n\ndetails\n")
+        assert verdict == "Both concepts keep their look. Nothing else changed."
+        assert report.verdict() == verdict
+        assert (
+            f"12 constraint rows, 12 different; exact (condition {report.condition:.3g})" in details
+        )
+        assert "60 regularization captions" in details
+        assert "concept 1: largest error on its own words 0.00%" in details
+        assert "concept 2: largest error on its own words 0.00%" in details
         norms = [
             sum(float(change_of(c, layer).square().sum()) for layer in LAYERS) ** 0.5
             for c in (merged, CAT, DOG)
         ]
         assert report.change == pytest.approx(norms[0] / max(norms[1:]), rel=1e-5)
+
+    @pytest.mark.parametrize(
+        ("residuals", "change", "verdict"),
+        [
+            ((0.0,), 1, "The concept keeps its look. Nothing else changed."),
+            ((0.0, 0.05), 1, "Both concepts keep their look, nearly. Nothing else changed."),
+            ((0.0,) * 3, 1, "All 3 concepts keep their look. Nothing else changed."),
+            ((0.0, 0.2), 1, "Concept 2 lost some of its look. Nothing else changed."),
+            (
+                (0.2, 0.3),
+                6,
+                "Concept 1 and concept 2 lost some of their look. The rest of the model changed a "
+                "lot.",
+            ),
+        ],
+    )
+    def test_the_verdict_comes_first_and_has_no_technical_word(
+        self, residuals: tuple[float, ...], change: float, verdict: str
+    ) -> None:
+        report = replace(merge([CAT, DOG])[1], residuals=residuals, change=change, damped=True)
+        assert next(report.lines()) == report.summary()[0] == verdict
+        before, _ = report.text().split("\ndetails\n")
+        for word in ("exact", "damped", "condition", "constraint"):
+            assert word not in before
+            assert word not in "".join(report.warnings())
 
     def test_a_large_change_is_a_warning(self) -> None:
         _, report = merge([CAT, shifted_twin(0.1)])
@@ -590,7 +620,7 @@ class TestRefusals:
         message = str(caught.value)
         assert "<new1>" in message
         assert "Rename one of them" in message
-        assert "LoadConcept" in message
+        assert "Load Concept" in message
 
     def test_a_renamed_concept_can_be_merged(self) -> None:
         merged, report = merge([CAT, DOG.with_token("<new1>").with_token("<rex>")])
@@ -641,7 +671,7 @@ class TestRefusals:
         with pytest.raises(MergeError) as caught:
             merge([CAT, random_concept(None)])
         assert "names no word to keep" in str(caught.value)
-        assert "modifier token" in str(caught.value)
+        assert "trigger word" in str(caught.value)
 
     @pytest.mark.parametrize("prompt", ["", "   ", "word " * 100 + "<new1> cat"])
     def test_a_prompt_in_which_the_encoder_finds_no_subject(self, prompt: str) -> None:

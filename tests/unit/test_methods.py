@@ -166,7 +166,7 @@ def test_methods_that_leave_only_words_in_a_concept_need_one(models: DiffusersMo
     moongate = replace(cat_concept(), token="", initializer="")
     bank = random_bank(moongate)
     for method in ("textual inversion", *WHOLE_NETWORK):
-        with pytest.raises(ConfigError, match="no concept has a modifier token"):
+        with pytest.raises(ConfigError, match="no concept has a trigger word"):
             train(config(method), [moongate], [bank], models.denoiser, models.text_encoder)
 
 

@@ -60,7 +60,7 @@ def advice(concept: TrainingConcept) -> Iterator[str]:
         yield f"Without a caption of their own: {some(plain)}. They get '{concept.prompt}'."
     if not concept.token and not concept.regularization:
         yield (
-            f"Without a modifier token the word {concept.class_noun!r} itself is taught, and there "
+            f"There is no trigger word, so {concept.class_noun!r} itself is taught, and there "
             f"are no regularization pictures: the model may draw every {concept.class_noun} like "
             f"this one."
         )

@@ -38,7 +38,7 @@ class TrainingConcept:
             check_modifier_token(self.token)
         elif self.initializer:
             raise DataError(
-                f"The initializer {self.initializer!r} has no modifier token to start. Give a "
+                f"The initializer {self.initializer!r} has no trigger word to start. Give a "
                 f"token, or leave the initializer empty."
             )
         if not self.images:
@@ -52,8 +52,8 @@ class TrainingConcept:
         for image in self.images:
             if self.token not in image.caption:
                 raise DataError(
-                    f"The caption {image.caption!r} of {image.name} does not contain the modifier "
-                    f"token {self.token}, so nothing could be learnt from it. Write it like "
+                    f"The caption {image.caption!r} of {image.name} does not contain the trigger "
+                    f"word {self.token}, so nothing could be learnt from it. Write it like "
                     f"'{self.prompt}'."
                 )
         taught = {_place(image) for image in self.images} - {None}
@@ -68,8 +68,8 @@ class TrainingConcept:
             if self.token and self.token in image.caption:
                 raise DataError(
                     f"The regularization caption {image.caption!r} of {image.name} contains the "
-                    f"modifier token {self.token}. Regularization images show the ordinary class: "
-                    f"remove the token from their captions."
+                    f"trigger word {self.token}. Regularization images show the ordinary class: "
+                    f"remove the word from their captions."
                 )
 
 

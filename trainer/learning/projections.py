@@ -270,7 +270,7 @@ def low_rank_factors(delta: Delta, layer: str, rank: int) -> LowRankDelta:
     if not isinstance(delta, LowRankDelta) or delta.rank > rank:
         given = f"rank {delta.rank}" if isinstance(delta, LowRankDelta) else "no low rank"
         raise ConfigError(
-            f"The concept to go on from is of {given} in {layer}; the low-rank method would go on "
+            f"The concept to extend is of {given} in {layer}; the low-rank method would continue "
             f"at rank {rank}. Set a rank as high, or choose the method 'custom diffusion'."
         )
     return delta

@@ -69,8 +69,8 @@ def words_to_teach(
     names = [concept.token for concept in with_token]
     if len(set(names)) < len(names):
         raise ConfigError(
-            f"The concepts' modifier tokens are {', '.join(names)}. Concepts that are taught "
-            f"together need a token each: rename those that are alike."
+            f"The concepts' trigger words are {', '.join(names)}. Concepts that are trained "
+            f"together need one each: rename those that are the same."
         )
     learnt = {token.name: token.embeddings for token in start.tokens}
     words: dict[str, dict[str, nn.Parameter]] = {}
