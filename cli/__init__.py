@@ -23,6 +23,7 @@ from . import (
     sampling,
     training,
 )
+from .models import check_device
 
 INTERRUPTED = 130  # exit status after Ctrl-C
 
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     options = parser().parse_args(arguments)
     try:
+        if "device" in options:
+            check_device(options.device)
         options.command(options)
     except CustomDiffusionError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -42,6 +42,8 @@ def import_command(options: argparse.Namespace) -> None:
     check_new(options.output)
     opened = open_concept(options.file, _base(options), options.class_noun)
     print(f"{options.file} is {opened.title}")
+    for fact in opened.facts:
+        print(fact)
     for note in opened.notes:
         print(f"note: {note}")
     concept = opened.concept.with_token(options.token) if options.token else opened.concept

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..concept.errors import ConfigError
 from ..concept.file import read_concept
-from ..merge.merging import DEFAULT_RELATIVE_RIDGE, merge_concepts
+from ..merge.merging import DEFAULT_RELATIVE_RIDGE, check_mergeable, merge_concepts
 from .models import captions_for, load
 from .output import check_new, save
 
@@ -41,11 +41,13 @@ def merge_command(options: argparse.Namespace) -> None:
             )
         renamed = zip(concepts, options.tokens, strict=True)
         concepts = [concept.with_token(token) for concept, token in renamed]
+    strengths = options.strengths or [1.0] * len(concepts)
+    check_mergeable(concepts, strengths)  # here too: loading the model takes a minute
     with tqdm(total=100, desc="merging", unit="%") as bar:
         merged, report = merge_concepts(
             concepts,
             text_encoder(load(options.model)),
-            strengths=options.strengths,
+            strengths=strengths,
             captions=captions_for(options.model, options.captions),
             relative_ridge=options.ridge,
             cache_folder=options.cache,

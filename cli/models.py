@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..concept.errors import IncompatibleModelError
+from ..concept.errors import ConfigError, IncompatibleModelError
 from ..formats.base import BaseModel, read_base
 from ..merge.captions import read_captions
 from ..trainer.config import MethodName, TrainConfig
@@ -33,6 +33,22 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=DTYPES,
         help="of frozen weights; default: bfloat16 on a GPU that has it, else float32",
     )
+
+
+def check_device(name: str) -> None:
+    """Raises ConfigError for a device that PyTorch does not know or cannot use here."""
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"--device {name} cannot be used by this PyTorch ({torch.__version__}): {reason}. Use "
+            f"--device cpu, which is slow; for a GPU install its driver, and a PyTorch that was "
+            f"built for it."
+        ) from error
 
 
 def precision(given: str | None, device: str) -> torch.dtype:

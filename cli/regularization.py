@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..host.open_clip.text import MODEL, MODELS
 from ..trainer.data.training_concept import instance_caption
-from ..trainer.learning.projections import base_hash
+from ..trainer.jobs.fingerprint import models_fingerprint
 from ..trainer.regularization.caption_index import CaptionIndex
 from ..trainer.regularization.collection import parts_of
 from ..trainer.regularization.drawn import generated_set
@@ -77,7 +77,7 @@ def regularize_command(options: argparse.Namespace) -> None:
     caption = instance_caption("", options.class_noun)
     with borrowed_models(pipeline) as models:
         settings = {
-            "model": base_hash(models.denoiser),
+            "model": models_fingerprint(models.text_encoder, (pipeline.unet, pipeline.vae)),
             "seed": options.seed,
             "steps": options.steps,
             "guidance": options.guidance,

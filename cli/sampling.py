@@ -9,13 +9,17 @@ from typing import Any
 from ..composition.routing import Route
 from ..concept.errors import ConfigError
 from ..concept.file import read_concept
+from ..concept.fit import text_remark
+from ..concept.text import text_mark
 from .models import DEFAULTS, add_model_options, load, precision, recipe_for
 
 
 def add_to(commands: Any) -> None:
     draw = commands.add_parser("sample", help="draw pictures, with a concept or without")
     add_model_options(draw)
-    draw.add_argument("--prompt", required=True)
+    draw.add_argument(
+        "--prompt", required=True, help="of any length; weights as in ComfyUI, (cat:1.2)"
+    )
     draw.add_argument("--concept", type=Path)
     draw.add_argument("--unet", type=Path, help="a whole UNet that was trained here")
     draw.add_argument("--strength", type=float, default=1.0, help="of --concept")
@@ -38,6 +42,7 @@ def add_to(commands: Any) -> None:
 
 
 def sample_command(options: argparse.Namespace) -> None:
+    from ..host.diffusers.lending import text_encoder
     from ..host.diffusers.loading import load_network
     from ..host.diffusers.sampling import sample, side_by_side
 
@@ -55,6 +60,10 @@ def sample_command(options: argparse.Namespace) -> None:
         Route(read_concept(path), strength)
         for path, strength in zip(options.route, strengths, strict=True)
     ]
+    mark = text_mark(text_encoder(pipeline))
+    for one in [*([concept] if concept else []), *(route.concept for route in routes)]:
+        if remark := text_remark(one, mark):
+            print(f"warning: {remark}")
     pictures = sample(
         pipeline,
         [options.prompt] * options.count,

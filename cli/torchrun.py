@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from ..concept.concept import Concept
 from ..trainer.economy.processes import DataParallel
+from .models import check_device
 
 _CPU = torch.device("cpu")
 
@@ -80,6 +81,7 @@ def team(device: str) -> Iterator[Team]:
     on_gpu = device.startswith("cuda")
     if on_gpu:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+        check_device(device)
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,10 @@ from ..concept.prompts import DEFAULT_TEMPLATE, STYLE_TEMPLATE
 from ..concept.text import TextEncoder
 from ..merge.projection import project_on_own_words
 from ..trainer.config import TrainConfig
-from ..trainer.data.folders import load_folder
+from ..trainer.data.advice import advice
+from ..trainer.data.folders import folder_advice, load_folder
 from ..trainer.data.training_concept import TrainingConcept, instance_caption
-from ..trainer.events import Event, MemoryShort, RegularizationLeftOut, StepDone
+from ..trainer.events import Event, Notice, StepDone
 from ..trainer.jobs.fingerprint import training_fingerprint
 from ..trainer.learning.network_file import fold_in, write_network
 from ..trainer.loop import train
@@ -28,7 +30,7 @@ from ..trainer.methods import METHODS
 from ..trainer.prepare import prepare
 from ..trainer.start import check_start
 from .models import DEFAULTS, add_model_options, captions_for, load, precision, recipe_for
-from .output import check_new, progress, save, stop_on_interrupt
+from .output import check_new, progress, save, save_at_any_rate, stop_on_interrupt
 from .settings import add_setting_options, chosen_settings
 from .torchrun import Team, team
 from .training_job import run_as_job
@@ -92,12 +94,24 @@ def add_to(commands: Any) -> None:
 def train_command(options: argparse.Namespace) -> None:
     check_new(options.output)
     if METHODS[options.method].whole_network:
-        check_new(_network_file(options))
+        check_new(_network_file(options.output))
     config = training_config(options)
     concepts = _training_concepts(options)
     start = read_concept(options.start) if options.start else None
     with team(options.device) as together:
+        if together.leads:
+            _show_advice(options, concepts)
         _train(options, config, concepts, start, together)
+
+
+def _show_advice(options: argparse.Namespace, concepts: list[TrainingConcept]) -> None:
+    """What the Concept node says of its pictures."""
+    for folder in [*options.images, *(options.regularization or [])]:
+        for sentence in folder_advice(folder):
+            print(f"note: {folder}: {sentence}", file=sys.stderr)
+    for concept in concepts:
+        for sentence in advice(concept):
+            print(f"note: {sentence}", file=sys.stderr)
 
 
 def _train(
@@ -136,11 +150,17 @@ def _train(
             together.follow(run)
             return
         run = partial(together.train, run)
-        keep = partial(_keep, options, models.denoiser, models.text_encoder)
+        finish = partial(_finished, options, models.denoiser, models.text_encoder)
+        save_result = partial(_save, options, models.denoiser)
         if options.jobs:
             networks = (pipeline.unet, pipeline.vae)
             same = training_fingerprint(config, concepts, models.text_encoder, networks, start)
             fingerprint = f"{options.output} {same}"
+
+            def keep(result: Concept) -> Path:
+                save_result(finish(result), options.output)
+                return options.output  # type: ignore[no-any-return]
+
             run_as_job(options.jobs, options.output.stem, config, fingerprint, run, keep)
             return
         with (
@@ -151,7 +171,7 @@ def _train(
         if result.provenance["steps"] == 0:
             print("stopped before the first step: nothing was learnt, nothing was saved")
             return
-        keep(result)
+        save_at_any_rate(partial(save_result, finish(result)), options.output)
 
 
 def training_config(options: argparse.Namespace) -> TrainConfig:
@@ -164,25 +184,32 @@ def training_config(options: argparse.Namespace) -> TrainConfig:
     )
 
 
-def _keep(
+def _finished(
     options: argparse.Namespace,
     denoiser: DiffusersDenoiser,
     encoder: TextEncoder,
     result: Concept,
-) -> Path:
+) -> Concept:
+    """What is saved of the result, once: the rest of it is in the network afterwards."""
     if METHODS[options.method].whole_network:
-        network = _network_file(options)
         result = fold_in(denoiser, result)
-        write_network(denoiser.network, network)
-        print(f"saved {network} ({size_of(network)}): the whole UNet")
     if result.scope == "own words" and not options.whole:
         result, _ = project_on_own_words(result, encoder, captions=captions_for(options.model))
-    save(result, options.output)
-    return options.output  # type: ignore[no-any-return]
+    return result
 
 
-def _network_file(options: argparse.Namespace) -> Path:
-    return options.output.with_name(f"{options.output.stem}-unet.safetensors")  # type: ignore[no-any-return]
+def _save(
+    options: argparse.Namespace, denoiser: DiffusersDenoiser, result: Concept, output: Path
+) -> None:
+    if METHODS[options.method].whole_network:
+        network = _network_file(output)
+        write_network(denoiser.network, network)
+        print(f"saved {network} ({size_of(network)}): the whole UNet")
+    save(result, output)
+
+
+def _network_file(output: Path) -> Path:
+    return output.with_name(f"{output.stem}-unet.safetensors")
 
 
 def _training_concepts(options: argparse.Namespace) -> list[TrainingConcept]:
@@ -224,5 +251,5 @@ def _show(event: Event, bar: tqdm[None]) -> None:
     if isinstance(event, StepDone):
         bar.set_postfix(loss=f"{event.loss:.4f}", refresh=False)
         bar.update(event.step - bar.n)
-    elif isinstance(event, MemoryShort | RegularizationLeftOut):
+    elif isinstance(event, Notice):
         bar.write(event.text())

@@ -1,6 +1,8 @@
 """Files that are complete or absent: written beside their place, flushed to disk, then renamed."""
 
+import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable
@@ -38,18 +40,23 @@ def write_atomically(
         else:
             taken = not _publish(temporary, path)
     except (OSError, SafetensorError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise ConceptFileError(
-            f"{path} could not be written ({reason}): about "
-            f"{expected_bytes / 1e6:.1f} MB were needed, {_free_bytes(path.parent) / 1e6:.1f} MB "
-            "are free on that disk. Free some space or choose another folder; nothing "
-            "half-written was left."
-        ) from error
+        raise ConceptFileError(_not_written(path, error, expected_bytes)) from error
     finally:
         if os.path.exists(temporary):  # False, not an error, where the path itself is impossible
             temporary.unlink()
     if taken:
         raise FileExistsError(path)
+
+
+def try_place(path: Path) -> None:
+    """Writes an empty file and removes it again, so that a result which takes hours is not made for
+    a place where nothing can be written.
+
+    Folders on the way are made, and stay. Raises ConceptFileError with the cause, and
+    FileExistsError where something is there already.
+    """
+    write_atomically(path, lambda temporary: temporary.touch(), replace=False)
+    path.unlink()
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -60,6 +67,34 @@ def write_text_atomically(path: Path, text: str) -> None:
 def write_bytes_atomically(path: Path, content: bytes) -> None:
     """`write_atomically` for bytes in memory."""
     write_atomically(path, lambda temporary: temporary.write_bytes(content), len(content))
+
+
+def _not_written(path: Path, error: OSError | SafetensorError, expected_bytes: int) -> str:
+    """The cause, and what helps against it."""
+    reason, number = str(error), None
+    if isinstance(error, OSError):
+        reason, number = error.strerror or reason, error.errno
+    elif found := re.search(r"os error (\d+)", reason):  # safetensors writes in another language
+        number = int(found[1])
+    file = next((p for p in path.parents if os.path.lexists(p) and not os.path.isdir(p)), None)
+    if file:
+        advice = f"{file} is no folder: move it away or choose another folder"
+    elif number == errno.ENAMETOOLONG:
+        advice = f"The name has {len(os.fsencode(path.name))} bytes: choose a shorter one"
+    elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        advice = f"Give yourself permission to write in {path.parent}, or choose another folder"
+    elif number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        advice = "Free some space or choose another folder"
+    else:
+        advice = "Choose another folder"
+    size = (
+        f": about {expected_bytes / 1e6:.1f} MB were needed, "
+        f"{_free_bytes(path.parent) / 1e6:.1f} MB are free on that disk"
+    )
+    return (
+        f"{path} could not be written ({reason}){size if expected_bytes else ''}. {advice}; "
+        f"nothing half-written was left."
+    )
 
 
 def _usual_mode(path: Path) -> int:
@@ -89,5 +124,5 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def _free_bytes(folder: Path) -> int:
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    existing = next(p for p in (folder, *folder.parents) if os.path.isdir(p))
     return shutil.disk_usage(existing).free

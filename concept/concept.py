@@ -5,8 +5,10 @@ one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any, Literal
 
 import torch
@@ -15,6 +17,9 @@ from torch import Tensor
 from .errors import TokenError
 from .layers import FAMILIES, Family, sort_layers
 from .prompts import check_modifier_token
+
+SAME_WORD_DISTANCE = 1e-2
+"""Words whose vectors are closer than this, relative to their length, are one word"""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class DenseDelta:
         return DenseDelta(self.weight.to(dtype))
 
     def scaled(self, factor: float) -> DenseDelta:
-        return DenseDelta(self.weight * factor)
+        """In float32."""
+        return DenseDelta(self.weight.float() * factor)
 
     def tensors(self) -> dict[str, Tensor]:
         """Named as stock LoRA loaders read them."""
@@ -71,7 +77,11 @@ class LowRankDelta:
         return LowRankDelta(self.up.to(dtype), self.down.to(dtype))
 
     def scaled(self, factor: float) -> LowRankDelta:
-        return LowRankDelta(self.up * factor, self.down)
+        """In float32, a root of the factor on either side: in half precision all of it on one
+        could be too large or too small for the type.
+        """
+        root = math.sqrt(abs(factor))
+        return LowRankDelta(self.up.float() * math.copysign(root, factor), self.down.float() * root)
 
     def tensors(self) -> dict[str, Tensor]:
         """Named as stock LoRA loaders read them; alpha = rank makes their scale exactly one."""
@@ -128,8 +138,8 @@ class Concept:
             if name in names:
                 raise TokenError(
                     f"Two concepts use the trigger word {name}; it can mean only one thing. "
-                    "Rename one of them (Load Concept has an input for it), or train it with "
-                    "another trigger word."
+                    "Rename one of them (in ComfyUI with Load Concept's new_trigger_word, with "
+                    "--tokens of `custom-diffusion merge`), or train it with another trigger word."
                 )
             names.add(name)
 
@@ -170,6 +180,26 @@ class Concept:
         """One line for messages and lists."""
         tokens = ", ".join(f"{t.name} {t.class_noun}".strip() for t in self.tokens) or "no word"
         return f"{tokens} ({FAMILIES[self.family.name].title}, {len(self.deltas)} projections)"
+
+
+def same_vectors(rows: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Whether two words (text encoder name → (vectors, width)) are one to every text encoder, up to
+    what half precision rounds.
+    """
+    for name, row in rows.items():
+        one, other = row.detach().float(), others[name].detach().to(row.device).float()
+        if one.shape != other.shape or (one - other).norm() > SAME_WORD_DISTANCE * one.norm():
+            return False
+    return True
+
+
+def alike_tokens(tokens: Sequence[ModifierToken]) -> list[tuple[str, str]]:
+    """Names of every two tokens that no prompt can tell apart, whatever they are called."""
+    return [
+        (one.name, other.name)
+        for one, other in combinations(tokens, 2)
+        if same_vectors(one.embeddings, other.embeddings)
+    ]
 
 
 def hash_projections(weights: Mapping[str, Tensor]) -> str:

@@ -2,12 +2,19 @@
 before it applies one.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .concept import Concept
 from .errors import IncompatibleModelError
 from .layers import Family
+from .text import MARK_PROMPT
+
+TEXT_MARK = "text_mark"
+"""Key of a concept's provenance: `concept.text.text_mark` of the encoder that it was made with"""
+_OTHER_TEXT = 0.05
+"""Relative distance of marks; bfloat16 moves them by 0.01, the next layer by 0.2 and more"""
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,26 @@ def check_fit(concept: Concept, family: Family, shapes: Mapping[str, tuple[int, 
     raise IncompatibleModelError(
         f"The concept {concept.describe()} does not fit this model in {len(reasons)} of "
         f"{len(concept.deltas)} projections: {reasons[0]}. Load the base model it was trained on."
+    )
+
+
+def text_remark(concept: Concept, mark: Sequence[float]) -> str:
+    """What may show in pictures because a text encoder, known by its `text_mark`, is not the one
+    that the concept was made with; empty where it is, or where the concept does not remember.
+    """
+    made_with = concept.provenance.get(TEXT_MARK)
+    if not isinstance(made_with, list) or len(made_with) != len(mark):
+        return ""
+    if not all(isinstance(number, int | float) for number in made_with):
+        return ""
+    far = math.dist(mark, made_with) / max(math.hypot(*made_with), 1e-30)
+    if not far > _OTHER_TEXT:
+        return ""
+    return (
+        f"{concept.describe()} was made with another text encoder, or at another clip skip: what "
+        f"this CLIP makes of '{MARK_PROMPT}' differs by {min(far, 9.99):.0%}, so the concept is "
+        f"drawn less exactly at its own words. Use the CLIP that it was made with, and the same "
+        f"layer (the node CLIP Set Last Layer), or merge or train again with this one."
     )
 
 

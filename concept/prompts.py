@@ -39,6 +39,13 @@ def split_at_tokens(text: str, tokens: Iterable[str]) -> list[str]:
     return [piece for piece in re.split(pattern, text) if piece]
 
 
+def unknown_words(text: str, known: Iterable[str]) -> list[str]:
+    """Every `<word>` of a prompt that is none of the known ones, once each."""
+    names = set(known)
+    pieces = (piece for piece in split_at_tokens(text, names) if piece not in names)
+    return list(dict.fromkeys(word for piece in pieces for word in _MODIFIER_TOKEN.findall(piece)))
+
+
 def own_positions(
     token_ids: Sequence[int], token_word_ids: Sequence[int], noun_ids: Sequence[int]
 ) -> list[int]:

@@ -165,9 +165,28 @@ def at_least_half(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+_UNPACK = "Unpack it, and give what was in it"
+_WEIGHTS = "Give a file of weights, as .safetensors"
+_OTHERS = {
+    b"\x1f\x8b": ("packed with gzip", _UNPACK),
+    b"7z\xbc\xaf": ("packed with 7-Zip", _UNPACK),
+    b"Rar!": ("packed with RAR", _UNPACK),
+    b"GGUF": ("a quantised model (GGUF)", "Give the same model as .safetensors"),
+    b"\x89PNG": ("a picture", _WEIGHTS),
+    b"\xff\xd8\xff": ("a picture", _WEIGHTS),
+    b"\x89HDF": ("an HDF5 file", _WEIGHTS),
+}
+"""What files begin with → what they are, and what to do"""
+
+
 def imposter(start: bytes) -> tuple[str, str] | None:
     """What a file is by its first bytes, and what to do, where it is no file of weights at all."""
-    text = start.lstrip().lower()
+    if not start:
+        return "it is truncated to nothing", _AGAIN
+    for magic, (kind, remedy) in _OTHERS.items():
+        if start.startswith(magic):
+            return f"it is {kind}", remedy
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith(b"version https://git-lfs"):
         return (
             "it is a pointer of Git LFS, which stands for the file itself",
@@ -189,8 +208,8 @@ def _header(path: Path, file: BinaryIO) -> Header:
         if start[:2] in (b"PK", *(bytes([0x80, n]) for n in range(2, 6))):
             raise UnreadableFileError(
                 path,
-                "it is a pickle with another name, and pickles can run code when opened, so it was "
-                "not",
+                "it is a pickle, a PyTorch archive of them or another zip, with the wrong ending; "
+                "pickles can run code when opened, so it was not",
                 "Ask for the concept as .safetensors",
             )
         if found := imposter(start):

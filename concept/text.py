@@ -72,6 +72,26 @@ class TextEncoder(Protocol):
         ...
 
 
+MARK_PROMPT = "photo of a cat"
+_MARK_NUMBERS = 32
+
+
+@torch.no_grad()
+def text_mark(encoder: TextEncoder) -> list[float]:
+    """A few numbers by which a text encoder, and the layer of it that is read (clip skip), is known
+    again: of what it makes of the end of `MARK_PROMPT`. Close in whatever precision it computes.
+    """
+    ids = encoder.tokenize(MARK_PROMPT)
+    (features,) = encoder.encode(encoder.pad([ids]))
+    return mark_of(features[len(ids) - 1])
+
+
+def mark_of(features: Tensor) -> list[float]:
+    """The mark, from the feature (d,) of the end of the prompt."""
+    some = features[:: max(1, len(features) // _MARK_NUMBERS)][:_MARK_NUMBERS]
+    return [float(f"{number:.4g}") for number in some.tolist()]
+
+
 @torch.no_grad()
 def encode_unpadded(
     encoder: TextEncoder,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..concept.tensors import MOST_TENSORS, read_into
-from .zip_entries import Entry, read_entries, read_entry
+from .zip_entries import STRUCTURE, Entry, read_entries, read_entry
 
 _LARGEST_PICKLE = 16 << 20
 """Bytes of structure in an archive; that of a whole checkpoint has less than a million"""
@@ -70,12 +70,12 @@ _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 def read_archive(file: BinaryIO, file_bytes: int) -> Any:
     """What torch.save wrote: tensors, on the CPU and in memory of their own, and plain containers.
 
-    Raises ValueError that says what else the file is or holds.
+    Raises ValueError that says what else the file is or holds, OtherZipError for any other zip.
     """
     entries = read_entries(file, file_bytes)
-    pickles = [name for name in entries if name.endswith("/data.pkl")]
+    pickles = [name for name in entries if name.endswith(STRUCTURE)]
     if len(pickles) != 1:
-        raise ValueError("it is a zip file, but not one that PyTorch wrote")
+        raise ValueError("it is a zip file, but not one that PyTorch wrote: those hold one pickle")
     folder = pickles[0].removesuffix("data.pkl")
     order = entries.get(f"{folder}byteorder")
     if order and read_entry(file, Entry(order.start, min(order.size, 10))) != b"little":

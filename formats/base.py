@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
-import torch
 from torch import Tensor
 
-from ..concept.concept import Delta, hash_projections
+from ..concept.concept import hash_projections
 from ..concept.errors import ConceptFileError, IncompatibleModelError, UnreadableFileError
 from ..concept.layers import Family, family_of_width, is_projection
 from ..concept.plain import read_json
 from ..concept.tensors import opened, read_tensors
 from .names import layer_of
+from .relative import Relative, Whole
 
 _FARTHEST = 0.5
 """Relative change above which weights are of another base. Custom Diffusion moves keys and values
 by a few per cent; unrelated weights differ by more than their own norm."""
-_WHOLE = "diffusion_pytorch_model.safetensors"
-_INDEX = ".index.json"
+_STEM = "diffusion_pytorch_model"
+_INDEX = ".index"
+_VARIANTS = "", ".fp16", ".bf16", ".fp32", ".non_ema"
+"""How the name of a file may go on that holds the same weights, rounded or not averaged; the first
+that is there is taken
+"""
 _LARGEST_INDEX = 8 << 20
 """Bytes; what is behind them is not read, and then the index is none"""
 
@@ -52,57 +57,48 @@ class BaseModel:
     def hash(self) -> str:
         return hash_projections({k: w for k, w in self.weights.items() if is_projection(k)})
 
-    def changes(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole matrices minus the base's, in float32.
+    def changes(self, relative: Mapping[str, Relative]) -> tuple[dict[str, Tensor], float | None]:
+        """What is added to each matrix, in float32; and how far the matrices in the file are from
+        the base's, as a share of their norm, None where the file holds no matrices.
 
         Raises IncompatibleModelError where layers or shapes differ, and where the weights are so
-        far from the base that they must belong to another one.
+        far from the base that they must belong to another one; ValueError where a change does not
+        fit its matrix.
         """
-        changes = {k: w.float() - self._weight(k, w.shape) for k, w in whole.items()}
-        norm = torch.stack([self.weights[k].float().norm().cpu() for k in whole]).norm()
-        moved = float(torch.stack([c.norm() for c in changes.values()]).norm() / norm)
-        if not moved <= _FARTHEST:
+        changes: dict[str, Tensor] = {}
+        squares = [0.0, 0.0]
+        for layer, one in relative.items():
+            own = self._weight(layer, one.shape)  # first: forged factors can be huge
+            try:
+                changes[layer] = one.change(own)
+            except (ValueError, RuntimeError) as error:
+                raise ValueError(f"{layer}: {error}") from error
+            if one.tells_base:
+                for index, matrix in enumerate((changes[layer], own)):
+                    squares[index] += float(matrix.double().square().sum())
+        if not any(one.tells_base for one in relative.values()):
+            return changes, None
+        moved = math.sqrt(squares[0] / squares[1]) if squares[1] else math.inf
+        # Of a DoRA nobody can say how far its training went, so that is shown and not judged.
+        if not moved <= _FARTHEST and any(isinstance(one, Whole) for one in relative.values()):
             raise IncompatibleModelError(
                 f"The weights in the file differ from the base model given by {moved:.0%} of their "
                 f"norm; training moves them by a few per cent. They were trained on another base "
                 f"model: give that one."
             )
-        return changes
+        return changes, moved
 
-    def decomposed(
-        self, deltas: Mapping[str, Delta], magnitudes: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """The whole matrices of DoRA: base and change together, each row or column scaled to its
-        magnitude. The norm it has before is that of the sum, as where PEFT and LyCORIS train it.
-
-        Raises IncompatibleModelError where layers or shapes differ, and ValueError where magnitudes
-        do not fit.
-        """
-        whole = {}
-        for layer, magnitude in magnitudes.items():
-            out, width = deltas[layer].shape
-            own = self._weight(layer, (out, width))  # first: forged factors can be huge
-            if magnitude.shape in ((out,), (out, 1)):
-                axis = 1
-            elif magnitude.shape == (1, width):
-                axis = 0
-            else:
-                raise ValueError(
-                    f"{layer}: magnitudes {tuple(magnitude.shape)} are neither those of its {out} "
-                    f"rows nor of its {width} columns"
-                )
-            moved = own + deltas[layer].dense().float()
-            norms = moved.norm(dim=axis, keepdim=True)
-            whole[layer] = magnitude.float().reshape(norms.shape) * moved / norms
-        return whole
-
-    def _weight(self, layer: str, shape: tuple[int, ...]) -> Tensor:
+    def _weight(self, layer: str, shape: tuple[int | None, int | None]) -> Tensor:
         """In float32, on the CPU, beside a matrix of the file that has this shape."""
         own = self.weights.get(layer)
-        if own is None or own.shape != shape:
+        fits = own is not None and all(
+            size in (None, there) for size, there in zip(shape, own.shape, strict=True)
+        )
+        if own is None or not fits:
             given = "absent" if own is None else tuple(own.shape)
+            needed = tuple("any" if size is None else size for size in shape)
             raise IncompatibleModelError(
-                f"{layer} is {tuple(shape)} in the file and {given} in the base model, "
+                f"{layer} is {needed} in the file and {given} in the base model, "
                 f"{self.family.title}. Give the model that the file was trained on."
             )
         return own.to("cpu").float()
@@ -116,16 +112,14 @@ def read_base(path: Path) -> BaseModel:
     file = path
     if os.path.isdir(path):
         unet = path / "unet" if os.path.isdir(path / "unet") else path
-        file = unet / _WHOLE
-        if not file.exists() and (unet / (_WHOLE + _INDEX)).exists():
-            file = unet / (_WHOLE + _INDEX)
+        file = _weight_file(unet, _STEM) or unet / f"{_STEM}.safetensors"
     if not os.path.isfile(file):
         raise ConceptFileError(
             f"There is no base model {file}. Give a checkpoint as .safetensors, or a folder in "
             "diffusers' layout."
         )
     weights: dict[str, Tensor] = {}
-    for part in shards(file) if file.name.endswith(_INDEX) else [file]:
+    for part in _parts(file):
         weights |= read_cross_attention(part)
     base = BaseModel.of(weights.items())
     try:
@@ -133,6 +127,40 @@ def read_base(path: Path) -> BaseModel:
     except IncompatibleModelError as error:
         raise IncompatibleModelError(f"{file.name}: {error}") from error
     return base
+
+
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """The .safetensors of a part of a model in diffusers' layout: one, or several with an index;
+    rounded ones (`.fp16`) where there are no others. Raises IncompatibleModelError.
+    """
+    file = _weight_file(folder, stem)
+    if file is not None:
+        return _parts(file)
+    others = sorted(found.name for found in folder.glob(f"{stem}*") if found.is_file())
+    raise IncompatibleModelError(
+        f"its {folder.name} has no {stem}.safetensors"
+        + (
+            f", only {', '.join(others)}, which can run code when opened and so was not. "
+            f"Convert it: load the folder with diffusers where you trust it, and save_pretrained "
+            f"it again"
+            if others
+            else ""
+        )
+    )
+
+
+def _weight_file(folder: Path, stem: str) -> Path | None:
+    """The file that holds a part's weights, or the index of those that do."""
+    for variant in _VARIANTS:
+        for name in (f"{stem}{variant}.safetensors", f"{stem}.safetensors{_INDEX}{variant}.json"):
+            if os.path.isfile(folder / name):
+                return folder / name
+    return None
+
+
+def _parts(file: Path) -> list[Path]:
+    index = f".safetensors{_INDEX}" in file.name and file.name.endswith(".json")
+    return shards(file) if index else [file]
 
 
 def shards(index: Path) -> list[Path]:
@@ -167,8 +195,8 @@ def read_cross_attention(file: Path) -> dict[str, Tensor]:
         weights, _ = read_tensors(file, lambda name: bool(layer_of(name.removesuffix(".weight"))))
     except UnreadableFileError as error:
         raise ConceptFileError(
-            f"{file.name} cannot be read as a .safetensors checkpoint ({error.reason}). Copy it "
-            "again, or convert it to .safetensors."
+            f"{file.name} cannot be read as a .safetensors checkpoint ({error.reason}). Give the "
+            "whole model as .safetensors: copy or download it again, or convert it."
         ) from error
     odd = next((name for name, weight in weights.items() if weight.ndim != 2), None)
     if odd is not None:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -19,11 +19,22 @@ from torch import Tensor
 from ..concept.errors import ConceptFileError, UnreadableFileError
 from ..concept.tensors import at_least_half, imposter, opened, read_header, read_tensors
 from .archive import read_archive
+from .zip_entries import OtherZipError
 
-ENDINGS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
+ENDINGS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".pti")
 """How such files are called; what they are is decided by content"""
 
 _ZIP_START = b"PK\x03\x04"
+_PICKLES = (
+    *(bytes([0x80, protocol]) for protocol in range(2, 6)),
+    b"(dp",
+    b"(lp",
+    b"cposix\n",
+    b"ccopy",
+)
+"""How pickles begin, of the later protocols and of the first"""
+_LONGEST_PATH = 300
+"""Characters of a container's path; deeper ones need none of their own"""
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,24 @@ class Content:
     def part(self, name: str) -> Mapping[str, Any]:
         """The container of that name; empty where there is none."""
         return container(self.values.get(name))
+
+    def tensor_paths(self) -> list[str]:
+        """Every tensor in it, `state_dict/embed`; one of the paths of what lies in several."""
+        paths, seen = [], set()
+        open_containers: list[tuple[str, Any]] = [("", self.values)]
+        while open_containers:
+            place, value = open_containers.pop()
+            if id(value) in seen:  # an archive may hold a container in itself
+                continue
+            seen.add(id(value))
+            inner = value.items() if isinstance(value, Mapping) else enumerate(value)
+            for name, part in inner:
+                path = f"{place}/{name}" if place else str(name)
+                if isinstance(part, Tensor):
+                    paths.append(path)
+                elif isinstance(part, Mapping | list | tuple):
+                    open_containers.append((path[:_LONGEST_PATH], part))
+        return paths
 
 
 def container(value: object) -> Mapping[str, Any]:
@@ -77,23 +106,56 @@ def read_content(path: Path, judge: Callable[[Content], object] = lambda shapes:
     with opened(path) as file:
         start = file.read(100)
         if start.startswith(_ZIP_START):
-            try:
-                values = read_archive(file, os.fstat(file.fileno()).st_size)
-            except ValueError as error:
-                raise ConceptFileError(
-                    f"{path.name} is a PyTorch archive that cannot be read as plain tensors: "
-                    f"{error}. It is damaged, or holds objects that run code when opened, which "
-                    "was not done. Copy it again, or ask for it as .safetensors."
-                ) from error
-            return Content(path, {"": values} if isinstance(values, Tensor) else container(values))
+            return Content(path, _named(path, _unpacked(path, file)))
     if start[8:9] == b"{":
         judge(read_shapes(path))
         tensors, metadata = read_tensors(path)
         return Content(path, tensors, metadata)
     if found := imposter(start):
         raise UnreadableFileError(path, *found)
+    if start.startswith(_PICKLES):
+        raise ConceptFileError(
+            f"{path.name} is a bare pickle, which can run code when opened: ask for it as "
+            ".safetensors. PyTorch before 1.6 wrote files so; it was not opened."
+        )
     raise ConceptFileError(
-        f"{path.name} is neither a .safetensors nor a PyTorch archive. If it comes from a PyTorch "
-        "older than 1.6, it is a bare pickle, which can run code when opened: ask for it as "
-        ".safetensors. If it should be one of the others, it is damaged: copy it again."
+        f"{path.name} is neither a .safetensors nor a PyTorch archive: it begins with "
+        f"{start[:16]!r}. Copy it again, or ask for it as .safetensors."
+    )
+
+
+def _unpacked(path: Path, file: BinaryIO) -> object:
+    """What lies in an archive. Raises ConceptFileError."""
+    try:
+        return read_archive(file, os.fstat(file.fileno()).st_size)
+    except OtherZipError as error:
+        raise ConceptFileError(f"{path.name} cannot be read: {error}.") from error
+    except ValueError as error:
+        raise ConceptFileError(
+            f"{path.name} is a PyTorch archive that cannot be read as plain tensors: {error}. It "
+            "is damaged, or holds objects that run code when opened, which was not done. Copy it "
+            "again, or ask for it as .safetensors."
+        ) from error
+
+
+def _named(path: Path, values: object) -> Mapping[str, Any]:
+    """What an archive holds, by name: a lone tensor has none. Of a list of containers, as some
+    embeddings are, all that is in them.
+    """
+    if isinstance(values, Tensor):
+        return {"": values}
+    if isinstance(values, list) and values and all(container(value) for value in values):
+        names = [name for value in values for name in value]
+        if len(set(names)) == len(names):
+            return {name: part for value in values for name, part in value.items()}
+    if container(values) or values == {}:
+        return container(values)
+    if isinstance(values, dict):
+        held = ", ".join(str(name)[:100] for name in list(values)[:3])
+        what = f"names its parts {held}, as a hypernetwork does"
+    else:
+        what = f"holds a {type(values).__name__} without names, as a LoRA of the first script does"
+    raise ConceptFileError(
+        f"{path.name} is a PyTorch archive that {what}. A concept cannot hold that. Custom "
+        f"Diffusion deltas, LoRAs of cross-attention, and textual-inversion embeddings can be read."
     )

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import Tensor
 
 from ..concept.layers import FAMILIES
 from .content import Content, tensors_of
-from .found import Found, Rows, modifier_token, rows
+from .found import Found
 
-_ENCODERS = ("clip_l", "clip_g")
-_NAMELESS = ("emb_params", "*", "", *_ENCODERS)
+_PAIRS = {"clip_l", "clip_g", "text_encoders_0", "text_encoders_1"}
+"""Of SDXL, as most tools and as the first scripts for pivotal tuning (`.pti`) call them"""
+_OUTPUT = {"clip_l_out", "clip_g_out"}
+"""OneTrainer's vectors for what comes out of a text encoder, where a concept has no place"""
+_NAMELESS = {"emb_params", "*", ""}
 _WIDTHS = {width for family in FAMILIES.values() for width in family.text_encoders.values()}
+_KNOWN = _PAIRS | _OUTPUT | _NAMELESS
+_PARAMETER = re.compile(r"\.(weight|bias)$")
+_PART_OF_A_NETWORK = re.compile(r"\.|^(clip|t5|text_encoder)")
 
 
 def read_embeddings(content: Content) -> Found | None:
@@ -20,23 +28,46 @@ def read_embeddings(content: Content) -> Found | None:
     if params:
         name = content.values.get("name")
         word = name if isinstance(name, str) and name else content.path.stem
-        found.tokens = {modifier_token(word): _rows(*params.values())}
+        found.add_word(word, *params.values())
+        found.used = {"string_to_param", "string_to_token"}
         return found
     tensors = content.tensors()
     if not tensors or len(tensors) != len(content.values):
         return None
-    if not all(t.ndim in (1, 2) and t.shape[-1] in _WIDTHS for t in tensors.values()):
+    odd = next((n for n, t in tensors.items() if not _is_embedding(t)), None)
+    if odd is not None and tensors.keys() <= _KNOWN:
+        raise ValueError(
+            f"{odd} has shape {tuple(tensors[odd].shape)}; a row or a matrix as wide as a text "
+            f"encoder is needed, one of {sorted(_WIDTHS)}"
+        )
+    if odd is not None:
         return None
-    if tensors.keys() <= {*_ENCODERS}:
-        found.tokens = {modifier_token(content.path.stem): _rows(*tensors.values())}
-    elif len(tensors) == 1 or all(name.startswith("<") for name in tensors):
-        for name, tensor in tensors.items():
-            word = content.path.stem if name in _NAMELESS else name
-            found.tokens[modifier_token(word)] = _rows(tensor)
-    return found if found.tokens else None
+    named = {name: tensor for name, tensor in tensors.items() if name not in _OUTPUT}
+    if not named:
+        raise ValueError(
+            "it holds vectors for a text encoder's output alone, which no word of a prompt stands "
+            "for. Train it as an ordinary embedding"
+        )
+    if named.keys() <= _PAIRS:
+        found.add_word(content.path.stem, *named.values())
+    elif _are_words(named):
+        for name, tensor in named.items():
+            found.add_word(content.path.stem if name in _NAMELESS else name, tensor)
+    else:
+        return None
+    found.used = set(named)
+    found.leave_out("vectors for a text encoder's output", [n for n in tensors if n not in named])
+    return found
 
 
-def _rows(*embeddings: Tensor) -> Rows:
-    if any(e.ndim not in (1, 2) for e in embeddings):
-        raise ValueError("its embedding is neither a row nor a matrix")
-    return rows(*embeddings)
+def _is_embedding(tensor: Tensor) -> bool:
+    return tensor.ndim in (1, 2) and tensor.shape[-1] in _WIDTHS
+
+
+def _are_words(named: dict[str, Tensor]) -> bool:
+    """Whether the names are those of words, and not of a network's parameters."""
+    if any(_PARAMETER.search(name) for name in named):
+        return False
+    if len(named) == 1 or all(name.startswith("<") for name in named):
+        return True
+    return not any(_PART_OF_A_NETWORK.search(name) for name in named)

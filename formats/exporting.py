@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional
 
 from ..concept.atomic import write_atomically
 from ..concept.concept import Concept, DenseDelta, LowRankDelta, ModifierToken
@@ -88,14 +90,14 @@ def export_concept(
     if not files:
         raise ConceptFileError(f"There is nothing in {concept.describe()} for {chosen.title}.")
     stem = str(path.with_suffix("")) if path.suffix in ENDINGS else str(path)
-    for number in itertools.count(2):
-        targets = [Path(f"{stem}{extra}") for extra, _, _ in files]
+    for number in itertools.count(1):
+        numbered = stem if number == 1 else f"{stem}-{number}"
+        targets = [Path(f"{numbered}{extra}") for extra, _, _ in files]
         taken = next((target for target in targets if target.exists()), None)
         if taken is None:
             break
         if not number_if_taken:
             raise ConceptFileError(f"{taken} exists already. Choose another name, or move it.")
-        stem = f"{stem.removesuffix(f'-{number - 1}')}-{number}"
     for target, (_, value, header) in zip(targets, files, strict=True):
         _write(target, value, header)
     return targets
@@ -136,24 +138,38 @@ def _comfyui_lora(concept: Concept, _base: Tensors) -> list[File]:
 
 
 def _kohya_lora(concept: Concept, _base: Tensors) -> list[File]:
-    """A1111, Forge, InvokeAI and ComfyUI read it; dense changes as `.diff`, as LyCORIS does."""
+    """A1111, Forge, InvokeAI, diffusers and ComfyUI read it; dense changes as `.diff`, as LyCORIS
+    does.
+
+    One alpha stands for all layers, that of the most common rank, and factors of another rank are
+    larger or smaller instead: diffusers takes one layer's alpha for all.
+    """
     original = concept.family.name == "sdxl"
-    tensors = {
-        f"{kohya_name(layer, diffusers_blocks=not original)}.{part}": tensor
-        for layer, delta in concept.deltas.items()
-        for part, tensor in delta.tensors().items()
-    }
+    ranks = Counter(d.rank for d in concept.deltas.values() if isinstance(d, LowRankDelta))
+    alpha = max(ranks, key=lambda rank: (ranks[rank], rank), default=1)
+    tensors: dict[str, Tensor] = {}
+    for layer, delta in concept.deltas.items():
+        name = kohya_name(layer, diffusers_blocks=not original)
+        parts = delta.tensors()
+        if isinstance(delta, LowRankDelta):
+            if delta.rank != alpha:
+                parts = delta.scaled(delta.rank / alpha).to(delta.up.dtype).tensors()
+            parts["alpha"] = torch.tensor(float(alpha))
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     return [(".safetensors", tensors, {"ss_network_module": "networks.lora"})] if tensors else []
 
 
 def _diffusers_lora(concept: Concept, _base: Tensors) -> list[File]:
-    """For `pipeline.load_lora_weights`: PEFT's names. Without an alpha its scale is one."""
+    """For `pipeline.load_lora_weights`: PEFT's names. Without an alpha its scale is one, but before
+    diffusers 0.42 only where all ranks are the same: smaller ones are filled up with zeros.
+    """
     tensors = {}
+    rank = max((d.rank for d in concept.deltas.values() if isinstance(d, LowRankDelta)), default=0)
     for layer, delta in concept.deltas.items():
         assert isinstance(delta, LowRankDelta)
-        path = f"unet.{layer_to_diffusers(layer)}"
-        tensors[f"{path}.lora_A.weight"] = delta.down
-        tensors[f"{path}.lora_B.weight"] = delta.up
+        path, missing = f"unet.{layer_to_diffusers(layer)}", rank - delta.rank
+        tensors[f"{path}.lora_A.weight"] = functional.pad(delta.down, (0, 0, 0, missing))
+        tensors[f"{path}.lora_B.weight"] = functional.pad(delta.up, (0, missing))
     return [(".safetensors", tensors, {"format": "pt"})] if tensors else []
 
 

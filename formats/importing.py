@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..concept.checks import check_concept, check_sizes
-from ..concept.concept import Concept, DenseDelta, ModifierToken
+from ..concept.concept import Concept, Delta, DenseDelta, ModifierToken
 from ..concept.errors import ConceptFileError, CustomDiffusionError, IncompatibleModelError
 from ..concept.file import concept_of
 from ..concept.header import FORMAT, ConceptHeader
@@ -19,10 +21,17 @@ from ..concept.plain import plain_text
 from ..concept.prompts import CONSTRAINT_TEMPLATES, subject
 from .base import BaseModel
 from .content import Content, read_content
-from .custom_diffusion import read_a1111_delta, read_adobe, read_compvis, read_hugging_face
+from .custom_diffusion import (
+    read_a1111_delta,
+    read_adobe,
+    read_compvis,
+    read_hugging_face,
+    word_files,
+)
 from .embeddings import read_embeddings
 from .found import Found, Rows
 from .lora import read_lora, read_mix_of_show
+from .peft import CONFIG
 
 READERS: tuple[Callable[[Content], Found | None], ...] = (
     read_a1111_delta,
@@ -36,6 +45,20 @@ READERS: tuple[Callable[[Content], Found | None], ...] = (
 """Asked in this order; each answers None to what is not its own."""
 
 
+_STRANGERS = tuple(
+    (re.compile(names), what)
+    for names, what in {
+        r"^(control_model\.|controlnet_|input_hint_block)": "a ControlNet",
+        r"^(ip_adapter|image_proj)": "an IP-Adapter",
+        r"^unet:\d+:(up|down)$": "a LoRA of the first script for it, whose layers have no names,",
+        r"(^|\.)attn2\.(processor\.)?to_[kvq]\.weight$": "a whole UNet or checkpoint (give it as "
+        "the base model, or load it with ComfyUI's own nodes)",
+        r"^(first_stage_model|encoder|decoder)\.": "an autoencoder (VAE)",
+    }.items()
+)
+"""What else files of weights are, by a name in them; the first that fits is said"""
+
+
 @dataclass(frozen=True)
 class Opened:
     """A concept, what kind of file it came from, and what of that file it does not hold."""
@@ -43,6 +66,8 @@ class Opened:
     concept: Concept
     title: str
     notes: tuple[str, ...] = ()
+    facts: tuple[str, ...] = ()
+    """How much of the file is in the concept, and how far it was from the base model given"""
     foreign: bool = True
 
 
@@ -59,18 +84,42 @@ def open_concept(path: Path, base: BaseModel | None = None, class_noun: str = ""
         concept = concept_of(path, content.tensors(), content.metadata)
         return Opened(concept, "a concept", foreign=False)
     try:
-        concept = _concept(found, base, class_noun)
+        every, used = found.account(content.tensor_paths())
+        concept, moved = _concept(found, base, class_noun)
         check_concept(concept)
     except IncompatibleModelError as error:
         raise IncompatibleModelError(f"{path.name}, {found.title}: {error}") from error
     except (CustomDiffusionError, ValueError, RuntimeError) as error:
         raise ConceptFileError(f"{path.name}, {found.title}: {error}") from error
-    provenance = {
+    if concept.deltas and all(_is_nothing(delta) for delta in concept.deltas.values()):
+        found.notes.append("its changes are all 0, so it does nothing to a model")
+    provenance: dict[str, Any] = {
         "imported_from": plain_text(path.name, len(path.name)),
         "format": found.title,
         "left_out": found.notes,
     }
-    return Opened(replace(concept, provenance=provenance), found.title, tuple(found.notes))
+    facts = [f"{used} of the {every} tensors in the file are used"]
+    if moved is not None:
+        provenance["distance_from_base"] = moved
+        facts.append(
+            f"its weights differ from the base model given by {moved:.1%} of their norm; training "
+            f"moves them by a few per cent, another fine-tune of the base by more"
+        )
+    concept = replace(concept, provenance=provenance)
+    return Opened(concept, found.title, tuple(found.notes), tuple(facts))
+
+
+def _is_nothing(delta: Delta) -> bool:
+    if isinstance(delta, DenseDelta):
+        return not delta.weight.any()
+    return not (delta.up.any() and delta.down.any())
+
+
+def companions(path: Path) -> list[Path]:
+    """Files beside `path` that opening it may read too: whoever remembers what it opened has to
+    look at them as well.
+    """
+    return [path.parent / CONFIG, *word_files(path)]
 
 
 def _found(content: Content) -> Found | None:
@@ -80,31 +129,48 @@ def _found(content: Content) -> Found | None:
         ConceptHeader.of(path, content.metadata)
         return None
     try:
-        found = next((found for reader in READERS if (found := reader(content))), None)
+        found = _first(content)
     except (ValueError, RuntimeError) as error:  # what a reader says of the file it knows
-        raise ConceptFileError(f"{path.name}: {error}. Take another copy of the file.") from error
+        raise ConceptFileError(
+            f"{path.name}: {error}. Take another copy of the file, or ask for it in another format."
+        ) from error
     if found is None:
         names = ", ".join(list(content.values)[:3]) or "nothing"
+        known = next((what for at, what in _STRANGERS if any(map(at.search, content.values))), "")
         raise ConceptFileError(
-            f"{path.name} is no concept and nothing that can be made one: it holds {names}"
-            f"{' and more' if len(content.values) > 3 else ''}. Custom Diffusion deltas, LoRAs of "
-            f"cross-attention, and textual-inversion embeddings can be read."
+            f"{path.name} is {known or 'no concept'} and nothing that can be made one: it holds "
+            f"{names}{' and more' if len(content.values) > 3 else ''}. Custom Diffusion deltas, "
+            f"LoRAs of cross-attention, and textual-inversion embeddings can be read."
         )
     return found
 
 
-def _concept(found: Found, base: BaseModel | None, class_noun: str) -> Concept:
-    deltas = dict(found.deltas)
-    relative = bool(found.whole or found.magnitudes)
-    if relative:
+def _first(content: Content) -> Found | None:
+    """What the first reader that knows the file finds in it; some tools put all of a LoRA into a
+    container.
+    """
+    found = next((found for reader in READERS if (found := reader(content))), None)
+    inner = content.part("state_dict")
+    if found is None and inner:
+        found = _first(replace(content, values=inner))
+        if found is not None:
+            found.used = {f"state_dict/{path}" for path in found.used}
+            found.left = {f"state_dict/{path}" for path in found.left}
+    return found
+
+
+def _concept(found: Found, base: BaseModel | None, class_noun: str) -> tuple[Concept, float | None]:
+    """The concept, and how far its whole weights are from the base's."""
+    deltas: dict[str, Delta] = dict(found.deltas)
+    moved = None
+    if found.relative:
         if base is None:
-            held = "whole weights" if found.whole else "a DoRA's directions and magnitudes"
+            kinds = sorted({one.kind for one in found.relative.values()})
             raise ConceptFileError(
-                f"it holds {held}, not changes. Give the base model that it was trained on "
-                f"(connect its MODEL, or --base), so that the changes can be told"
+                f"it holds {' and '.join(kinds)}, not changes. Give the base model that it was "
+                f"trained on (connect its MODEL, or --base), so that the changes can be told"
             )
-        decomposed = base.decomposed(found.deltas, found.magnitudes)
-        changes = base.changes(found.whole | decomposed)
+        changes, moved = base.changes(found.relative)
         deltas |= {layer: DenseDelta(change) for layer, change in changes.items()}
     check_sizes({layer: delta.shape for layer, delta in deltas.items()})
     family = family_of(found, {layer: delta.shape for layer, delta in deltas.items()})
@@ -120,8 +186,9 @@ def _concept(found: Found, base: BaseModel | None, class_noun: str) -> Concept:
     prompts = [
         t.format(subject(k.name, k.class_noun)) for k in tokens for t in CONSTRAINT_TEMPLATES
     ]
-    known = base.hash if base is not None and relative else ""
-    return Concept(family, deltas, tokens, base_hash=known, constraint_prompts=tuple(prompts))
+    known = base.hash if base is not None and found.relative else ""
+    concept = Concept(family, deltas, tokens, base_hash=known, constraint_prompts=tuple(prompts))
+    return concept, moved
 
 
 def family_of(found: Found, shapes: dict[str, tuple[int, int]]) -> Family:
@@ -138,15 +205,29 @@ def family_of(found: Found, shapes: dict[str, tuple[int, int]]) -> Family:
         if rows == {frozenset(family.text_encoders.values())}:
             return family
     given = sorted({width for widths in rows for width in widths})
-    raise ValueError(f"it has no cross-attention, and embeddings of the widths {given}")
+    needed = ", ".join(
+        f"{' and '.join(map(str, family.text_encoders.values()))} ({family.title})"
+        for family in FAMILIES.values()
+    )
+    raise ValueError(
+        f"it changes no cross-attention of Stable Diffusion, and its embeddings have the widths "
+        f"{given}; {needed} are needed"
+        if given
+        else "it changes no cross-attention of Stable Diffusion and has no word, so there is "
+        f"nothing that a concept could hold: {'; '.join(found.notes) or 'it is empty'}"
+    )
 
 
 def _by_encoder(name: str, embeddings: Rows, family: Family) -> dict[str, Tensor]:
-    missing = [e for e, width in family.text_encoders.items() if width not in embeddings]
-    if missing:
+    if embeddings.keys() != {*family.text_encoders.values()}:
         raise ValueError(
             f"the word {name} has embeddings of the widths {sorted(embeddings)}, "
             f"{family.title} needs {sorted(family.text_encoders.values())}"
+        )
+    if len({len(rows) for rows in embeddings.values()}) > 1:
+        raise ValueError(
+            f"the word {name} has {' and '.join(str(len(rows)) for rows in embeddings.values())} "
+            "vectors for the text encoders, which need as many each"
         )
     return {
         encoder: embeddings[width].to(torch.promote_types(embeddings[width].dtype, torch.float16))

@@ -2,62 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from ..concept.checks import check_sizes
-from ..concept.concept import Delta, DenseDelta, LowRankDelta
-from ..concept.plain import read_json
+from ..concept.concept import DenseDelta, LowRankDelta
+from ..concept.layers import MOST_LAYERS
 from .content import Content, container, tensors_of
-from .found import Found, modifier_token, rows
+from .found import Found
+from .modules import Scale, flattened, made_shape, read_module, split_name
 from .names import layer_of
+from .peft import peft_scale
 
-# How the tools call one thing; the first that fits the end of a name counts.
-_PARTS = {
-    "up": (".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", "_lora.up.weight")
-    + (".lora.up.weight", ".lora_linear_layer.up.weight"),
-    "down": (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", "_lora.down.weight")
-    + (".lora.down.weight", ".lora_linear_layer.down.weight"),
-    "alpha": (".alpha",),
-    "diff": (".diff",),
-    "magnitude": (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
-    + (".lora_magnitude_vector.default.weight",),
-    **{
-        part: (f".{part}",)
-        for part in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "lokr_w1", "lokr_w1_a")
-        + ("lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
-    },
-    **{
-        part: (f".{part}",)
-        for part in ("hada_t1", "hada_t2", "lokr_t2", "lora_mid.weight", "diff_b")
-        + ("reshape_weight", "set_weight")
-    },
-}
 _BUNDLED = "bundle_emb."
-_HADAMARD = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
-_SCALES = {"alpha", "magnitude"}
-"""Parts that say how much, not what"""
+# A word may have dots in it, so its end is known by what can follow.
+_BUNDLED_PART = re.compile(r"(.+)\.(string_to_param\.\*|emb_params|clip_[lgh](?:_out)?)", re.S)
+_TEXT_ENCODER = re.compile(r"lora_te\d?_|text_encoder|te\d?[._]|clip_[lgh][._]|text_model")
 
-Parts = Mapping[str, Tensor]
+
+@dataclass
+class _Sorted:
+    """A file's tensors by what they belong to."""
+
+    modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Module → part → tensor"""
+    names: dict[str, list[str]] = field(default_factory=dict)
+    """Module → names of its tensors"""
+    words: dict[str, Tensor] = field(default_factory=dict)
+    """Bundled with it, by their names in the file"""
+
+    def add(self, module: str, part: str, name: str, tensor: Tensor) -> None:
+        parts = self.modules.setdefault(module, {})
+        if part in parts:
+            raise ValueError(
+                f"{module} has two tensors for {part}, as if two adapters were in the file"
+            )
+        parts[part] = tensor
+        self.names.setdefault(module, []).append(name)
 
 
 def read_lora(content: Content) -> Found | None:
-    """LoRA (kohya, ComfyUI, diffusers, PEFT), LoHa, LoKr, DoRA of each, and plain differences."""
+    """LoRA (kohya, ComfyUI, diffusers, PEFT), LoHa, LoKr, OFT, IA3, GLoRA, DoRA of the first three,
+    and plain differences.
+    """
     tensors = content.tensors()
-    modules = _modules(tensors)
-    if not modules:
+    if not any(_is_a_factor(name) for name in tensors):
         return None
-    scale = _peft_scale(content)
     found = Found("a LoRA")
-    _take_modules(found, modules, scale)
-    for name, tensor in tensors.items():
-        if name.startswith(_BUNDLED) and tensor.ndim in (1, 2):
-            word, _, _ = name.removeprefix(_BUNDLED).partition(".")
-            token = modifier_token(word)
-            found.tokens[token] = {**found.tokens.get(token, {}), **rows(tensor)}
+    file = _sort(tensors)
+    scale = peft_scale(content)
+    _take_modules(found, file, scale)
+    if scale is None and any(
+        module.startswith("unet.base_model.model.") for module in file.modules
+    ):
+        found.notes.append(
+            "nothing in the file says how strong it is (PEFT's lora_alpha): 1 is taken"
+        )
+    _take_words(found, file.words)
     return found
 
 
@@ -68,139 +72,141 @@ def read_mix_of_show(content: Content) -> Found | None:
     if not unet and not words:
         return None
     found = Found("an ED-LoRA of Mix-of-Show")
+    place = "params/unet/"
+    file = _sort({f"{place}{name}": tensor for name, tensor in tensors_of(unet).items()}, place)
     # Its layers multiply by alpha, not by alpha / rank, and alpha is 1 in every released file.
-    _take_modules(found, _modules(tensors_of(unet)), lambda _name, _rank: 1.0)
+    _take_modules(found, file, lambda _name, _rank: 1.0)
     for name, tensor in tensors_of(words).items():
         if tensor.ndim not in (1, 2):
             raise ValueError(f"the word {name} has shape {tuple(tensor.shape)}; a matrix fits")
         matrix = tensor.reshape(-1, tensor.shape[-1]).float()
-        found.tokens[modifier_token(name)] = rows(matrix.mean(0))
+        found.add_word(name, matrix.mean(0))
+        found.used.add(f"params/new_concept_embedding/{name}")
         if len(matrix) > 1:
             found.notes.append(f"{name} has a row for each of {len(matrix)} layers: their mean")
-    found.leave_out("modules of the text encoder", list(container(params.get("text_encoder"))))
+    encoder = list(container(params.get("text_encoder")))
+    found.leave_out("modules of the text encoder", encoder, ["params/text_encoder"])
     return found
 
 
-def _modules(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Module → part → tensor."""
-    ends = [(end, part) for part, ends in _PARTS.items() for end in ends]
-    modules: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        fitting = next(((end, part) for end, part in ends if name.endswith(end)), None)
-        if fitting:
-            end, part = fitting
-            modules.setdefault(name.removesuffix(end), {})[part] = tensor
-    return {m: parts for m, parts in modules.items() if parts.keys() != {"alpha"}}
+def _is_a_factor(name: str) -> bool:
+    """Whether the name ends as those of LoRAs do, and of no other file."""
+    split = split_name(name)
+    return split is not None and split[1] not in ("alpha", "bias")
 
 
-def _take_modules(
-    found: Found,
-    modules: Mapping[str, Parts],
-    scale: Callable[[str, int], float] | None,
-) -> None:
-    ours = {name: layer for name in modules if (layer := layer_of(name))}
-    # Small factors can stand for large matrices: of all those that are made, the sizes come first.
-    made: dict[str, tuple[int, ...]] = {}
-    for name in ours:
+def _sort(tensors: Mapping[str, Tensor], place: str = "") -> _Sorted:
+    """Of tensors by their paths in the file, which begin with `place`."""
+    file = _Sorted()
+    for path, tensor in tensors.items():
+        name = path.removeprefix(place)
+        if name.startswith(_BUNDLED):
+            file.words[path] = tensor
+            continue
+        split = split_name(name)
+        if split is None and name.endswith(".weight"):
+            module = name.removesuffix(".weight")
+            # An IA3's scales; of anything else it is a part that is not known.
+            split = (module, "weight") if f"{place}{module}.on_input" in tensors else None
+        module, part = split or _of_layer(name)
+        file.add(module, part, path, tensor)
+    return file
+
+
+def _of_layer(name: str) -> tuple[str, str]:
+    """(module, rest) of a name with an unknown end: the layer of cross-attention it begins with,
+    else all of it.
+    """
+    pieces = name.split(".")
+    for end in range(len(pieces) - 1, max(len(pieces) - 4, 0), -1):
+        module = ".".join(pieces[:end])
+        if layer_of(module):
+            return module, ".".join(pieces[end:])
+    return name, ""
+
+
+def _take_modules(found: Found, file: _Sorted, scale: Scale | None) -> None:
+    modules = _by_layer(file)
+    parts = {module: flattened(file.modules[module]) for module in modules.values()}
+    _check_sizes(parts)
+    for layer, module in modules.items():
+        if parts[module].keys() == {"bias"}:
+            continue
         try:
-            if shape := _shape_to_make(modules[name]):
-                made[name] = shape
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-    check_sizes(made)
-    for name, layer in ours.items():
-        try:
-            found.deltas[layer] = _delta(name, modules[name], scale)
+            change = read_module(module, parts[module], scale)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise ValueError(f"{name}: {error}") from error
-        if "magnitude" in modules[name]:
-            found.magnitudes[layer] = modules[name]["magnitude"]
-    beyond = [name for name in modules if name not in ours]
-    found.leave_out("modules that are not cross-attention", beyond)
+            raise ValueError(f"{module}: {error}") from error
+        if isinstance(change, DenseDelta | LowRankDelta):
+            found.deltas[layer] = change
+        else:
+            found.relative[layer] = change
+        found.used.update(file.names[module])
+    biases = [
+        name
+        for module in parts
+        for name in file.names[module]
+        if (split_name(name) or ("", ""))[1] == "bias"
+    ]
+    found.used.difference_update(biases)
+    found.leave_out("biases, which a concept has no place for,", biases)
+    _leave_out_modules(found, file, {m for m in file.modules if m not in parts})
 
 
-def _shape_to_make(parts: Parts) -> tuple[int, ...] | None:
-    """(out, in) of the matrix that has to be made of one module's factors; None where they stay
-    what they are.
-    """
-    if any(parts[kind].ndim != 2 for kind in parts.keys() - _SCALES):
-        raise ValueError("its factors are not matrices")
-    if parts.keys() >= _HADAMARD:
-        first, second = (_product(parts, f"hada_w{number}") for number in (1, 2))
-        if first != second:
-            raise ValueError(f"its products {first} and {second} have different shapes")
-        return first
-    if not any(kind.startswith("lokr") for kind in parts):
-        return None
-    first, second = (_product(parts, f"lokr_w{number}") for number in (1, 2))
-    return first[0] * second[0], first[1] * second[1]
+def _by_layer(file: _Sorted) -> dict[str, str]:
+    """Layer of cross-attention → module. Raises ValueError for two of one layer."""
+    modules: dict[str, str] = {}
+    for module in file.modules:
+        layer = layer_of(module)
+        if layer in modules:
+            raise ValueError(
+                f"it changes one matrix under two names, {modules[layer]} and {module}, and "
+                f"nothing says which of them counts"
+            )
+        if layer:
+            modules[layer] = module
+    if len(modules) > MOST_LAYERS:
+        raise ValueError(f"it changes {len(modules)} matrices; {MOST_LAYERS} are the most")
+    return modules
 
 
-def _product(parts: Parts, name: str) -> tuple[int, int]:
-    """The shape of one factor, of which there may be two again."""
-    if name in parts:
-        return parts[name].shape[0], parts[name].shape[1]
-    if f"{name}_a" not in parts or f"{name}_b" not in parts:
-        raise ValueError(f"{name} is missing")
-    before, after = parts[f"{name}_a"], parts[f"{name}_b"]
-    if before.shape[1] != after.shape[0] or not len(after):
-        raise ValueError(f"{name}: {tuple(before.shape)} and {tuple(after.shape)} do not chain")
-    return before.shape[0], after.shape[1]
+def _check_sizes(parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Of all matrices that are to be made, first: small factors can stand for large ones."""
+    sizes: dict[str, tuple[int, ...]] = {}
+    for module, its_parts in parts.items():
+        try:
+            if shape := made_shape(its_parts):
+                sizes[module] = shape
+        except ValueError as error:
+            raise ValueError(f"{module}: {error}") from error
+    check_sizes(sizes)
 
 
-def _delta(name: str, parts: Parts, scale: Callable[[str, int], float] | None) -> Delta:
-    """The change that one module's tensors stand for."""
-    factor = scale or (lambda _name, rank: float(parts["alpha"]) / rank if "alpha" in parts else 1)
-    kinds = parts.keys() - _SCALES
-    if kinds == {"up", "down"}:
-        up, down = parts["up"], parts["down"]
-        if up.shape[1] != down.shape[0] or not len(down):
-            raise ValueError(f"factors {tuple(up.shape)} and {tuple(down.shape)} do not chain")
-        return LowRankDelta(up, down).scaled(factor(name, len(down)))
-    if kinds == {"diff"}:
-        return DenseDelta(parts["diff"])
-    if kinds == _HADAMARD:
-        first = parts["hada_w1_a"].float() @ parts["hada_w1_b"].float()
-        second = parts["hada_w2_a"].float() @ parts["hada_w2_b"].float()
-        return DenseDelta(first.mul_(second).mul_(factor(name, len(parts["hada_w1_b"]))))
-    if any(kind.startswith("lokr") for kind in kinds) and "lokr_t2" not in kinds:
-        ranks = [len(parts[part]) for part in ("lokr_w2_b", "lokr_w1_b") if part in parts]
-        # Two whole factors have no rank to divide by, and their alpha says nothing.
-        strength = factor(name, ranks[0]) if ranks else 1.0
-        first, second = (_kronecker_factor(parts, f"lokr_w{number}") for number in (1, 2))
-        return DenseDelta(torch.kron(first * strength, second))
-    raise ValueError(
-        f"it is made of {', '.join(sorted(parts))}; LoRA, LoHa, LoKr, DoRA and plain differences "
-        f"can be read, convolutions' factors cannot"
-    )
+def _leave_out_modules(found: Found, file: _Sorted, beyond: set[str]) -> None:
+    """Notes the modules that are no cross-attention, those of text encoders by themselves."""
+    ordered = [module for module in file.modules if module in beyond]
+    text = [module for module in ordered if _TEXT_ENCODER.match(module)]
+    others = [module for module in ordered if not _TEXT_ENCODER.match(module)]
+    for what, some in (
+        ("modules of text encoders", text),
+        ("modules that are not cross-attention", others),
+    ):
+        found.leave_out(what, some, [name for module in some for name in file.names[module]])
 
 
-def _kronecker_factor(parts: Parts, name: str) -> Tensor:
-    if name in parts:
-        return parts[name].float()
-    return parts[f"{name}_a"].float() @ parts[f"{name}_b"].float()
-
-
-def _peft_scale(content: Content) -> Callable[[str, int], float] | None:
-    """alpha / rank, or alpha / √rank, as PEFT's settings in the header say; None where there are
-    none.
-    """
-    text = content.metadata.get("lora_adapter_metadata")
-    if text is None:
-        return None
-    try:
-        settings: dict[str, Any] = dict(container(read_json(text)))
-    except ValueError as error:
-        raise ValueError(f"lora_adapter_metadata is no JSON ({error})") from error
-    if settings.get("unet.use_dora") and not any("magnitude" in name for name in content.values):
-        raise ValueError("its settings say DoRA, and it holds no magnitudes")
-    stabilised = bool(settings.get("unet.use_rslora"))
-    patterns = container(settings.get("unet.alpha_pattern"))
-    alpha = settings.get("unet.lora_alpha")
-
-    def scale(name: str, rank: int) -> float:
-        path = name.removeprefix("unet.")
-        own = next((a for key, a in patterns.items() if path.endswith(key)), alpha)
-        return float(own) / (rank**0.5 if stabilised else rank) if own is not None else 1.0
-
-    return scale
+def _take_words(found: Found, bundled: Mapping[str, Tensor]) -> None:
+    """Words that lie in the file, `bundle_emb.<word>.<part>`."""
+    words: dict[str, list[Tensor]] = {}
+    output, strange = [], []
+    for name, tensor in bundled.items():
+        split = _BUNDLED_PART.fullmatch(name.removeprefix(_BUNDLED))
+        if split is None:
+            strange.append(name)
+        elif split[2].endswith("_out"):
+            output.append(name)
+        else:
+            words.setdefault(split[1], []).append(tensor)
+            found.used.add(name)
+    for word, embeddings in words.items():
+        found.add_word(word, *embeddings)
+    found.leave_out("vectors for a text encoder's output", output)
+    found.leave_out("bundled embeddings of an unknown kind", strange)

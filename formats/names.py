@@ -6,12 +6,16 @@ import re
 
 from ..concept.layers import layer_from_diffusers, layer_to_diffusers
 
-_PREFIXES = ("model_diffusion_model_", "diffusion_model_", "lora_unet_", "unet_", "lycoris_")
+_PREFIXES = (
+    *("model_diffusion_model_", "diffusion_model_", "lora_unet_", "unet_", "lycoris_"),
+    "base_model_model_",  # of PEFT, alone or behind `unet.`
+)
 _PLACE = re.compile(
     r"(down|up)_blocks_(\d+)_attentions_(\d+)_|(mid)_block_attentions_0_"
     r"|(input|output)_blocks_(\d+)_1_|(middle)_block_1_"
 )
-_REST = re.compile(r"transformer_blocks_(\d+)_attn2_(?:processor_)?to_(k|v|q|out_0)$")
+# The old processors of diffusers call the output `to_out`, without its number.
+_REST = re.compile(r"transformer_blocks_(\d+)_attn2_(?:processor_)?to_(k|v|q|out)(?:_0)?$")
 
 
 def layer_of(name: str) -> str | None:
@@ -27,7 +31,8 @@ def layer_of(name: str) -> str | None:
     rest = _REST.match(flat, place.end()) if place else None
     if not place or not rest:
         return None
-    tail = f"transformer_blocks.{int(rest[1])}.attn2.to_{rest[2].replace('_', '.')}"
+    matrix = "out.0" if rest[2] == "out" else rest[2]
+    tail = f"transformer_blocks.{int(rest[1])}.attn2.to_{matrix}"
     side, level, index, mid, old_side, block, _ = place.groups()
     if side:
         return layer_from_diffusers(f"{side}_blocks.{int(level)}.attentions.{int(index)}.{tail}")

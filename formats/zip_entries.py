@@ -8,8 +8,14 @@ import struct
 import zipfile
 from typing import BinaryIO, NamedTuple
 
+STRUCTURE = "/data.pkl"
+"""How the entry ends that says what PyTorch's others are"""
 _LARGEST_DIRECTORY = 8 << 20
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
+
+
+class OtherZipError(ValueError):
+    """A zip of anything; says what it holds and what to do."""
 
 
 class Entry(NamedTuple):
@@ -33,12 +39,20 @@ class _Frugal:
 
 
 def read_entries(file: BinaryIO, file_bytes: int) -> dict[str, Entry]:
-    """Name → where its bytes are, which no other entry has. Raises ValueError."""
+    """Name → where its bytes are, which no other entry has. Raises ValueError, OtherZipError for a
+    zip that PyTorch did not write.
+    """
     try:
         with zipfile.ZipFile(_Frugal(file)) as archive:
             listed = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, struct.error, OverflowError) as error:
         raise ValueError(f"its end is missing or damaged ({error})") from error
+    if not any(info.filename.endswith(STRUCTURE) for info in listed):
+        held = ", ".join(info.filename[:100] for info in listed[:3]) or "nothing"
+        raise OtherZipError(
+            f"it is a zip file, but not one that PyTorch wrote: it holds {held}. Unpack it, and "
+            f"give what was in it"
+        )
     entries: dict[str, Entry] = {}
     end = 0
     for info in sorted(listed, key=lambda info: info.header_offset):

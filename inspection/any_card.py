@@ -13,34 +13,23 @@ from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
 
-from ..concept.concept import DenseDelta
 from ..concept.errors import ConceptFileError, IncompatibleModelError, OtherFileError
 from ..concept.layers import Family
 from ..concept.tensors import opened
 from ..formats.content import Content, read_shapes
-from ..formats.custom_diffusion import read_a1111_delta
+from ..formats.custom_diffusion import read_a1111_delta, read_processors
 from ..formats.embeddings import read_embeddings
 from ..formats.found import Found
 from ..formats.importing import family_of
 from ..formats.lora import read_lora
-from ..formats.names import layer_of_hugging_face
 from .card import ConceptCard, read_card, thumbnail
 
 UNKNOWN = "unknown"
 
 
-def _read_hugging_face(content: Content) -> Found | None:
-    """Without the words, for which `read_hugging_face` reads the files beside this one."""
-    found = Found("")
-    for name, tensor in content.tensors().items():
-        if layer := layer_of_hugging_face(name.removesuffix(".weight")):
-            found.whole[layer] = tensor
-    return found if found.whole else None
-
-
 _READERS: tuple[tuple[str, Callable[[Content], Found | None]], ...] = (
     ("delta", read_a1111_delta),
-    ("delta", _read_hugging_face),
+    ("delta", read_processors),
     ("lora", read_lora),
     ("embedding", read_embeddings),
 )
@@ -109,8 +98,12 @@ def _judged(content: Content) -> tuple[str, Found | None]:
 
 
 def _family_told(found: Found) -> Family | None:
-    weights = {layer: DenseDelta(weight) for layer, weight in found.whole.items()} | found.deltas
+    shapes = {layer: delta.shape for layer, delta in found.deltas.items()}
+    for layer, one in found.relative.items():
+        out, width = one.shape
+        if out is not None and width is not None:
+            shapes[layer] = (out, width)
     try:
-        return family_of(found, {layer: weight.shape for layer, weight in weights.items()})
+        return family_of(found, shapes)
     except (ValueError, IndexError, IncompatibleModelError):
         return None  # nothing in the header tells

@@ -14,7 +14,7 @@ from ..concept.header import ConceptHeader
 from ..concept.naming import THUMBNAIL
 from ..concept.tensors import read_header
 
-_PICTURES = (THUMBNAIL, ".preview.jpg", ".preview.jpeg", ".png", ".jpg", ".jpeg", ".webp")
+PICTURES = (THUMBNAIL, ".preview.jpg", ".preview.jpeg", ".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -69,5 +69,5 @@ def read_card(path: Path) -> ConceptCard:
 
 def thumbnail(path: Path) -> Path | None:
     """The picture beside a concept file that shows what it is, where there is one."""
-    pictures = (path.with_suffix(suffix) for suffix in _PICTURES)
+    pictures = (path.with_suffix(suffix) for suffix in PICTURES)
     return next((picture for picture in pictures if os.path.isfile(picture)), None)

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..concept.concept import Concept, Delta, LowRankDelta
+from ..concept.concept import Concept, Delta, LowRankDelta, ModifierToken, alike_tokens
 from ..concept.errors import IncompatibleModelError, MergeError
-from ..concept.layers import is_projection, sort_layers
-from ..concept.text import TextEncoder
+from ..concept.fit import TEXT_MARK
+from ..concept.layers import Family, is_projection, sort_layers
+from ..concept.text import TextEncoder, text_mark
 from .caption_cache import cached_caption_factor
 from .captions import regularization_captions
 from .projector import Projector, constraint_projector
@@ -56,17 +57,15 @@ def merge_concepts(
     Raises MergeError, IncompatibleModelError or TokenError; inputs are never changed.
     """
     strengths = [1.0] * len(concepts) if strengths is None else list(strengths)
-    _check(concepts, encoder, strengths)
+    tokens = check_mergeable(concepts, strengths)
+    _check_encoder(concepts[0].family, encoder)
     captions = regularization_captions() if captions is None else list(captions)
     if not captions:
         raise MergeError(
             "The list of regularization captions is empty. Give some, or leave it out."
         )
 
-    # Before the captions, which take longest: what is wrong with the concepts shows here.
-    tokens = tuple(token for concept in concepts for token in concept.tokens)
-    whole = replace(concepts[0], tokens=tokens)  # raises TokenError where two share a token
-    words = encoder.with_tokens(whole.embeddings())
+    words = encoder.with_tokens(replace(concepts[0], tokens=tokens).embeddings())
     rows, features = constraint_features(concepts, words, padding=padding_weight > 0)
     factor = cached_caption_factor(
         encoder, captions, relative_ridge, cache_folder, lambda part: on_progress(0.9 * part)
@@ -100,18 +99,20 @@ def merge_concepts(
             "method": "constrained least squares merge",
             "strengths": strengths,
             "parents": [dict(concept.provenance) for concept in concepts],
+            TEXT_MARK: text_mark(encoder),
         },
         scope="own words" if all(c.scope == "own words" for c in concepts) else "every word",
     )
     report = MergeReport(
         rows=tuple(rows),
         shared_rows=mixing.shape[1],
-        conflicts=tuple(conflicts(rows, groups)),
+        conflicts=tuple(conflicts(rows, groups, residuals)),
         condition=projector.condition,
         damped=projector.damped,
         residuals=tuple(residuals),
         change=_norm(merged) / max(max(_norm(concept) for concept in concepts), 1e-30),
         captions=factor.captions,
+        alike=tuple(alike_tokens(tokens)),
     )
     return merged, report
 
@@ -183,7 +184,12 @@ def _norm(concept: Concept) -> float:
     return math.sqrt(total)
 
 
-def _check(concepts: Sequence[Concept], encoder: TextEncoder, strengths: Sequence[float]) -> None:
+def check_mergeable(
+    concepts: Sequence[Concept], strengths: Sequence[float]
+) -> tuple[ModifierToken, ...]:
+    """The words of the merge. What is wrong with the concepts shows here, before a model is loaded
+    or captions are encoded: raises MergeError, IncompatibleModelError or TokenError.
+    """
     if not concepts:
         raise MergeError("No concept was given to merge. Connect at least two.")
     if len(strengths) != len(concepts):
@@ -216,6 +222,11 @@ def _check(concepts: Sequence[Concept], encoder: TextEncoder, strengths: Sequenc
             f"The concepts were trained on different {family.title} checkpoints "
             f"(base hashes {', '.join(sorted(h[:8] for h in hashes))}). Train them on the same one."
         )
+    tokens = tuple(token for concept in concepts for token in concept.tokens)
+    return replace(concepts[0], tokens=tokens).tokens  # made, so that two of one name show
+
+
+def _check_encoder(family: Family, encoder: TextEncoder) -> None:
     if encoder.context_width != family.context_width:
         raise IncompatibleModelError(
             f"The concepts were trained on {family.title} (text width {family.context_width}); the "

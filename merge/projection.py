@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..concept.concept import Concept
+from ..concept.fit import TEXT_MARK
 from ..concept.text import TextEncoder
 from .merging import DEFAULT_RELATIVE_RIDGE, merge_concepts
 from .report import MergeReport
@@ -37,5 +38,9 @@ def project_on_own_words(
         cache_folder=cache_folder,
         on_progress=on_progress,
     )
-    provenance = {**concept.provenance, "projected_on_rows": report.shared_rows}
+    provenance = {
+        **concept.provenance,
+        "projected_on_rows": report.shared_rows,
+        TEXT_MARK: projected.provenance[TEXT_MARK],
+    }
     return replace(concept, deltas=projected.deltas, provenance=provenance), report

@@ -11,6 +11,7 @@ LARGE_RESIDUAL = 0.1
 """A concept whose words are missed by more than this share deserves a warning."""
 SMALL_RESIDUAL = 0.01
 """Up to here nobody sees a difference."""
+_KEPT_EXACTLY = 1e-3
 LARGE_CHANGE = 5.0
 """A merge that changes the model this many times more than its largest concept deserves one too."""
 
@@ -30,6 +31,8 @@ class MergeReport:
     change: float
     """‖ΔW‖ of the merge over the largest ‖ΔW‖ of a single concept."""
     captions: int
+    alike: tuple[tuple[str, str], ...] = ()
+    """Modifier tokens that are one to the text encoder"""
 
     def verdict(self) -> str:
         """Whether to be content, for somebody who reads nothing else."""
@@ -72,6 +75,13 @@ class MergeReport:
 
     def warnings(self) -> Iterator[str]:
         yield from (f"conflict: {conflict}" for conflict in self.conflicts)
+        # A concept under two names is no harm: it is kept exactly.
+        for one, other in self.alike if max(self.residuals) > _KEPT_EXACTLY else ():
+            yield (
+                f"warning: {one} and {other} are the same to the text encoder, so a prompt cannot "
+                f"tell them apart, whatever they are called. Train one of them again from another "
+                f"initializer, and not by 'dreambooth', whose words stay where they start."
+            )
         if max(self.residuals) > LARGE_RESIDUAL:
             yield (
                 "warning: the concepts' words are too alike to keep each look. Give them other "

@@ -20,6 +20,9 @@ from ..concept.text import TextEncoder, encode_unpadded
 
 SAME_ROW_DISTANCE = 1e-3
 """Rows closer than this, relative to their length, are one row."""
+SAME_CHANGE = 1e-3
+"""Concepts whose words are missed by less than this share ask for the same there; rows that differ
+by no more than SAME_ROW_DISTANCE make up to so much."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,12 @@ def shared_rows(
     return torch.stack([features[group].mean(0) for group in groups]), mixing
 
 
-def conflicts(rows: Sequence[ConstraintRow], groups: Sequence[Sequence[int]]) -> Iterator[str]:
+def conflicts(
+    rows: Sequence[ConstraintRow], groups: Sequence[Sequence[int]], residuals: Sequence[float]
+) -> Iterator[str]:
+    """Of words that several concepts share. Where each gets what it asks for all the same, by the
+    largest error on its own words, they ask for one thing: there is nothing to tell.
+    """
     involved = {
         frozenset(
             (rows[i].concept, rows[i].prompt)
@@ -174,7 +182,8 @@ def conflicts(rows: Sequence[ConstraintRow], groups: Sequence[Sequence[int]]) ->
         for group in groups
     }
     for members in sorted(involved, key=sorted):
-        if len({concept for concept, _ in members}) > 1:
+        sharing = {concept for concept, _ in members}
+        if len(sharing) > 1 and max(residuals[concept] for concept in sharing) > SAME_CHANGE:
             where = " and ".join(f"concept {c + 1} in '{prompt}'" for c, prompt in sorted(members))
             yield (
                 f"the same words mean different things to {where}; their mean was used. "

@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..host.comfyui.http.routes import add_routes
 from ..host.comfyui.paths import register_model_folder
+from ..host.comfyui.unknown_words import watch_prompts
 from . import (
     applying,
     composition,
@@ -25,4 +26,6 @@ class CustomDiffusionExtension(ComfyExtension):
         add_routes()
         concepts = (files, inspection, merging, compression, applying, composition)
         modules = (concept, training, jobs, regularization, *concepts)
-        return [node for module in modules for node in module.NODES]
+        nodes = [node for module in modules for node in module.NODES]
+        watch_prompts({node.define_schema().node_id for node in nodes})
+        return nodes

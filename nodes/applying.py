@@ -4,8 +4,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..host.comfyui.apply import apply_concept
-from .types import CATEGORY, Concept
+from ..host.comfyui.apply import apply_concept, text_remarks
+from .types import CATEGORY, Concept, told
 
 
 class ApplyKVDelta(io.ComfyNode):
@@ -49,7 +49,8 @@ class ApplyKVDelta(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, clip: Any, concept: Any, strength: float) -> io.NodeOutput:
-        return io.NodeOutput(*apply_concept(model, clip, concept, strength))
+        applied = apply_concept(model, clip, concept, strength)
+        return io.NodeOutput(*applied, ui=told(warnings=text_remarks(clip, [concept])))
 
 
 NODES = [ApplyKVDelta]

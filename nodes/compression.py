@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..compression.ranks import compress
 from ..compression.spectrum_plot import spectrum_plot
 from ..host.comfyui.inputs import project_in_comfyui
-from .types import CATEGORY, Concept, told
+from .types import CATEGORY, Concept, told, without_leftovers
 
 
 def _share(name: str, default: float, tooltip: str) -> io.Float.Input:
@@ -91,6 +91,7 @@ class CompressConcept(io.ComfyNode):
         )
 
     @classmethod
+    @without_leftovers
     def execute(cls, concept: Any, target: Any) -> io.NodeOutput:
         value = {name: given for name, given in target.items() if name != "target"}
         if "clip" in value:

@@ -9,6 +9,7 @@ from ..host.comfyui.inputs import (
     draw_contact_sheet,
     draw_picture_sheet,
     folder_fingerprint,
+    folders_advice,
     training_concept,
 )
 from ..host.comfyui.paths import NO_FOLDER, input_folders
@@ -54,8 +55,8 @@ class CustomDiffusionConcept(io.ComfyNode):
                     options=input_folders(),
                     default=NO_FOLDER,
                     tooltip="A folder of pictures in ComfyUI's input folder, used when no images "
-                    "are connected. cat1.txt next to cat1.jpg is its caption, cat1.mask.png its "
-                    "mask.",
+                    "are connected. The first line of cat1.txt or cat1.caption next to cat1.jpg "
+                    "is its caption, cat1.mask.png its mask.",
                 ),
                 io.String.Input(
                     "class_noun",
@@ -134,9 +135,12 @@ class CustomDiffusionConcept(io.ComfyNode):
             initializer=initializer[0],
             kind=kind[0],
         )
-        sheet = draw_picture_sheet(concept)
+        warnings = [*folders_advice(folder[0], regularization_folder[0]), *advice(concept)]
         words = f"{len(concept.images)} pictures, {len(concept.regularization)} regularization"
-        shown = told(words, warnings=advice(concept), **ui.PreviewImage(sheet, cls=cls).as_dict())
+        if (often := sum(image.repeats for image in concept.images)) > len(concept.images):
+            words += f"; with repeats the pictures count as {often}"
+        sheet = draw_picture_sheet(concept)
+        shown = told(words, warnings=warnings, **ui.PreviewImage(sheet, cls=cls).as_dict())
         return io.NodeOutput(concept, ui=shown)
 
 

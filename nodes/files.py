@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from ..concept.file import size_of, write_new_concept
 from ..concept.naming import safe_file_name
 from ..formats.exporting import FORMATS, export_concept
-from ..formats.importing import open_concept
+from ..formats.importing import companions, open_concept
 from ..host.comfyui.inputs import file_fingerprint
 from ..host.comfyui.models.weights import base_model
 from ..host.comfyui.paths import concept_files, concept_folder, concept_path, export_folder
@@ -53,8 +53,8 @@ class LoadConcept(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="Only for another tool's file with whole weights or DoRA: the base "
-                    "model it was trained on, to find out what it changed.",
+                    tooltip="Only for another tool's file with whole weights, DoRA, OFT, IA3 or "
+                    "GLoRA: the base model it was trained on, to find out what it changed.",
                 ),
             ],
             outputs=[Concept.Output(display_name="concept")],
@@ -62,7 +62,9 @@ class LoadConcept(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, concept_name: str, **others: object) -> str:
-        return file_fingerprint(concept_path(concept_name)) + repr(sorted(others.items()))
+        path = concept_path(concept_name)
+        files = "".join(file_fingerprint(file) for file in (path, *companions(path)))
+        return files + repr(sorted(others.items()))
 
     @classmethod
     def execute(
@@ -75,9 +77,8 @@ class LoadConcept(io.ComfyNode):
             concept = concept.with_token(rename_token.strip())
         if not opened.foreign:
             return io.NodeOutput(concept)
-        return io.NodeOutput(
-            concept, ui=told(f"From {opened.title}: {concept.describe()}", warnings=opened.notes)
-        )
+        lines = (f"From {opened.title}: {concept.describe()}", *opened.facts)
+        return io.NodeOutput(concept, ui=told(*lines, warnings=opened.notes))
 
 
 class SaveConcept(io.ComfyNode):
@@ -161,7 +162,8 @@ class ExportConcept(io.ComfyNode):
     def execute(
         cls, concept: Any, format: str, name: str, precision: str, model: Any = None
     ) -> io.NodeOutput:
-        base = None if model is None else base_model(model)
+        needed = model is not None and FORMATS[format].needs_base
+        base = base_model(model) if needed else None
         path = export_folder(format) / safe_file_name(name)
         paths = export_concept(
             concept, path, format, base, PRECISIONS[precision], number_if_taken=True

@@ -13,7 +13,7 @@ from ..host.comfyui.inputs import (
 )
 from ..merge.merging import DEFAULT_RELATIVE_RIDGE
 from ..merge.report import MergeReport
-from .types import CATEGORY, Concept, chosen_concepts, concepts_input, told
+from .types import CATEGORY, Concept, chosen_concepts, concepts_input, told, without_leftovers
 
 
 class ConceptMerge(io.ComfyNode):
@@ -66,6 +66,7 @@ class ConceptMerge(io.ComfyNode):
         return captions_fingerprint(regularization_captions)
 
     @classmethod
+    @without_leftovers
     def execute(
         cls, clip: Any, concepts: Any, regularization_captions: Any, relative_ridge: Any
     ) -> io.NodeOutput:

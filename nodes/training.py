@@ -9,7 +9,7 @@ from ..host.comfyui.jobs.training import start_training, training_outputs
 from ..trainer.config import TrainConfig
 from ..trainer.methods import METHODS
 from .training_inputs import method_inputs, setting_inputs
-from .types import CATEGORY, Concept, TrainingConcept
+from .types import CATEGORY, Concept, TrainingConcept, without_leftovers
 
 CHECKPOINT_EVERY_STEPS = 50
 MOST_CONCEPTS = 8
@@ -130,6 +130,7 @@ class CustomDiffusionTrain(io.ComfyNode):
         return jobs_to_go_on_with(bool(inputs.get("wait")))
 
     @classmethod
+    @without_leftovers
     def execute(
         cls,
         model: Any,

@@ -1,6 +1,7 @@
 """What the pack's nodes share: socket types, and how a node tells of its results in the page."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from typing import Any
 
 from comfy_api.latest import io
@@ -10,6 +11,7 @@ CATEGORY = "custom diffusion"
 Concept = io.Custom("CONCEPT")
 TrainingConcept = io.Custom("TRAINING_CONCEPT")
 RegularizationSet = io.Custom("REGULARIZATION_SET")
+RegionSocket = io.Custom("CONCEPT_REGION")
 
 MOST_CONCEPTS = 8
 
@@ -54,6 +56,20 @@ def chosen_concepts(concepts: Any) -> list[tuple[Any, float]]:
     """Concepts and strengths of a `concepts_input`."""
     numbers = range(1, int(concepts["concepts"]) + 1)
     return [(concepts[f"concept_{number}"], concepts[f"strength_{number}"]) for number in numbers]
+
+
+def without_leftovers(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
+    """An `execute` for inputs that come and go with a choice.
+
+    A graph that a program sends may still connect what another option had: ComfyUI then hands it
+    over under its full name, `target.clip`, which no other input has a dot in.
+    """
+
+    @wraps(execute)
+    def executing(cls: Any, **inputs: Any) -> io.NodeOutput:
+        return execute(cls, **{name: value for name, value in inputs.items() if "." not in name})
+
+    return executing
 
 
 def told(

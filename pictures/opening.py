@@ -11,10 +11,13 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..concept.errors import DataError
 from ..concept.regular_files import read_regular
+from .colours import in_colours
 from .content import claims_too_much, without_comments
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"),
+)
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
 """What content may be, whatever a file is called. Pillow knows forty more: PostScript, for which it
 runs another program, and many that are hardly tested.
 """
@@ -46,7 +49,7 @@ class PictureError(DataError):
 
 
 def read_picture(path: Path) -> Image.Image:
-    """The first frame of a file, upright. Raises PictureError naming the file."""
+    """The first frame of a file, upright, in RGB or RGBA. Raises PictureError naming the file."""
     try:
         content = read_regular(path, MOST_BYTES)
     except (OSError, ValueError) as error:
@@ -55,7 +58,9 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def decode_picture(content: bytes, name: str) -> Image.Image:
-    """The first frame of a file's content, upright. Raises PictureError with the name."""
+    """The first frame of a file's content, upright, in RGB or RGBA. Raises PictureError with the
+    name.
+    """
     if claims_too_much(content, MOST_PIXELS):
         raise _unreadable(name, "its tags claim too much")
     try:
@@ -64,8 +69,11 @@ def decode_picture(content: bytes, name: str) -> Image.Image:
                 raise Image.DecompressionBombError
             image.load()
             turn = _UPRIGHT.get(_orientation(image))
-            upright: Image.Image = image.copy() if turn is None else image.transpose(turn)
-            return upright
+            picture: Image.Image = image
+            if image.format == "WEBP":  # its decoder would stay with it, and takes as much again
+                picture = image.copy()
+            picture = in_colours(picture)
+            return picture if turn is None else picture.transpose(turn)
     except UnidentifiedImageError as error:
         raise _unreadable(name, f"it is none of {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:

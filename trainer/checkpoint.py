@@ -86,11 +86,18 @@ class Checkpoint:
 def write_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     """The file is complete or absent. Raises ConceptFileError when it cannot be written."""
     tensors = {_LOSSES: torch.tensor(checkpoint.losses, dtype=torch.float64)}
+    places: set[int] = set()
     for index, (parameter, moments) in enumerate(
         zip(checkpoint.parameters, checkpoint.moments, strict=True)
     ):
         for name, tensor in {_PARAMETER: parameter, **moments}.items():
-            tensors[f"{name}.{index}"] = tensor.detach().cpu().contiguous()
+            content = tensor.detach().cpu().contiguous()
+            # The 8-bit optimiser's quantisation maps are one tensor for all parameters, and a file
+            # holds no tensor twice.
+            if content.untyped_storage().data_ptr() in places:
+                content = content.clone()
+            places.add(content.untyped_storage().data_ptr())
+            tensors[f"{name}.{index}"] = content
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

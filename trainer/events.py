@@ -64,6 +64,24 @@ class RegularizationLeftOut:
 
 
 @dataclass(frozen=True)
+class WordsAlike:
+    """Two words of what the run goes on from have the same vectors."""
+
+    one: str
+    other: str
+
+    def text(self) -> str:
+        return (
+            f"{self.one} and {self.other} of the concept to extend are the same to the text "
+            f"encoder, so a prompt cannot tell them apart: train one of them again under a new name"
+        )
+
+
+Notice = MemoryShort | RegularizationLeftOut | WordsAlike
+"""What the user is told in words"""
+
+
+@dataclass(frozen=True)
 class CheckpointDue:
     """What the run goes on from, and what it has learnt so far.
 
@@ -75,4 +93,4 @@ class CheckpointDue:
     """None where a concept cannot hold all that was learnt"""
 
 
-Event = StepDone | WordsMoved | PreviewDrawn | MemoryShort | RegularizationLeftOut | CheckpointDue
+Event = StepDone | WordsMoved | PreviewDrawn | Notice | CheckpointDue

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..concept.concept import Concept, ModifierToken, Scope
 from ..concept.errors import ConfigError
+from ..concept.fit import TEXT_MARK
 from ..concept.prompts import subject
-from ..concept.text import TextEncoder
+from ..concept.text import TextEncoder, text_mark
 from ..diffusion.protocols import Denoiser
 from .checkpoint import Checkpoint
 from .config import TrainConfig
@@ -76,6 +77,7 @@ class Learner:
                 f"trigger word. Give one, '<new1>' for example, or choose another method."
             )
         self.optimizer = make_optimizer(config, self.parameters)
+        self._text_mark = text_mark(text_encoder)
         self._base_hash = self.projections.base_hash  # of the network's own keys and values
 
     @contextmanager
@@ -122,6 +124,7 @@ class Learner:
                     if self._scope == "every word" or not concept.token
                 ),
                 "config": self._config.as_json(),
+                TEXT_MARK: self._text_mark,
             },
             scope=self._scope,
         )

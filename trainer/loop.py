@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..concept.concept import Concept
+from ..concept.concept import Concept, alike_tokens
 from ..concept.errors import TrainingError
 from ..concept.text import TextEncoder
 from ..diffusion.protocols import Denoiser
@@ -19,6 +19,7 @@ from .config import TrainConfig
 from .data.latents import Batch, LatentBank, batch_of_step, step_randomness
 from .data.training_concept import TrainingConcept
 from .economy.backward import Backward
+from .economy.casts import casting_each_pass
 from .economy.frozen_layers import keeping_less
 from .economy.layout import fastest_for
 from .economy.processes import DataParallel
@@ -28,6 +29,7 @@ from .events import (
     PreviewDrawn,
     RegularizationLeftOut,
     StepDone,
+    WordsAlike,
     WordsMoved,
 )
 from .learner import Learner
@@ -70,6 +72,8 @@ def train(
     pairs = zip(training_concepts, banks, strict=True)
     if unused := sum(len(one.regularization) for one, bank in pairs if not bank.regularization):
         on_event(RegularizationLeftOut(unused))
+    for pair in alike_tokens(start.tokens if start else ()):
+        on_event(WordsAlike(*pair))
     losses: list[float] = []
     backward = Backward(
         denoiser,
@@ -80,6 +84,7 @@ def train(
     with (
         fastest_for(denoiser, config.resolution),
         learner.learning(),
+        casting_each_pass(denoiser),
         keeping_less(denoiser.network),
     ):
         if checkpoint:
@@ -102,7 +107,7 @@ def train(
             )
             _pass_on(leaves, [features for features in text if features is not None])
             loss = parallel.add_up(loss, learner.parameters)
-            _check_finite(loss, len(losses) + 1, config, denoiser)
+            _check_finite(loss, len(losses) + 1, config, denoiser, context)
 
             # Update, and report.
             learner.step()
@@ -163,11 +168,23 @@ def _preview(
         return denoiser.preview(latents)[0].float().cpu()
 
 
-def _check_finite(loss: float, step: int, config: TrainConfig, denoiser: Denoiser) -> None:
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"The loss became {loss} at step {step} (learning rate {config.learning_rate:g}, "
-            f"weights in {str(denoiser.dtype).removeprefix('torch.')}). A finite number was "
-            "needed, so training stopped before this step changed anything. Lower the learning "
-            "rate, or train in float32."
+def _check_finite(
+    loss: float, step: int, config: TrainConfig, denoiser: Denoiser, context: Tensor
+) -> None:
+    if math.isfinite(loss):
+        return
+    dtype = str(denoiser.dtype).removeprefix("torch.")
+    remedy = "Lower the learning rate, or train in float32."
+    if step == 1:  # nothing has been learnt
+        part = "the UNet" if context.isfinite().all() else "the text encoder"
+        exact = "" if denoiser.dtype == torch.float32 else "train in float32, or "
+        remedy = (
+            f"The learning rate is not to blame: {part} itself makes numbers that are not finite. "
+            f"Its weights, or a LoRA on them, are broken or too large for {dtype}: {exact}load "
+            f"another copy of the checkpoint without LoRAs."
         )
+    raise TrainingError(
+        f"The loss became {loss} at step {step} (learning rate {config.learning_rate:g}, weights "
+        f"in {dtype}). A finite number was needed, so training stopped before this step changed "
+        f"anything. {remedy}"
+    )

@@ -36,6 +36,11 @@ class ClipTextEncoderPair:
         for encoder in self._encoders:
             encoder.to(device, dtype)
 
+    @property
+    def tokens(self) -> dict[str, int]:
+        """The new words that both know, in order, with how many vectors each has."""
+        return self._encoders[0].tokens
+
     def tokenize(self, prompt: str) -> list[int]:
         return self._encoders[0].tokenize(prompt)
 

@@ -4,14 +4,18 @@ CLIP.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import comfy.lora
 
+from ...composition.features import plain
 from ...concept.concept import Concept
 from ...concept.errors import IncompatibleModelError
 from ...concept.file import concept_tensors
-from ...concept.fit import check_fit
+from ...concept.fit import TEXT_MARK, check_fit, text_remark
+from ...concept.text import MARK_PROMPT, mark_of
+from .models.text import encoder_names
 from .models.weights import cross_attention_unet, unet_family
 from .tokenizer import with_concept_tokens
 
@@ -36,6 +40,20 @@ def apply_concept(model: Any, clip: Any, concept: Concept, strength: float) -> t
     knowing = clip.clone()
     knowing.tokenizer = with_concept_tokens(clip.tokenizer, concept)
     return patched, knowing
+
+
+def text_remarks(clip: Any, concepts: Iterable[Concept]) -> list[str]:
+    """What a user should know of concepts that were made with another CLIP, or at another clip
+    skip. The CLIP reads a short prompt for it, if any of the concepts remembers.
+    """
+    remembering = [concept for concept in concepts if TEXT_MARK in concept.provenance]
+    if not remembering:
+        return []
+    tokenizer = getattr(clip.tokenizer, encoder_names(clip)[0])
+    end = len(tokenizer.tokenizer(MARK_PROMPT)["input_ids"]) - 1
+    features = clip.encode_from_tokens(clip.tokenize(MARK_PROMPT))
+    mark = mark_of(plain(features)[0, end])
+    return [remark for concept in remembering if (remark := text_remark(concept, mark))]
 
 
 def check_models(model: Any, clip: Any, concept: Concept) -> None:

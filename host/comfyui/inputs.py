@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from ...merge.report import MergeReport
 from ...trainer.config import TrainConfig
 from ...trainer.data.captioned import CaptionedImage
 from ...trainer.data.contact_sheet import contact_sheet, picture_sheet
-from ...trainer.data.folders import load_folder
+from ...trainer.data.folders import folder_advice, load_folder
 from ...trainer.data.training_concept import TrainingConcept, instance_caption
 from .models.text import text_encoder
 from .paths import NO_FOLDER, cache_folder, input_folder
@@ -75,6 +77,13 @@ def training_concept(
         ordinary = instance_caption("", class_noun, template)
         regularization = load_folder(input_folder(regularization_folder), ordinary)
     return TrainingConcept(instances, class_noun, token, initializer, regularization, template)
+
+
+def folders_advice(*folders: str) -> Iterator[str]:
+    """What of the chosen folders of `input/` is not used, a sentence each."""
+    for folder in folders:
+        if folder != NO_FOLDER:
+            yield from folder_advice(input_folder(folder))
 
 
 def merge_in_comfyui(
@@ -164,7 +173,7 @@ def draw_picture_sheet(concept: TrainingConcept) -> torch.Tensor:
 
 
 def _as_image(picture: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(picture)).float()[None] / 255
+    return torch.from_numpy(np.array(picture)).float()[None].div_(255)
 
 
 def _from_tensors(
@@ -173,21 +182,29 @@ def _from_tensors(
     captions: Sequence[str],
     default: str,
 ) -> tuple[CaptionedImage, ...]:
-    pictures = [_picture(picture[..., :3]) for batch in images for picture in batch]
-    shades = [_picture(mask) for batch in masks for mask in batch]
-    for name, values in (("captions", captions), ("masks", shades)):
-        if values and len(values) != len(pictures):
+    pictures = [picture[..., :3] for batch in images for picture in batch]
+    shades = [mask for batch in masks for mask in batch]
+    for name, count in (("captions", len(captions)), ("masks", len(shades))):
+        if count and count != len(pictures):
             raise DataError(
-                f"{len(values)} {name} were given for {len(pictures)} pictures. Give one for each, "
+                f"{count} {name} were given for {len(pictures)} pictures. Give one for each, "
                 "or none."
             )
     # ComfyUI's loader of folders leaves a caption empty where there is no .txt file.
     texts = [text.strip() or default for text in captions or [""] * len(pictures)]
-    beside: Sequence[Image.Image | None] = shades or [None] * len(pictures)
-    return tuple(
-        CaptionedImage(picture, text, mask)
-        for picture, text, mask in zip(pictures, texts, beside, strict=True)
-    )
+    found: dict[tuple[object, ...], CaptionedImage] = {}
+    for picture, text, mask in zip(pictures, texts, shades or [None] * len(pictures), strict=True):
+        one = CaptionedImage(_picture(picture), text, None if mask is None else _picture(mask))
+        # ComfyUI's loader of folders gives the pictures of `10_cat` ten times.
+        key = (text, _pixels(one.source), _pixels(one.mask))
+        found[key] = replace(found[key], repeats=found[key].repeats + 1) if key in found else one
+    return tuple(found.values())
+
+
+def _pixels(image: Image.Image | Path | None) -> object:
+    """Equal for equal pictures."""
+    assert not isinstance(image, Path)
+    return image and (image.size, hashlib.sha256(np.asarray(image).data).digest())
 
 
 def _picture(image: torch.Tensor) -> Image.Image:

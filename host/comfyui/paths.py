@@ -52,12 +52,23 @@ def concept_files() -> list[str]:
 def concept_path(name: str) -> Path:
     path = folder_paths.get_full_path(MODEL_FOLDER, name)
     if path is None:
-        folders = ", ".join(folder_paths.get_folder_paths(MODEL_FOLDER))
-        raise UnknownConceptError(
-            f"There is no concept {name!r} in {folders}. Train and save one, or copy the file "
-            "there and press R to refresh the list."
-        )
+        raise _no_concept(name)
     return Path(path)
+
+
+def listed_concept_path(name: str) -> Path:
+    """Of one of `concept_files`, which are to be changed: not of whatever else lies there."""
+    if name not in concept_files():
+        raise _no_concept(name)
+    return concept_path(name)
+
+
+def _no_concept(name: str) -> UnknownConceptError:
+    folders = ", ".join(folder_paths.get_folder_paths(MODEL_FOLDER))
+    return UnknownConceptError(
+        f"There is no concept {name!r} in {folders}. Train and save one, or copy the file "
+        "there and press R to refresh the list."
+    )
 
 
 def clip_weight_files() -> list[str]:

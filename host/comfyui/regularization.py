@@ -14,7 +14,6 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...concept.concept import hash_projections
 from ...concept.errors import DataError, IncompatibleModelError
 from ...concept.naming import safe_file_name
 from ...concept.prompts import DEFAULT_TEMPLATE
@@ -25,7 +24,7 @@ from ...trainer.regularization.collection import parts_of
 from ...trainer.regularization.drawn import generated_set, settings_hash
 from ...trainer.regularization.retrieved import retrieve
 from ..open_clip.text import OpenClipText, check_clip_model
-from .models.weights import cross_attention_unet, patched_projections
+from .models.weights import cross_attention_unet, patched_fingerprint
 from .paths import NO_FOLDER, cache_folder, clip_weights_path, input_folder, regularization_folder
 
 log = logging.getLogger("custom_diffusion")
@@ -55,7 +54,9 @@ def draw_regularization(
     cross_attention_unet(model)
     caption = DEFAULT_TEMPLATE.format(class_noun)
     settings = {
-        "model": hash_projections(patched_projections(model)),
+        "model": patched_fingerprint(model),
+        "clip": f"{patched_fingerprint(clip.patcher)}, layer {clip.layer_idx}",
+        "vae": patched_fingerprint(vae.patcher),
         "seed": seed,
         "steps": steps,
         "cfg": cfg,

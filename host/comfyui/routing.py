@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import combinations
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,7 +28,7 @@ from ...concept.concept import Concept
 from ...concept.errors import IncompatibleModelError
 from ...concept.layers import is_projection
 from ...concept.prompts import subject
-from .apply import check_models
+from .apply import check_models, text_remarks
 from .marking import MarkingTextModel, Words
 from .models.text import encoder_names
 from .tokenizer import with_concept_tokens
@@ -41,19 +41,24 @@ def route_concepts(
     model: Any, clip: Any, routes: Sequence[Route]
 ) -> tuple[Any, Any, tuple[str, ...]]:
     """Clones of MODEL and CLIP with the concepts, and what their user should know of them."""
-    for route in routes:
-        check_models(model, clip, route.concept)
-        _check_concept(route.concept, encoder_names(clip))
+    check_routes(model, clip, routes)
     routing = Routing(routes)
+    knowing, remarks = marking_clip(clip, routing.concepts)
+    return routing.on(model), knowing, remarks
+
+
+def marking_clip(clip: Any, concepts: Mapping[str, Concept]) -> tuple[Any, tuple[str, ...]]:
+    """A clone of a CLIP that knows the concepts by these keys and marks their words, and what its
+    user should know.
+    """
     knowing = clip.clone()
-    for route in routes:
-        knowing.tokenizer = with_concept_tokens(knowing.tokenizer, route.concept)
+    for concept in concepts.values():
+        knowing.tokenizer = with_concept_tokens(knowing.tokenizer, concept)
     words = [
-        Words.of(getattr(knowing.tokenizer, name), name, routing.concepts)
-        for name in encoder_names(clip)
+        Words.of(getattr(knowing.tokenizer, name), name, concepts) for name in encoder_names(clip)
     ]
     knowing.cond_stage_model = MarkingTextModel(clip.cond_stage_model, words)
-    return routing.on(model), knowing, _remarks(routing.concepts, words[0])
+    return knowing, (*_remarks(concepts, words[0]), *text_remarks(clip, concepts.values()))
 
 
 class Routing:
@@ -64,15 +69,15 @@ class Routing:
 
     def __init__(self, routes: Sequence[Route]) -> None:
         self.key = f"custom_diffusion_route_{uuid.uuid4().hex}"
-        self._routes = {f"{self.key}_{number}": route for number, route in enumerate(routes)}
+        self.routes = {f"{self.key}_{number}": route for number, route in enumerate(routes)}
         # For good: a compiled network refers to the router that it was compiled with.
         self._routers: WeakKeyDictionary[Any, Router] = WeakKeyDictionary()
         self._changes: RowChanges | None = None
-        self._hooks = ExitStack()
+        self.hooks = ExitStack()
 
     @property
     def concepts(self) -> Mapping[str, Concept]:
-        return {key: route.concept for key, route in self._routes.items()}
+        return {key: route.concept for key, route in self.routes.items()}
 
     def on(self, model: Any) -> Any:
         """A clone of the MODEL that samples with the routes."""
@@ -84,7 +89,7 @@ class Routing:
     def sample(self, executor: Any, guider: Any, *args: Any, **kwargs: Any) -> Any:
         """Around a sampler: numbers the rows of all conditions, and hooks last as long as it."""
         self._changes = self._number(guider)
-        with ExitStack() as self._hooks:
+        with ExitStack() as self.hooks:
             try:
                 return executor(guider, *args, **kwargs)
             finally:
@@ -101,9 +106,29 @@ class Routing:
         router = self._router(executor.class_obj, x.device, self._changes)
         router.index = numbers.squeeze(-1).to(x.device)
         try:
-            return executor(x, *args, **kwargs)
+            with self.looking(router, x, kwargs):
+                return executor(x, *args, **kwargs)
         finally:
             router.index = None
+
+    @contextmanager
+    def looking(self, router: Router, x: Tensor, given: Mapping[str, Any]) -> Iterator[None]:
+        """Lasts as long as a prediction; for those that do more than route."""
+        yield
+
+    def hook(self, model: Any, router: Router, device: torch.device, dtype: torch.dtype) -> None:
+        """Called once a sampling for each model, when it is loaded; `self.hooks` end with it."""
+
+    def beside_numbers(self, condition: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What else a condition's batch is given, as `comfy.conds`; all must get alike."""
+        return {}
+
+    def own_beside(self) -> Sequence[Sequence[Tensor]]:
+        """Own rows of prompts that no condition has, as `number_rows` takes them."""
+        return ()
+
+    def numbered_beside(self, numbers: Sequence[Tensor]) -> None:
+        """The numbers of these prompts' rows."""
 
     def _router(self, model: Any, device: torch.device, changes: RowChanges) -> Router:
         """Of a model that samples; hooked at its first prediction, when it is loaded."""
@@ -111,10 +136,11 @@ class Routing:
         if not router.changes.by_layer:
             dtype = model.manual_cast_dtype or model.get_dtype()
             router.changes = changes.to(device, dtype)
-            self._hooks.callback(setattr, router, "changes", RowChanges({}))
+            self.hooks.callback(setattr, router, "changes", RowChanges({}))
             for layer in changes.by_layer:
                 module = model.diffusion_model.get_submodule(layer)
-                self._hooks.callback(module.register_forward_hook(router.hook(layer)).remove)
+                self.hooks.callback(module.register_forward_hook(router.hook(layer)).remove)
+            self.hook(model, router, device, dtype)
         return router
 
     def _number(self, guider: Any) -> RowChanges | None:
@@ -122,7 +148,7 @@ class Routing:
         conditions = {kind: [dict(one) for one in ones] for kind, ones in guider.conds.items()}
         given = [c["model_conds"] for ones in conditions.values() for c in ones]
         prompts = [c[_CONTEXT].cond for c in given if _CONTEXT in c]
-        keys = list(self._routes)
+        keys = list(self.routes)
         if not any(key in marks_of(prompt) for prompt in prompts for key in keys):
             raise IncompatibleModelError(
                 "No prompt was encoded with the CLIP of Route Concepts, so the places of the "
@@ -131,26 +157,35 @@ class Routing:
                 "joined, but not changed in another way."
             )
         own = [[marks_of(p).get(key, torch.zeros_like(plain(p))) for key in keys] for p in prompts]
-        numbers, rows = number_rows(own)
+        numbers, rows = number_rows([*own, *self.own_beside()])
         left = iter(numbers)
         for ones in conditions.values():
             for one in ones:
                 one["model_conds"] = self._with_numbers(one["model_conds"], left)
+                one["model_conds"].update(self.beside_numbers(one))
+        self.numbered_beside(list(left))
         guider.conds = conditions
         for concept, found in zip(self.concepts.values(), rows, strict=True):
             if not found.any():
                 log.info("No prompt has the words of %s: it is not drawn.", concept.describe())
-        return RowChanges.of(list(self._routes.values()), rows)
+        return RowChanges.of(list(self.routes.values()), rows)
 
     def _with_numbers(self, given: Mapping[str, Any], numbers: Iterator[Tensor]) -> dict[str, Any]:
         if _CONTEXT not in given:
             return dict(given)
         features = given[_CONTEXT].cond
-        others = {k: own for k, own in marks_of(features).items() if k not in self._routes}
+        others = {k: own for k, own in marks_of(features).items() if k not in self.routes}
         unmarked = mark(plain(features), others) if others else plain(features)
         # The numbers are mixed with others' of another length by the rule for features.
         numbered = comfy.conds.CONDCrossAttn(next(numbers).unsqueeze(-1))
         return {**given, _CONTEXT: type(given[_CONTEXT])(unmarked), self.key: numbered}
+
+
+def check_routes(model: Any, clip: Any, routes: Sequence[Route]) -> None:
+    """Raises IncompatibleModelError where a concept cannot be routed on these models."""
+    for route in routes:
+        check_models(model, clip, route.concept)
+        _check_concept(route.concept, encoder_names(clip))
 
 
 def _check_concept(concept: Concept, encoders: Sequence[str]) -> None:

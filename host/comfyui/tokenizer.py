@@ -17,6 +17,11 @@ from torch import Tensor
 from ...concept.concept import Concept
 from ...concept.errors import IncompatibleModelError, TokenError
 from ...concept.prompts import split_at_tokens
+from ...concept.weighted_prompts import as_prompt, weighted_parts
+from .unknown_words import tell_of_unknown
+
+_SECOND_OF_TWO = "clip_g"
+"""SDXL's second text encoder reads the same prompts as the first"""
 
 
 class _TokenizerWithWords:
@@ -45,6 +50,29 @@ class _TokenizerWithWords:
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._tokenizer, name)
+
+
+class _PromptsWithWords:
+    """What a prompt's tokenizer does otherwise when it has learnt words: of several vectors they
+    stand alone, as an `embedding:` does, so that the end of a chunk does not divide them; and of
+    those that it has not learnt the user is told.
+    """
+
+    def tokenize_with_weights(self, text: str, *args: Any, **kwargs: Any) -> Any:
+        known = rows_of_words(self)
+        if getattr(self, "embedding_key", "") != _SECOND_OF_TWO:
+            tell_of_unknown(text, known)
+        long_words = [word for word, rows in known.items() if len(rows) > 1]
+        weighs = not kwargs.get("disable_weights", getattr(self, "disable_weights", False))
+        if weighs and any(word in text for word in long_words):
+            text = as_prompt(
+                [
+                    (stretch, weight)
+                    for part, weight in weighted_parts(text)
+                    for stretch in split_at_tokens(part, long_words)
+                ]
+            )
+        return super().tokenize_with_weights(text, *args, **kwargs)  # type: ignore[misc]
 
 
 def known_tokens(tokenizer: Any) -> dict[str, Tensor]:
@@ -87,4 +115,7 @@ def _with_words(tokenizer: Any, words: Mapping[str, Tensor]) -> Any:
     result = copy.copy(tokenizer)
     new = {token: tuple(rows.unbind()) for token, rows in words.items()}
     result.tokenizer = _TokenizerWithWords(plain, {**known, **new})
+    if not isinstance(result, _PromptsWithWords):
+        kind = type(tokenizer)
+        result.__class__ = type(kind.__name__, (_PromptsWithWords, kind), {})
     return result

@@ -9,48 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...concept.errors import IncompatibleModelError
 from ...concept.layers import family_of_width, is_projection, layer_from_diffusers
-from ...diffusion.protocols import Prediction
+from ...diffusion.latents import check_moments
+from ...diffusion.parts import check_autoencoder, check_network, check_noise
+from .parts import autoencoder_of, network_of, scheduler_noise
 
 _BLOCK = re.compile(r"\.(resnets|attentions)\.\d+$")
-
-
-_PREDICTIONS: Mapping[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
 class DiffusersDenoiser:
     """A `UNet2DConditionModel` with its schedule; fulfils `diffusion.protocols.Denoiser`."""
 
     def __init__(self, unet: Any, scheduler: Any, vae: Any) -> None:
+        network = network_of(unet)
+        check_network(network)
+        check_autoencoder(autoencoder_of(vae))
+        self.family = family_of_width(network.context_width)
+        self.prediction = check_noise(scheduler_noise(scheduler))
         self.projections: Mapping[str, str] = {
             layer_from_diffusers(path): path for path, _ in _projections(unet)
         }
-        if unet.config.get("layers_per_block", 2) != 2:
-            raise IncompatibleModelError(
-                f"This UNet has {unet.config.layers_per_block} layers a block; every Stable "
-                f"Diffusion has 2, and concepts are named after those. Load the UNet of SD 1.x, "
-                f"SD 2.x or SDXL."
-            )
-        if not self.projections or not isinstance(unet.config.cross_attention_dim, int):
-            raise IncompatibleModelError(
-                f"{type(unet).__name__} has no cross-attention with key and value projections. "
-                f"Custom Diffusion needs the UNet of Stable Diffusion 1.x, 2.x or XL."
-            )
-        self.family = family_of_width(unet.config.cross_attention_dim)
-        beside = unet.config.get("addition_embed_type")
-        if beside != ("text_time" if self.family.pooled_width else None):
-            raise IncompatibleModelError(
-                f"This UNet reads text features of {self.family.title}, and beside them "
-                f"{beside or 'nothing'}. SDXL's reads 'text_time', that of SD 1.x or 2.x nothing; "
-                f"load one of these."
-            )
-        if scheduler.config.prediction_type not in _PREDICTIONS:
-            raise IncompatibleModelError(
-                f"The scheduler predicts {scheduler.config.prediction_type!r}; "
-                f"epsilon or v_prediction is needed."
-            )
-        self.prediction = _PREDICTIONS[scheduler.config.prediction_type]
         self.alphas_cumprod = scheduler.alphas_cumprod.float().cpu()
         self.network: nn.Module = unet
         self.blocks: Sequence[str] = [
@@ -98,7 +76,11 @@ class DiffusersLatentEncoder:
         pixels = image_chw[None].to(self._vae.device, self._vae.dtype)
         posterior = self._vae.encode(pixels).latent_dist
         scale = self._vae.config.scaling_factor
-        return (posterior.mean[0] * scale).float().cpu(), (posterior.std[0] * scale).float().cpu()
+        mean, deviation = (
+            (part[0] * scale).float().cpu() for part in (posterior.mean, posterior.std)
+        )
+        check_moments(mean, deviation, self._vae, "train with --precision float32")
+        return mean, deviation
 
 
 def _projections(unet: Any) -> list[tuple[str, Any]]:

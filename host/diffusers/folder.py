@@ -9,12 +9,11 @@ read, weights are .safetensors alone, and nothing is looked up anywhere else.
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import re
 import reprlib
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,10 @@ from ...concept.errors import ConceptFileError, ConfigError, IncompatibleModelEr
 from ...concept.plain import read_json
 from ...concept.regular_files import read_regular
 from ...concept.tensors import read_tensors
-from ...formats.base import shards
-from ..open_clip.vocabulary import write_vocabulary
+from ...diffusion.parts import check_noise, check_parts
+from ...formats.base import weight_files
+from .parts import autoencoder_of, network_of, noise_of, scheduler_noise
+from .tokenizer import MOST_JSON_BYTES, read_tokenizer
 
 _SD, _SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 _SCHEDULERS = {
@@ -41,13 +42,6 @@ _TEXT_SETTINGS = {
     *("num_attention_heads", "max_position_embeddings", "hidden_act", "layer_norm_eps"),
     *("attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id"),
 }
-_TOKENIZER_FILES = "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"
-_TOKENIZER_SETTINGS = {
-    *("bos_token", "eos_token", "unk_token", "pad_token", "additional_special_tokens"),
-    *("added_tokens_decoder", "add_prefix_space", "do_lower_case", "errors", "model_max_length"),
-}
-_MOST_JSON_BYTES = 32 << 20
-"""CLIP's tokenizer.json has four million"""
 _MOST = {
     **{"num_hidden_layers": 64, "layers_per_block": 8, "block_out_channels": 1 << 16},
     **{"transformer_layers_per_block": 16, "reverse_transformer_layers_per_block": 16},
@@ -57,8 +51,6 @@ _MOST = {
 SD and SDXL have
 """
 _MOST_BLOCKS = 8
-_VARIANTS = "", ".fp16"
-"""How a file's name goes on that holds the same weights, rounded"""
 _OLD_ATTENTION = re.compile(r"(\.attentions\.\d+)\.(query|key|value|proj_attn)\.")
 _NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Autoencoders written before diffusers 0.15 name the parts of their attention otherwise."""
@@ -77,14 +69,50 @@ def read_pipeline(folder: Path) -> Any:
             f"{folder} is no Stable Diffusion pipeline in diffusers' layout: it has no "
             f"model_index.json. Give the folder of a downloaded pipeline."
         )
+    with _reading(folder):
+        kind = _settings(folder / "model_index.json").get("_class_name")
+        if kind not in (_SD, _SDXL):
+            raise IncompatibleModelError(
+                f"it is a {kind}; needed is a {_SD} or a {_SDXL}, not a refiner"
+            )
+        settings = _settings(folder / "scheduler" / "scheduler_config.json")
+        noise = noise_of(str(settings.get("_class_name")), settings)
+    with _naming(folder):
+        if noise.other_schedule:
+            check_noise(noise)
+    with _reading(folder):
+        frame = _frame(folder, ("", "_2") if kind == _SDXL else ("",))
+    with _naming(folder):  # before gigabytes of weights are read
+        check_parts(
+            network_of(frame["unet"]),
+            scheduler_noise(frame["scheduler"]),
+            autoencoder_of(frame["vae"]),
+            sum(part.hidden_size for name, part in frame.items() if "text_encoder" in name),
+        )
+    with _reading(folder):
+        return _filled(folder, frame)
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """What does not fit, as a message that names the folder."""
     try:
-        return _pipeline(folder)
+        yield
+    except IncompatibleModelError as error:
+        raise IncompatibleModelError(f"{folder}: {error}") from error
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Whatever an odd folder makes the libraries raise, as a message that names it."""
+    try:
+        yield
     except ImportError as error:
         raise ConfigError(
             f"{folder} cannot be loaded without diffusers and transformers ({error}). Install "
             f"what is missing into the same Python: `pip install diffusers transformers`."
         ) from error
-    except Exception as error:  # whatever an odd folder makes the libraries raise
+    except Exception as error:
         reason = str(error) if str(error) else type(error).__name__
         raise IncompatibleModelError(
             f"{folder} could not be loaded as a pipeline of Stable Diffusion 1.x, 2.x or XL "
@@ -92,59 +120,81 @@ def read_pipeline(folder: Path) -> Any:
         ) from error
 
 
-def _pipeline(folder: Path) -> Any:
+def _frame(folder: Path, text_numbers: Iterable[str]) -> dict[str, Any]:
+    """All of a pipeline but its weights, by name: networks without numbers, configurations of text
+    encoders, scheduler and tokenizers.
+    """
     import diffusers
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    index = _settings(folder / "model_index.json")
-    kind = index.get("_class_name")
-    if kind not in (_SD, _SDXL):
-        raise IncompatibleModelError(
-            f"it is a {kind}; needed is a {_SD} or a {_SDXL}, not a refiner"
-        )
-    parts = {
+    frame = {
         "unet": _network(diffusers.UNet2DConditionModel, folder / "unet"),
         "vae": _network(diffusers.AutoencoderKL, folder / "vae"),
         "scheduler": _scheduler(folder / "scheduler"),
-        "text_encoder": _text_model(CLIPTextModel, folder / "text_encoder"),
-        "tokenizer": _tokenizer(folder / "tokenizer"),
     }
-    if kind == _SD:
+    for number in text_numbers:
+        config = _text_config(folder / f"text_encoder{number}")
+        frame[f"text_encoder{number}"] = config
+        frame[f"tokenizer{number}"] = read_tokenizer(
+            folder / f"tokenizer{number}", config.vocab_size
+        )
+    return frame
+
+
+def _filled(folder: Path, frame: Mapping[str, Any]) -> Any:
+    """The pipeline, with its weights."""
+    import diffusers
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    parts = dict(frame)
+    for name in ("unet", "vae"):
+        _load_network(parts[name], folder / name)
+    parts["text_encoder"] = _text_model(
+        CLIPTextModel, frame["text_encoder"], folder / "text_encoder"
+    )
+    if "text_encoder_2" not in frame:
         return diffusers.StableDiffusionPipeline(
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
+    parts["text_encoder_2"] = _text_model(
+        CLIPTextModelWithProjection, frame["text_encoder_2"], folder / "text_encoder_2"
+    )
+    index = _settings(folder / "model_index.json")
     return diffusers.StableDiffusionXLPipeline(
         **parts,
-        text_encoder_2=_text_model(CLIPTextModelWithProjection, folder / "text_encoder_2"),
-        tokenizer_2=_tokenizer(folder / "tokenizer_2"),
         force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
         add_watermarker=False,
     )
 
 
 def _network(kind: Any, folder: Path) -> Any:
-    """A model of diffusers, which must be of this kind."""
+    """A model of diffusers, which must be of this kind, without its weights."""
     settings = _settings(folder / "config.json")
     if settings.get("_class_name", kind.__name__) != kind.__name__:
         raise IncompatibleModelError(
             f"its {folder.name} is a {settings['_class_name']}; needed is a {kind.__name__}"
         )
-    weights = _weights(folder, "diffusion_pytorch_model")
     with torch.device("meta"):  # weights that are replaced at once need not be drawn
-        network = kind.from_config(_known(settings, inspect.signature(kind.__init__).parameters))
+        return kind.from_config(_known(settings, inspect.signature(kind.__init__).parameters))
+
+
+def _load_network(network: Any, folder: Path) -> None:
+    weights = _weights(folder, "diffusion_pytorch_model")
     renamed = {_OLD_ATTENTION.sub(_attention_name, name): w for name, w in weights.items()}
     network.load_state_dict(renamed, assign=True)
-    return network.train(False)
+    network.train(False)
 
 
 def _attention_name(match: re.Match[str]) -> str:
     return f"{match[1]}.{_NEW_ATTENTION[match[2]]}."
 
 
-def _text_model(kind: Any, folder: Path) -> Any:
+def _text_config(folder: Path) -> Any:
     from transformers import CLIPTextConfig
 
-    config = CLIPTextConfig(**_known(_settings(folder / "config.json"), _TEXT_SETTINGS))
+    return CLIPTextConfig(**_known(_settings(folder / "config.json"), _TEXT_SETTINGS))
+
+
+def _text_model(kind: Any, config: Any, folder: Path) -> Any:
     weights = {
         # transformers 5 writes names without the prefix, and reads both; 4 reads them with it
         name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": w
@@ -181,39 +231,11 @@ def _scheduler(folder: Path) -> Any:
     return kind.from_config(_known(settings, inspect.signature(kind.__init__).parameters))
 
 
-def _tokenizer(folder: Path) -> Any:
-    """A CLIPTokenizer of copies of the files that are nothing but data."""
-    from transformers import CLIPTokenizer
-
-    with tempfile.TemporaryDirectory() as name:
-        clean = Path(name)
-        for file in _TOKENIZER_FILES:
-            if (folder / file).is_file():
-                (clean / file).write_bytes(read_regular(folder / file, _MOST_JSON_BYTES))
-        if not (clean / "vocab.json").is_file():
-            _unpack_tokenizer(folder / "tokenizer.json", clean)
-        settings = folder / "tokenizer_config.json"
-        plain = _known(_settings(settings), _TOKENIZER_SETTINGS) if settings.is_file() else {}
-        (clean / settings.name).write_text(json.dumps(plain), encoding="utf-8")
-        return CLIPTokenizer.from_pretrained(str(clean), local_files_only=True)
-
-
-def _unpack_tokenizer(file: Path, folder: Path) -> None:
-    """The one file that transformers 5 writes, as the three that every release reads."""
-    tokenizer = _settings(file)
-    vocabulary, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
-    pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
-    write_vocabulary(folder, sorted(vocabulary, key=vocabulary.__getitem__), pairs)
-    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-    beyond = {token: number for token, number in added.items() if token not in vocabulary}
-    (folder / "added_tokens.json").write_text(json.dumps(beyond), encoding="utf-8")
-
-
 def _settings(file: Path) -> dict[str, Any]:
     """The object in a JSON file."""
     if not file.is_file():
         raise IncompatibleModelError(f"it has no {file.parent.name}/{file.name}")
-    settings = read_json(read_regular(file, _MOST_JSON_BYTES).decode())
+    settings = read_json(read_regular(file, MOST_JSON_BYTES).decode())
     if not isinstance(settings, dict):
         raise IncompatibleModelError(f"its {file.parent.name}/{file.name} is no JSON object")
     for name, most in _MOST.items():
@@ -242,7 +264,7 @@ def _known(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 def _weights(folder: Path, stem: str) -> dict[str, Tensor]:
     """The weights of a part, floating point as float32, in memory of their own."""
     weights: dict[str, Tensor] = {}
-    for file in _weight_files(folder, stem):
+    for file in weight_files(folder, stem):
         try:
             tensors, _ = read_tensors(file)
         except ConceptFileError as error:
@@ -253,24 +275,3 @@ def _weights(folder: Path, stem: str) -> dict[str, Tensor]:
             weights[name] = tensor.float() if tensor.is_floating_point() else tensor
     weights.pop("text_model.embeddings.position_ids", None)  # numbers 0, 1, 2 in older files
     return weights
-
-
-def _weight_files(folder: Path, stem: str) -> list[Path]:
-    for variant in _VARIANTS:
-        whole = folder / f"{stem}{variant}.safetensors"
-        if whole.is_file():
-            return [whole]
-        index = folder / f"{stem}.safetensors.index{variant}.json"
-        if index.is_file():
-            return shards(index)
-    others = sorted(file.name for file in folder.glob(f"{stem}*") if file.is_file())
-    raise IncompatibleModelError(
-        f"its {folder.name} has no {stem}.safetensors"
-        + (
-            f", only {', '.join(others)}, which can run code when opened and so was not. "
-            f"Convert it: load the folder with diffusers where you trust it, and save_pretrained "
-            f"it again"
-            if others
-            else ""
-        )
-    )

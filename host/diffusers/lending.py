@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...concept.layers import Family, family_of_width
+from ...diffusion.parts import check_parts
 from ..clip.pair import ClipTextEncoderPair
 from ..clip.text_encoder import ClipTextEncoder
 from .denoiser import DiffusersDenoiser, DiffusersLatentEncoder
+from .parts import autoencoder_of, network_of, scheduler_noise
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ def borrowed_models(pipeline: Any) -> Iterator[DiffusersModels]:
     modules = (pipeline.unet, *_text_models(pipeline), pipeline.vae)
     flags = [(p, p.requires_grad) for module in modules for p in module.parameters()]
     modes = [(part, part.training) for module in modules for part in module.modules()]
+    check_pipeline(pipeline)
     try:
         for module in modules:
             module.requires_grad_(False).train(False)
@@ -41,6 +44,16 @@ def borrowed_models(pipeline: Any) -> Iterator[DiffusersModels]:
             parameter.requires_grad_(flag)
         for part, mode in modes:
             part.training = mode
+
+
+def check_pipeline(pipeline: Any) -> None:
+    """Raises IncompatibleModelError unless its parts go together."""
+    check_parts(
+        network_of(pipeline.unet),
+        scheduler_noise(pipeline.scheduler),
+        autoencoder_of(pipeline.vae),
+        sum(model.config.hidden_size for model in _text_models(pipeline)),
+    )
 
 
 def text_family(pipeline: Any) -> Family:

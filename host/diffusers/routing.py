@@ -1,17 +1,21 @@
-"""Token routing in a pipeline's UNet."""
+"""Token routing and regions in a pipeline's UNet."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...composition.regions import Region, RegionalAttention, RegionPrompts, said_in, shared
 from ...composition.routing import Route, Router, RowChanges, number_rows, own_rows
 from ...concept.layers import is_cross_attention, layer_from_diffusers
-from ...concept.text import TextEncoder
+from ..clip.chunks import Encoder, chunks_of, encode_prompts, words_of
+
+_NO_ROUTE = object()
+"""Stands for the route of a region without a concept"""
 
 
 @contextmanager
@@ -26,20 +30,87 @@ def routing(pipeline: Any) -> Iterator[Router]:
         yield router
 
 
+@contextmanager
+def regional(pipeline: Any, router: Router) -> Iterator[RegionalAttention]:
+    """The pipeline's UNet with cross-attention that may look at regions; afterwards without."""
+    attention = RegionalAttention(router, _attend)
+    with ExitStack() as hooks:
+        for path, module in pipeline.unet.named_modules():
+            if path.endswith(".attn2"):
+                handle = module.register_forward_hook(attention.hook, with_kwargs=True)
+                hooks.callback(handle.remove)
+        yield attention
+
+
+def _attend(module: nn.Module, x: Tensor, context: Tensor, named: Mapping[str, Any]) -> Tensor:
+    # Past the hooks, which would look at regions again.
+    out: Tensor = module.forward(x, **{**named, "encoder_hidden_states": context})
+    return out
+
+
 @torch.no_grad()
 def route(
     router: Router,
     routes: Sequence[Route],
-    encoder: TextEncoder,
+    encoder: Encoder,
     prompts: Sequence[str],
     context: Tensor,
-) -> None:
-    """Prepares the router for the features (b, n, d) of these prompts."""
+    regions: Sequence[Sequence[Region]] = (),
+) -> list[RegionPrompts]:
+    """Prepares the router for the features (b, n, d) of these prompts, as `encode_prompts` makes
+    them: prompts of fewer chunks are repeated.
+
+    `regions` has a list for each of the first prompts, and their routes are among `routes`;
+    returned is what each list says.
+    """
+    flat = [
+        (region, said_in(region, prompt, listed))
+        for prompt, listed in zip(prompts, regions, strict=False)
+        for region in listed
+    ]
+    encoded = [encode_prompts(encoder, [said]).context.to(context) for _, said in flat]
+    own = [
+        _own(routes, encoder, prompts, context),
+        *(
+            _own(routes, encoder, [said], features, region.route or _NO_ROUTE)
+            for (region, said), features in zip(flat, encoded, strict=True)
+        ),
+    ]
+    if routes:
+        (router.index, *indices), rows = number_rows(own)
+        router.changes = RowChanges.of(routes, rows).to(context.device, torch.float32)
+    else:
+        indices = [torch.zeros(features.shape[:2], dtype=torch.long) for features in encoded]
+    said = iter(zip(encoded, indices, strict=True))
+    sets = []
+    for listed in regions:
+        own_said = [next(said) for _ in listed]
+        shares = shared([region.mask for region in listed])
+        said_here = RegionPrompts([f[0] for f, _ in own_said], shares, [n[0] for _, n in own_said])
+        sets.append(said_here.to(context.device, context.dtype))
+    return sets
+
+
+def _own(
+    routes: Sequence[Route],
+    encoder: Encoder,
+    prompts: Sequence[str],
+    context: Tensor,
+    only: object = None,
+) -> list[Tensor]:
+    """(b, n, d) of each route: the features of its own rows, zero elsewhere; in the prompt of a
+    region `only` its own route acts, and one that was taught through every word at every row.
+    """
     own = [torch.zeros_like(context) for _ in routes]
     for b, prompt in enumerate(prompts):
-        token_ids = encoder.tokenize(prompt)
+        token_ids, places = words_of(prompt, encoder)
+        length = len(chunks_of(prompt, encoder)) * encoder.context_length
         for route, rows in zip(routes, own, strict=True):
-            positions = own_rows(route.concept, encoder, token_ids)
-            rows[b, positions] = context[b, positions]
-    (router.index,), features = number_rows([own])
-    router.changes = RowChanges.of(routes, features).to(context.device, torch.float32)
+            if route is only and route.concept.scope == "every word":
+                rows[b] = context[b]
+            elif only is None or route is only:
+                found = [places[word] for word in own_rows(route.concept, encoder, token_ids)]
+                for first in range(0, context.shape[1], length):
+                    positions = [first + place for place in found]
+                    rows[b, positions] = context[b, positions]
+    return own

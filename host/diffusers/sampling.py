@@ -10,21 +10,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...composition.regions import Region
 from ...composition.routing import Route
 from ...concept.concept import Concept
 from ...concept.fit import check_fit
 from ...concept.layers import family_of_width, is_cross_attention, layer_from_diffusers
-from ...concept.text import TextEncoder
 from ...diffusion.latents import LATENT_PIXELS
 from ...diffusion.sampling import ddim_sample
+from ..clip.chunks import Encoder, as_long_as, encode_prompts
 from .lending import borrowed_models, text_encoder
-from .routing import route, routing
+from .routing import regional, route, routing
 
 
 @contextmanager
 def applied_concept(
     pipeline: Any, concept: Concept | None, strength: float = 1.0
-) -> Iterator[TextEncoder]:
+) -> Iterator[Encoder]:
     """The pipeline with a concept added to its UNet; yields a text encoder that knows the tokens.
 
     Afterwards every weight is bit for bit what it was. Without a concept it is the base model.
@@ -62,6 +63,7 @@ def sample(
     *,
     strength: float = 1.0,
     routes: Sequence[Route] = (),
+    regions: Sequence[Sequence[Region]] = (),
     resolution: int = 512,
     seeds: Sequence[int] = (),
     steps: int = 50,
@@ -69,26 +71,31 @@ def sample(
 ) -> Tensor:
     """A picture of each prompt (b, h, w, 3) in 0..1, with the concept or without.
 
-    `concept` is added to the weights; those of `routes` act at their own words alone. Each picture
-    starts from noise of its own seed, by default 0, 1, 2 and so on.
+    Prompts may be of any length and have weights, `(cat:1.2)`, as in ComfyUI. `concept` is added to
+    the weights; those of `routes` act at their own words alone. `regions` has those of each
+    picture, or is empty. Each picture starts from noise of its own seed, by default 0, 1, 2 and so
+    on.
     """
     with (
         applied_concept(pipeline, concept, strength) as encoder,
         borrowed_models(pipeline) as models,
         routing(pipeline) as router,
+        regional(pipeline, router) as attention,
     ):
+        routes = _every_route(routes, regions)
         for one in routes:
             encoder = encoder.with_tokens(one.concept.embeddings())
-        both = [*prompts, *[""] * len(prompts)]
-        text, nothing = (
-            encoder.encode_with_pooled(encoder.pad([encoder.tokenize(prompt) for prompt in texts]))
-            for texts in (prompts, both[len(prompts) :])
-        )
-        if routes:
+        text = encode_prompts(encoder, prompts)
+        nothing = encode_prompts(encoder, [""] * len(prompts))
+        nothing = nothing._replace(context=as_long_as(text.context, nothing.context))
+        if routes or regions:
             context = torch.cat([text.context, nothing.context]).to(models.denoiser.device)
-            route(router, routes, encoder, both, context)
+            both = [*prompts, *[""] * len(prompts)]
+            attention.sets = route(router, routes, encoder, both, context, regions)
+            attention.chosen = [*range(1, len(regions) + 1), *[0] * len(prompts)] if regions else []
         edge = resolution // LATENT_PIXELS
         shape = (pipeline.unet.config.in_channels, edge, edge)
+        attention.size = (edge, edge)
         noise = torch.stack(
             [
                 torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -106,6 +113,14 @@ def sample(
             guidance,
         )
         return models.denoiser.preview(latents).cpu()
+
+
+def _every_route(routes: Sequence[Route], regions: Sequence[Sequence[Region]]) -> Sequence[Route]:
+    every = list(routes)
+    for region in (region for listed in regions for region in listed):
+        if region.route is not None and not any(region.route is one for one in every):
+            every.append(region.route)
+    return every
 
 
 def side_by_side(images_bhwc: Tensor) -> Image.Image:

@@ -123,6 +123,10 @@ SCHEMAS: dict[str, Schema] = {
     ),
     "Queue": _object(queue=_list(TEXT)),
     "Deleted": _object(deleted=TEXT),
+    "Binned": _object(
+        deleted=_said(TEXT, "The name by which it was known"),
+        bin=_said(TEXT, "Where it is now, below the same folder for concepts"),
+    ),
     "Losses": _object(after=COUNT, losses=_list(MAYBE_NUMBER)),
     "Graph": _said(_map(ANYTHING), "Id of a node → the node"),
     "Card": _CARD,

@@ -111,7 +111,8 @@ BAD = {
     "not a UNet": (taught(train_model=["dit", 0]), r"has no cross-attention.*load a checkpoint of"),
     "loss is not a number": (
         taught(train_model=["nan", 0]),
-        r"loss became nan at step 1.*before this step changed anything.*Lower the learning rate",
+        r"loss became nan at step 1.*before this step changed anything.*the UNet itself makes .*"
+        r"without LoRAs",
     ),
     "truncated concept": (
         {**draw("a cat", ["c", 0]), "c": load("truncated")},

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from custom_diffusion.concept.concept import Concept
+from custom_diffusion.concept.concept import Concept, LowRankDelta
+from custom_diffusion.concept.file import write_concept
 from custom_diffusion.formats.exporting import export_concept
 from custom_diffusion.formats.importing import open_concept
 from custom_diffusion.formats.names import kohya_name
@@ -48,11 +49,18 @@ def assert_same_change(ours: Any, theirs: Any, before: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["comfyui-lora", "kohya-lora"])
-@pytest.mark.parametrize("rank", [None, 6], ids=["dense", "low rank"])
+@pytest.mark.parametrize("rank", [None, 6, "mixed"], ids=["dense", "low rank", "mixed ranks"])
 def test_the_stock_lora_loader_reads_what_we_export(
-    comfy: Any, sd15: Any, shapes: Any, rank: int | None, kind: str, tmp_path: Path
+    comfy: Any, sd15: Any, shapes: Any, rank: int | str | None, kind: str, tmp_path: Path
 ) -> None:
-    concept = made_concept(shapes, rank=rank)
+    concept = made_concept(shapes, rank=6 if rank == "mixed" else rank)
+    if rank == "mixed":
+        kept = {
+            layer: LowRankDelta(delta.up[:, : 1 + n % 6], delta.down[: 1 + n % 6])
+            for n, (layer, delta) in enumerate(concept.deltas.items())
+            if isinstance(delta, LowRankDelta)
+        }
+        concept = replace(concept, deltas=kept)
     (path,) = export_concept(concept, tmp_path / "cat.safetensors", kind)
     before = weights_with_concept(sd15, Concept(concept.family, {}, concept.tokens))
     assert_same_change(
@@ -87,6 +95,42 @@ def test_lycoris_files_mean_to_us_what_they_mean_to_the_stock_loader(
     path = tmp_path / "lycoris.safetensors"
     save_file(tensors, path)
     concept = open_concept(path).concept
+    before = weights_with_concept(sd15, Concept(concept.family, {}, made_concept(shapes).tokens))
+    assert_same_change(
+        weights_with_concept(sd15, concept), weights_with_lora(comfy, sd15, path), before
+    )
+
+
+def test_adapters_that_turn_the_weights_mean_what_they_mean_to_the_stock_loader(
+    comfy: Any, sd15: Any, shapes: Any, tmp_path: Path
+) -> None:
+    """GLoRA, new and old, and the OFT of ComfyUI's own trainer; factors as convolutions of one
+    pixel.
+    """
+    from custom_diffusion.host.comfyui.models.weights import base_model
+
+    with torch.inference_mode():
+        base = base_model(sd15.model)
+    draw = torch.Generator().manual_seed(6)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw) * 0.1
+
+    tensors: dict[str, torch.Tensor] = {}
+    for number, (layer, (out, width)) in enumerate(shapes.items()):
+        new = {"a1": (width, 4), "a2": (4, width), "b1": (out, 4), "b2": (4, width)}
+        old = {"a1": (4, width), "a2": (width, 4), "b1": (4, width), "b2": (out, 4)}
+        kinds: list[dict[str, torch.Tensor]] = [
+            {f"{part}.weight": numbers(*shape) for part, shape in new.items()},
+            {f"{part}.weight": numbers(*shape) for part, shape in old.items()},
+            {"oft_blocks": numbers(8, out // 8, out // 8)},
+            {"lora_up.weight": numbers(out, 4, 1, 1), "lora_down.weight": numbers(4, width, 1, 1)},
+        ]
+        parts = kinds[number % len(kinds)] | {"alpha": torch.tensor(2.5)}
+        tensors |= {f"{PREFIX}{layer}.{part}": tensor for part, tensor in parts.items()}
+    path = tmp_path / "adapters.safetensors"
+    save_file(tensors, path)
+    concept = open_concept(path, base).concept
     before = weights_with_concept(sd15, Concept(concept.family, {}, made_concept(shapes).tokens))
     assert_same_change(
         weights_with_concept(sd15, concept), weights_with_lora(comfy, sd15, path), before
@@ -159,6 +203,42 @@ def test_whole_weights_are_read_with_their_model(
     assert read.base_hash == base.hash and read.tokens[0].class_noun == "cat"
 
 
+class Packed(torch.Tensor):
+    """As ComfyUI-GGUF keeps a matrix: packed numbers that say they have its shape."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((320, 768))
+
+
+@pytest.mark.parametrize(
+    ("weight", "stored"),
+    [
+        (torch.zeros(320, 816, dtype=torch.uint8), "uint8 (320, 816)"),
+        (torch.zeros(320, 816, dtype=torch.uint8).as_subclass(Packed), "uint8 (320, 768)"),
+        (torch.zeros(320, 384), "float32 (320, 384)"),
+    ],
+    ids=["packed", "packed, of its true shape", "of another shape"],
+)
+def test_a_quantised_base_is_refused_by_name(
+    weight: torch.Tensor, stored: str, sd15: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of GGUF, say: where its weights are read for whole matrices, and where they are trained."""
+    from custom_diffusion.concept.errors import IncompatibleModelError
+    from custom_diffusion.host.comfyui.models.unet import ComfyDenoiser
+    from custom_diffusion.host.comfyui.models.weights import base_model
+
+    network = sd15.model.model.diffusion_model
+    layer = network.get_submodule("input_blocks.1.1.transformer_blocks.0.attn2.to_k")
+    packed = torch.nn.Parameter(weight, requires_grad=False)
+    monkeypatch.setitem(layer._parameters, "weight", packed)
+    for read in (base_model, lambda model: ComfyDenoiser(model, torch.float32)):
+        with torch.inference_mode(), pytest.raises(IncompatibleModelError) as caught:
+            read(sd15.model)
+        message = str(caught.value)
+        assert "GGUF" in message and stored in message and "from a .safetensors" in message
+
+
 def small_concept(shapes: Any) -> Concept:
     """With changes of a few per cent of the model's weights, as training makes them."""
     concept = made_concept(shapes, rank=12)
@@ -212,3 +292,42 @@ def test_a_delta_is_dropped_in_compressed_exported_and_inspected(
     listing = server.get("/custom_diffusion/concepts")
     assert listing["other"] == [delta.name] and listing["unreadable"] == {}
     assert server.get(f"/custom_diffusion/concepts/{delta.name}")["other"]
+
+
+def test_connections_of_options_that_are_not_chosen_are_passed_over(
+    server: ComfyServer, shapes: Any
+) -> None:
+    """Programs send them; the page takes them away."""
+    folder = server.models / "custom_diffusion"
+    write_concept(made_concept(shapes, rank=4), folder / "leftover.safetensors")
+    leftover = {"target.clip": ["model", 1], "concepts.concept_2": ["load", 0]}
+    chosen = {"concepts": "1", "concepts.concept_1": ["load", 0], "concepts.strength_1": 1.0}
+    compress = {"target": "rank", "target.rank": 2, "target.megabytes": 1.0}
+    graph = {
+        "model": node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors"),
+        "load": node(
+            "LoadConcept", concept_name="leftover.safetensors", rename_token="", class_noun=""
+        ),
+        "compress": node("CompressConcept", concept=["load", 0], **compress, **leftover),
+        "inspect": node("InspectConcept", concept=["compress", 0]),
+        "routed": node(
+            "RouteConcepts", model=["model", 0], clip=["model", 1], **chosen, **leftover
+        ),
+        "text": node("CLIPTextEncode", text="a cat", clip=["routed", 1]),
+        "latent": node("EmptyLatentImage", width=64, height=64, batch_size=1),
+        "sampled": node(
+            "KSampler",
+            model=["routed", 0],
+            positive=["text", 0],
+            negative=["text", 0],
+            latent_image=["latent", 0],
+            **{"seed": 1, "steps": 1, "cfg": 1.0, "sampler_name": "euler"},
+            **{"scheduler": "normal", "denoise": 1.0},
+        ),
+        "picture": node("VAEDecode", samples=["sampled", 0], vae=["model", 2]),
+        "shown": node("PreviewImage", images=["picture", 0]),
+    }
+    entry = server.run(graph)
+    assert "rank 2" in entry["outputs"]["inspect"]["text"][0]
+    assert "times smaller" in entry["outputs"]["compress"]["text"][0]
+    assert "shown" in entry["outputs"]

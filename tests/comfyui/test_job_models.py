@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import gc
 import shutil
+import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,13 @@ from typing import Any
 import pytest
 import torch
 from custom_diffusion.concept.errors import ModelsGoneError, TrainingError
+from custom_diffusion.trainer.checkpoint import Checkpoint
 from custom_diffusion.trainer.config import TrainConfig
+from custom_diffusion.trainer.events import CheckpointDue, StepDone
+from custom_diffusion.trainer.jobs.snapshot import JobState
+from custom_diffusion.trainer.jobs.work import Work
+from support.concepts import random_concept
+from support.tiny_models import cat_concept
 
 CONFIG = TrainConfig()
 
@@ -211,3 +219,150 @@ def test_a_prompt_does_not_wait_for_a_paused_job_that_nobody_here_can_resume(
         shutil.rmtree(job.folder.path)
     with pytest.raises(TrainingError, match="Queue the graph again"):
         wait_for(job)
+
+
+@pytest.mark.parametrize("method", ["custom diffusion", "dreambooth"])
+def test_a_training_is_known_by_weights_that_were_never_copied_together(
+    lent: Any, loaded: Any, method: Any
+) -> None:
+    """A patched model's too; its fingerprint is the one that the copy has."""
+    from custom_diffusion.trainer.jobs.fingerprint import models_fingerprint
+
+    config = TrainConfig(method=method)
+    key = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+    weight = loaded.model.get_model_object(key)
+    plain = models_fingerprint_of(lent, loaded, config)
+    loaded.model.add_patches({key: ("diff", (torch.ones(weight.shape),))})
+    copies = lent.copy_models(loaded.model, loaded.clip, config)
+    patched = models_fingerprint_of(lent, loaded, config)
+    assert patched == models_fingerprint(copies.encoder, [copies.denoiser.network])
+    assert patched != plain
+
+
+def models_fingerprint_of(lent: Any, loaded: Any, config: TrainConfig) -> str:
+    from custom_diffusion.host.comfyui.models.text import text_encoder
+    from custom_diffusion.trainer.jobs.fingerprint import models_fingerprint
+
+    weights = lent.unet_weights(loaded.model, config)
+    return models_fingerprint(text_encoder(loaded.clip), [weights])
+
+
+def test_a_finished_graph_is_handed_out_without_a_copy_of_its_unet(
+    lent: Any, loaded: Any, load: Any, prompts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from custom_diffusion.host.comfyui.jobs import service as job_service
+    from custom_diffusion.host.comfyui.jobs import training
+    from custom_diffusion.trainer.jobs.service import TrainingService
+
+    service = TrainingService(tmp_path / "jobs")
+    monkeypatch.setattr(training, "training_service", lambda: service)
+    monkeypatch.setattr(job_service, "training_service", lambda: service)
+    monkeypatch.setattr(training, "concept_folder", lambda: tmp_path)
+    config = TrainConfig(
+        method="textual inversion", steps=1, batch_size=1, resolution=64, preview_every_steps=0
+    )
+    copies: list[object] = []
+    copy_unet = training.copy_unet
+
+    def counted(*given: Any) -> Any:
+        copies.append(given)
+        return copy_unet(*given)
+
+    monkeypatch.setattr(training, "copy_unet", counted)
+
+    def start() -> Any:
+        return training.start_training(
+            "cat",
+            loaded.model,
+            loaded.clip,
+            load("sd15").vae,
+            [cat_concept()],
+            config,
+            checkpoint_every_steps=50,
+            share_device=True,
+            keep_best=1,
+            prompt={},
+            node_id="1",
+        )
+
+    first = start()
+    assert first.wait(120)
+    assert first.snapshot().state is JobState.FINISHED, first.snapshot().log
+    assert len(copies) == 1
+    assert start() is first
+    assert len(copies) == 1
+
+
+@pytest.mark.parametrize("early", ["pause", "stop", None])
+@pytest.mark.parametrize("window", ["loop", "left", "models go"])
+def test_an_interrupted_prompt_is_released_whatever_its_job_is_about_to_do(
+    prompts: Any,
+    comfy: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    early: Any,
+    window: str,
+) -> None:
+    from comfy.model_management import InterruptProcessingException
+    from custom_diffusion.host.comfyui.jobs import service as job_service
+    from custom_diffusion.trainer.jobs.service import TrainingService
+
+    arrived, go_on = threading.Event(), threading.Event()
+
+    def reach(here: str) -> None:
+        if here == window and not arrived.is_set():
+            arrived.set()
+            assert go_on.wait(30)
+
+    def train(checkpoint: Any, should_stop: Any, on_event: Any) -> Any:
+        losses = list(checkpoint.losses) if checkpoint else []
+        while len(losses) < 3 and not should_stop():
+            losses.append(1.0)
+            on_event(StepDone(len(losses), 1.0))
+            if early and losses == [1.0]:
+                getattr(service, early)(service.jobs()[0].id)
+            reach("loop")
+        on_event(CheckpointDue(Checkpoint(tuple(losses), (torch.zeros(1),), ({},)), None))
+        reach("left")
+        return random_concept()
+
+    @contextmanager
+    def turn(_: object) -> Iterator[bool]:
+        yield True
+        reach("models go")
+
+    service = TrainingService(tmp_path / "jobs")
+    monkeypatch.setattr(job_service, "training_service", lambda: service)
+    job = service.submit("cat", 3, {}, Work(train, lambda _: tmp_path / "cat", turn=turn))
+    assert arrived.wait(30)
+    polls: list[bool] = []
+
+    def interrupted() -> None:
+        polls.append(True)
+        raise InterruptProcessingException
+
+    real_stop = service.stop
+
+    def stop(job_id: str) -> None:
+        real_stop(job_id)
+        go_on.set()  # only now does the job go on to what it was about to do
+
+    monkeypatch.setattr(service, "stop", stop)
+    monkeypatch.setattr(
+        comfy.model_management, "throw_exception_if_processing_interrupted", interrupted
+    )
+    released: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            job_service.wait_for(job)
+        except InterruptProcessingException as error:
+            released.append(error)
+
+    prompt = threading.Thread(target=wait, daemon=True)
+    prompt.start()
+    prompt.join(30)
+    assert released, f"it waits for {job.snapshot()}"
+    assert job.wait(30)
+    finished = window != "loop" and early is None
+    assert job.snapshot().state is (JobState.FINISHED if finished else JobState.STOPPED)

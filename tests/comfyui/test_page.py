@@ -206,6 +206,16 @@ def test_nodes_tell_what_they_have_found(bench: ComfyServer, page: Any) -> None:
     assert "<new2> mug" in rows.nth(2).inner_text() and "%" in rows.nth(2).inner_text()
     assert "both.safetensors" in told
     assert contrast(notes.first.locator("p").first) > 4.5
+    for vue_nodes in (True, False):
+        page.evaluate(
+            "vue => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue)", vue_nodes
+        )
+        for palette in ("light", "dark"):
+            page.evaluate(f"app.extensionManager.setting.set('Comfy.ColorPalette', '{palette}')")
+            page.wait_for_timeout(500)
+            for warning in page.locator(".cd-notes .cd-warning").all():
+                assert contrast(warning) >= 4.5, (vue_nodes, palette)
+            screenshot(page, f"node-warnings-{palette}-{'vue' if vue_nodes else 'classic'}")
     for shown in page.locator(".cd-node").all():  # the nodes have grown: nothing is cut off
         until(page, lambda: shown.evaluate(_WITHIN_NODE))  # noqa: B023
     screenshot(page, "node-notes")
@@ -269,7 +279,7 @@ def test_more_steps_are_another_training_that_goes_on(bench: ComfyServer, page: 
     dialog = page.get_by_role("dialog")
     dialog.locator("input").fill("none")
     dialog.locator("input").press("Enter")
-    page.get_by_text("is no number of steps").wait_for()
+    page.get_by_text("is not a number of steps").wait_for()
     press(finished, "Extend")
     dialog.locator("input").fill("2")
     screenshot(page, "panel-more-steps")
@@ -287,12 +297,16 @@ def test_more_steps_are_another_training_that_goes_on(bench: ComfyServer, page: 
 def test_typing_offers_the_words_of_concepts(page: Any) -> None:
     show(page, draw("photo of a "))
     box = page.locator("textarea").first
-    offer = page.get_by_role("listbox", name="Words that your concepts have taught")
+    offer = page.get_by_role("listbox", name="Trigger words of your concepts")
     box.click()
     box.press("End")
     box.press_sequentially("<new")
     offer.wait_for()
-    assert offer.get_by_role("option").all_inner_texts() == ["<new1> cat", "<new2> mug"]
+    rows = [text.split("\n") for text in offer.get_by_role("option").all_inner_texts()]
+    assert rows == [
+        ["<new1> cat", "cat.safetensors · Stable Diffusion 1.x"],
+        ["<new2> mug", "mug.safetensors · Stable Diffusion 1.x"],
+    ]
     screenshot(page, "completion")
     box.press("ArrowDown")
     box.press("Enter")
@@ -311,11 +325,111 @@ def test_typing_offers_the_words_of_concepts(page: Any) -> None:
     assert "photo of a <new2> mug and <new1> cat" in sent
 
 
+def test_a_note_is_offered_no_words(page: Any) -> None:
+    for vue_nodes in (False, True):
+        page.evaluate(
+            "vue => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue)", vue_nodes
+        )
+        page.evaluate(
+            """() => {
+                app.graph.clear();
+                app.graph.add(LiteGraph.createNode("Note"));
+                const prompt = LiteGraph.createNode("CLIPTextEncode");
+                prompt.pos = [500, 0];
+                app.graph.add(prompt);
+                app.canvas.ds.offset = [100, 200];
+                app.canvas.setDirty(true, true);
+            }"""
+        )
+        boxes = page.locator("textarea:visible")
+        until(page, lambda: boxes.count() == 2)  # noqa: B023
+        note, prompt = sorted(boxes.all(), key=lambda box: box.bounding_box()["x"])
+        offer = page.get_by_role("listbox", name="Trigger words of your concepts")
+        for box, offered in ((prompt, True), (note, False), (prompt, True)):
+            box.click()
+            box.fill("")
+            box.press_sequentially("<new")
+            if offered:
+                offer.wait_for()
+            else:
+                page.wait_for_timeout(300)
+            assert offer.is_visible() is offered, (vue_nodes, offered)
+            box.press("Escape")
+            box.blur()
+    page.evaluate("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
+
+
+def test_a_long_list_of_words_stays_in_the_window_and_scrolls(
+    bench: ComfyServer, page: Any
+) -> None:
+    folder = bench.models / "custom_diffusion" / "many"
+    for number in range(20):
+        word = f"<many{number:02}>"
+        write_concept(made_concept({LAYER: (320, 768)}, word), folder / f"{number:02}.safetensors")
+    show(page, draw(""))
+    box = page.locator("textarea").first
+    page.evaluate(
+        """() => {
+            const node = app.graph._nodes.find(each => each.comfyClass === "CLIPTextEncode");
+            app.canvas.ds.scale = 1;
+            app.canvas.ds.offset = [1100 - node.pos[0], 700 - node.pos[1]];  // a corner below
+            app.canvas.setDirty(true, true);
+        }"""
+    )
+    until(page, lambda: box.bounding_box()["y"] > 600)
+    box.click()
+    box.press_sequentially("<many")
+    offer = page.get_by_role("listbox", name="Trigger words of your concepts")
+    offer.wait_for()
+    options = offer.get_by_role("option")
+    assert options.count() == 20
+    within = """list => {
+        const { left, top, right, bottom } = list.getBoundingClientRect();
+        return left >= 0 && top >= 0 && right <= innerWidth && bottom <= innerHeight;
+    }"""
+    assert offer.evaluate(within)
+    for _ in range(15):
+        box.press("ArrowDown")
+    chosen = offer.locator("[aria-selected=true]")
+    assert chosen.inner_text().startswith("<many15>")
+    seen = "row => row.offsetTop - row.parentElement.scrollTop"
+    assert 0 <= chosen.evaluate(seen) < offer.evaluate("list => list.clientHeight")
+    marks = """row => {
+        const probe = document.createElement("i");
+        row.parentElement.append(probe);
+        probe.style.color = getComputedStyle(row).getPropertyValue("--cd-strong");
+        return probe;
+    }"""
+    for palette in ("dark", "light"):
+        page.evaluate(f"app.extensionManager.setting.set('Comfy.ColorPalette', '{palette}')")
+        page.wait_for_timeout(500)
+        assert offer.is_visible()
+        assert contrast(chosen.locator("span")) >= 4.5, palette
+        assert contrast(chosen.locator("small")) >= 4.5, palette
+        mark = chosen.evaluate_handle(marks)
+        assert contrast(mark) >= 3, palette  # the bar at the row's left, against the list
+        mark.evaluate("mark => mark.remove()")
+        screenshot(page, f"completion-long-{palette}")
+    page.evaluate("app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
+    offer.evaluate("list => list.scrollTo(0, 0)")
+    page.mouse.move(*[offer.bounding_box()[side] + 20 for side in ("x", "y")])
+    page.mouse.wheel(0, 50)
+    until(page, lambda: offer.evaluate("list => list.scrollTop") > 0)
+    assert offer.is_visible()
+    box.press("Enter")
+    assert box.input_value() == "<many15> cat"
+    for path in folder.iterdir():
+        path.unlink()
+
+
 def test_what_completion_computes(page: Any) -> None:
     computed = page.evaluate(
         """async modules => {
             const { offers, completed } = await import(`${modules}/completion.js`);
-            const words = ["<new1> cat", "<new2> mug", "<New1> cat", "<new1> cat"];
+            const words = [
+                { name: "a", family: "SD", prompts: ["<new1> cat", "<new2> mug"] },
+                { name: "b", family: "", prompts: ["<New1> cat", "<new1> cat"] },
+            ];
             return {
                 begun: offers(words, "a <NEW1"),
                 none: [offers(words, "a new"), offers(words, "a <new1> "), offers(words, "a < ")],
@@ -324,7 +438,10 @@ def test_what_completion_computes(page: Any) -> None:
         }""",
         f"/extensions/{PACK_FOLDER}/js",
     )
-    assert computed["begun"] == ["<new1> cat", "<New1> cat"]
+    assert computed["begun"] == [
+        {"word": "<new1> cat", "sources": ["a · SD", "b"]},
+        {"word": "<New1> cat", "sources": ["b"]},
+    ]
     assert computed["none"] == [[], [], []]
     assert computed["middle"] == {"text": "a <new1> cat and more", "caret": 12}
 

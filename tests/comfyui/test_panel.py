@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from custom_diffusion.concept.file import write_concept
 from custom_diffusion.formats.exporting import export_concept
+from PIL import Image
 from support.browser import (
     LONG_MS,
     TAB,
@@ -80,8 +83,9 @@ def test_a_training_is_watched_and_steered_to_its_end(bench: ComfyServer, page: 
     bench.run(train())
     running = card(page, "running")
     assert page.locator(f".{TAB}-tab-button, [data-testid={TAB}-tab-button]").inner_text() == "1"
-    step = int(running.locator("progress").get_attribute("value"))
-    until(page, lambda: int(running.locator("progress").get_attribute("value")) > step + 3)
+    bar = running.get_by_role("progressbar", name="progress of my cat")
+    step = int(bar.get_attribute("aria-valuenow"))
+    until(page, lambda: int(bar.get_attribute("aria-valuenow")) > step + 3)
     until(page, lambda: "loss at step" in running.locator("figcaption").inner_text())
     assert "teaches <new1> cat" in running.inner_text()
     pictures = running.locator(".cd-sample img")
@@ -114,6 +118,84 @@ def test_a_training_is_watched_and_steered_to_its_end(bench: ComfyServer, page: 
     dialog.get_by_role("button", name="Delete").click()
     panel.get_by_text("No training yet").wait_for()
     assert bench.get(JOBS)["jobs"] == []
+
+
+def test_the_bar_fills_as_far_as_the_training_is(bench: ComfyServer, page: Any) -> None:
+    bench.run(train(steps=200, preview_every_steps=0))
+    open_panel(page)
+    card(page, "running")
+    bar = page.locator(".cd-job").get_by_role("progressbar")
+    until(page, lambda: int(bar.get_attribute("aria-valuenow")) > 10)
+    press(card(page, "running"), "Pause")
+    card(page, "paused")
+    page.wait_for_function(
+        "bar => !bar.getAnimations({subtree: true}).length", arg=bar.element_handle()
+    )
+    share = int(bar.get_attribute("aria-valuenow")) / int(bar.get_attribute("aria-valuemax"))
+    assert 0.05 < share < 1
+    pixels = np.asarray(Image.open(io.BytesIO(bar.screenshot())).convert("RGB"), dtype=int)
+    row = pixels[len(pixels) // 2]
+    filled = np.abs(row - row[len(row) - 4]).sum(1) > 100  # unlike the empty end
+    assert filled.mean() == pytest.approx(share, abs=0.03)
+
+
+def test_the_state_follows_a_click_at_once_and_a_second_one_is_harmless(
+    bench: ComfyServer, page: Any
+) -> None:
+    bench.run(train())
+    panel = open_panel(page)
+    sent: list[str] = []
+    page.on("request", lambda asked: asked.method == "POST" and sent.append(asked.url))
+    clicks = """([button, state]) => {
+        button.click();
+        button.click();
+        return state.textContent;
+    }"""
+    for state, verb, at_once, then in (
+        ("running", "Pause", "pausing …", "paused"),
+        ("paused", "Resume", "resuming …", "running"),
+        ("running", "Stop and save", "stopping and saving …", "stopped"),
+        ("stopped", "Resume", "resuming …", "running"),
+    ):
+        sent.clear()
+        shown = card(page, state)
+        button = shown.get_by_role("button", name=verb, exact=True)
+        button.focus()
+        parts = [button.element_handle(), shown.locator(".cd-state").element_handle()]
+        assert page.evaluate(clicks, parts) == at_once
+        card(page, then)
+        assert len([url for url in sent if "custom_diffusion" in url or "/prompt" in url]) == 1
+        assert not panel.locator(".cd-trouble").first.inner_text()
+        # The keyboard stays where it was, at what can be done now.
+        assert page.evaluate("document.activeElement.closest('.cd-buttons') !== null")
+
+    # A graph that cannot run again: the state is what it was, and why is said.
+    press(card(page, "running"), "Stop and save")
+    stopped = card(page, "stopped")
+    checkpoint = bench.models / "checkpoints" / "sd15.safetensors"
+    checkpoint.rename(checkpoint.with_suffix(".away"))
+    try:
+        press(stopped, "Resume")
+        panel.get_by_text("sd15.safetensors").wait_for()
+        assert stopped.locator(".cd-state").inner_text().endswith("stopped")
+    finally:
+        checkpoint.with_suffix(".away").rename(checkpoint)
+
+
+def test_a_word_that_moved_far_is_said_in_plain_words(bench: ComfyServer, page: Any) -> None:
+    bench.run(train(steps=20, learning_rate=0.02, preview_every_steps=0))
+    open_panel(page)
+    finished = card(page, "finished")
+    warning = finished.locator(".cd-warning")
+    warning.wait_for()
+    assert "<new1> has moved very far from where it began" in warning.inner_text()
+    assert "%" not in finished.inner_text()
+    for palette in ("dark", "light"):
+        page.evaluate(f"app.extensionManager.setting.set('Comfy.ColorPalette', '{palette}')")
+        page.wait_for_timeout(500)
+        assert contrast(warning) >= 4.5, palette
+        screenshot(page, f"panel-drift-{palette}")
+    page.evaluate("app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
 
 
 def test_a_failed_training_says_why_and_goes_on_when_that_is_mended(

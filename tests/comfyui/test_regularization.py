@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from custom_diffusion.concept.file import read_concept
 from custom_diffusion.host.open_clip.text import MODEL
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from support.clip_weights import write_text_half
 from support.comfy_server import ComfyPromptError, ComfyServer
 from support.graphs import Graph, draw, draw_pictures, node, teach
@@ -31,11 +33,31 @@ def bench(
         draw_pictures(base / "input" / "collection" / folder)
         for picture in (base / "input" / "collection" / folder).glob("*.png"):
             picture.with_suffix(".txt").write_text(caption)
+    write_other_models(checkpoint_file("sd15"), base / "models")
     write_text_half(base / "models" / "text_encoders" / "clip.safetensors")
     with ComfyServer(
         comfyui_path, base, checkpoints=[checkpoint_file("sd15")], arguments=["--cache-none"]
     ) as running:
         yield running
+
+
+def write_other_models(checkpoint: Path, models: Path) -> None:
+    """The checkpoint's own autoencoder, but for one bias, and a LoRA of one layer of its text."""
+    weights = load_file(checkpoint)
+    start = "first_stage_model."
+    vae = {k.removeprefix(start): v.clone() for k, v in weights.items() if k.startswith(start)}
+    vae["decoder.conv_out.bias"] += 0.1
+    (models / "vae").mkdir(parents=True, exist_ok=True)
+    save_file(vae, models / "vae" / "other.safetensors")
+    key = next(k for k in weights if k.endswith("text_model.encoder.layers.0.mlp.fc1.weight"))
+    height, width = weights[key].shape
+    name = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    (models / "loras").mkdir(parents=True, exist_ok=True)
+    lora = {
+        f"{name}.lora_up.weight": torch.full((height, 1), 0.1),
+        f"{name}.lora_down.weight": torch.full((1, width), 0.1),
+    }
+    save_file(lora, models / "loras" / "text.safetensors")
 
 
 def drawn_set(count: int = COUNT, **changes: Any) -> dict[str, Any]:
@@ -87,6 +109,39 @@ def test_the_model_draws_the_class_once_and_a_training_uses_it(bench: ComfyServe
 
     bench.run(taught("other", drawn_set(seed=8)))
     assert len(folders(bench)) == 2 and pictures(folder) == more
+
+
+def test_another_clip_or_vae_draws_another_set(bench: ComfyServer) -> None:
+    """As another model does; the same ones, loaded again, draw nothing."""
+    plain = drawn_set(count=1, seed=11)
+
+    def found() -> set[Path]:
+        return {path for path in folders(bench) if '"seed": 11' in settings(path)}
+
+    bench.run(taught("plain", plain))
+    assert len(found()) == 1
+    skip = node("CLIPSetLastLayer", clip=["checkpoint", 1], stop_at_clip_layer=-2)
+    vae = node("VAELoader", vae_name="other.safetensors")
+    lora = node(
+        "LoraLoader",
+        **{"model": ["checkpoint", 0], "clip": ["checkpoint", 1], "lora_name": "text.safetensors"},
+        strength_model=0.0,
+        strength_clip=1.0,
+    )
+    for count, (name, changed, sources) in enumerate(
+        [
+            ("clip", ["skip", 0], {"skip": skip}),
+            ("vae", ["vae", 0], {"vae": vae}),
+            ("clip", ["lora", 1], {"lora": lora}),
+        ],
+        start=2,
+    ):
+        one = {**plain, "inputs": {**plain["inputs"], name: changed}}
+        for _ in range(2):
+            bench.run({**taught("changed", one), **sources})
+        assert len(found()) == count, changed
+    bench.run(taught("plain again", plain))
+    assert len(found()) == 4
 
 
 def test_its_pictures_are_those_of_comfyuis_own_nodes(bench: ComfyServer) -> None:

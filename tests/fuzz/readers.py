@@ -44,7 +44,10 @@ LAYERS = [
     for matrix in "kv"
 ]
 WIDTH, OUT = 128, 6
-PREFIXES = ("", "diffusion_model.", "model.diffusion_model.", "unet.", "bundle_emb.<a>.")
+PREFIXES = (
+    *("", "diffusion_model.", "model.diffusion_model.", "unet.", "base_model.model."),
+    "bundle_emb.<a>.",
+)
 MODULES = (
     *LAYERS,
     "lora_unet_down_blocks_0_attentions_1_transformer_blocks_0_attn2_to_k",
@@ -57,6 +60,8 @@ PARTS = (
     *(".lora_B.weight", ".alpha", ".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b"),
     *(".lokr_w1", ".lokr_w2", ".lokr_w2_a", ".lokr_w2_b", ".US", ".Vh", ""),
     *(".dora_scale", ".lora_magnitude_vector", ".string_to_param.*", ".clip_l", ".clip_g"),
+    *(".oft_blocks", ".rescale", ".on_input", ".ia3_l", ".diff_b", ".lora_B.bias", ".clip_l_out"),
+    *(".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight", ".strange.weight"),
 )
 KINDS: tuple[dict[str, tuple[int, ...]], ...] = (
     {".lora_up.weight": (OUT, 2), ".lora_down.weight": (2, WIDTH), ".alpha": ()},
@@ -64,6 +69,11 @@ KINDS: tuple[dict[str, tuple[int, ...]], ...] = (
     {".lokr_w1": (2, 2), ".lokr_w2": (OUT // 2, WIDTH // 2)},
     {".diff": (OUT, WIDTH)},
     {".weight": (OUT, WIDTH)},
+    {".weight": (OUT,), ".on_input": ()},
+    {".ia3_l": (1, WIDTH)},
+    {".oft_blocks": (3, OUT // 3, OUT // 3), ".rescale": (OUT, 1), ".alpha": ()},
+    {".a1.weight": (WIDTH, 2), ".a2.weight": (2, WIDTH), ".b1.weight": (OUT, 2)}
+    | {".b2.weight": (2, WIDTH), ".alpha": ()},
 )
 """Modules with all that they need"""
 MAGNITUDES = ((OUT,), (OUT, 1), (1, WIDTH), (WIDTH,), (WIDTH, 1), ())
@@ -84,6 +94,8 @@ TEXTS = (
     "[[" * 5000,
     '{"unet.lora_alpha": 8}',
     '{"unet.lora_alpha": 8, "unet.use_dora": true, "unet.use_rslora": true}',
+    '{"lora_alpha": 8, "alpha_pattern": {"to_k": 2, "(a|.*)+": 3, ".*attn2.to_[kv]": 1}}',
+    '{"lora_alpha": 8, "peft_type": "LOKR", "r": 0, "use_rslora": true}',
     "\x00",
 )
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from custom_diffusion.concept.concept import Concept, DenseDelta, LowRankDelta, ModifierToken
-from custom_diffusion.concept.layers import FAMILIES
+from custom_diffusion.concept.layers import FAMILIES, layer_from_diffusers
 
 
 def made_concept(
@@ -33,3 +34,16 @@ def made_concept(
     widths = {"clip_l": 768, "clip_h": 1024, "clip_g": 1280}
     embeddings = {name: 0.02 * draw(1, widths[name]) for name in FAMILIES[family].text_encoders}
     return Concept(FAMILIES[family], deltas, (ModifierToken(token, noun, embeddings),))
+
+
+def concept_for(pipeline: Any, token: str, noun: str, seed: int) -> Concept:
+    """Random changes of every key and value projection of a pipeline's UNet, and a word."""
+    draw = torch.Generator().manual_seed(seed)
+    deltas = {
+        layer_from_diffusers(name): DenseDelta(0.1 * torch.randn(m.weight.shape, generator=draw))
+        for name, m in pipeline.unet.named_modules()
+        if name.endswith(("attn2.to_k", "attn2.to_v"))
+    }
+    width = pipeline.text_encoder.config.hidden_size
+    row = torch.randn(1, width, generator=draw)
+    return Concept(FAMILIES["sd15"], deltas, (ModifierToken(token, noun, {"clip_l": row}),))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from custom_diffusion.concept.errors import DataError
 from custom_diffusion.trainer.data.advice import advice
 from custom_diffusion.trainer.data.captioned import CaptionedImage
 from custom_diffusion.trainer.data.training_concept import TrainingConcept
@@ -40,6 +42,23 @@ def test_of_good_pictures_nothing_is_said() -> None:
     )
 
 
+def test_captions_that_clip_reads_to_the_end_are_not_long() -> None:
+    """75 words, and the new word is one of them."""
+    longest = f"{OWN}{', red' * 34}"
+    assert list(advice(cats(*(scene(seed) for seed in range(4)), caption=longest))) == []
+    assert list(advice(cats(*(scene(seed) for seed in range(4)), caption=f"{OWN} (red) [a]"))) == []
+
+
+def test_all_that_cannot_be_read_is_named_at_once(tmp_path: Path) -> None:
+    broken = []
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"nothing")
+        broken.append(CaptionedImage(tmp_path / name, OWN))
+    with pytest.raises(DataError) as caught:
+        list(advice(replace(GOOD, images=(*GOOD.images, *broken))))
+    assert "a.png" in str(caught.value) and "b.png" in str(caught.value)
+
+
 def test_repeats_make_no_more_pictures_of_few() -> None:
     """Nor does a picture with repeats look the same as itself."""
     few = cats(*(scene(seed) for seed in range(3)))
@@ -61,6 +80,17 @@ def test_repeats_make_no_more_pictures_of_few() -> None:
             "picture 5 looks the same as picture 3",
         ),
         (replace(GOOD, token="", regularization=()), "no regularization pictures"),
+        (
+            cats(*(scene(seed) for seed in range(4)), caption=f"{OWN}{', red' * 37}"),
+            "the rest of a longer caption is not learnt: picture 1, picture 2, picture 3 and 1",
+        ),
+        *(
+            (
+                cats(*(scene(seed) for seed in range(4)), caption=f"{OWN}, {odd}"),
+                f"this is learnt as it stands: {odd!r} (picture 1)",
+            )
+            for odd in ("(red:1.3)", "{red|blue}", "<lora:cat:1>", "__colour__")
+        ),
         (
             replace(
                 GOOD,

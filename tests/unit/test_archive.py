@@ -155,7 +155,7 @@ FORGED = {
         b"\x80\x02}q\x00" + text("unet") + b"h\x00s" + text("modifier_token") + b"h\x00s.",
         "no concept|no embedding|no cross-attention",
     ),
-    "many brackets": (b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".", "holds nothing"),
+    "many brackets": (b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".", "holds a list"),
     "many instructions": (b"\x80\x02" + b"N0" * (1 << 20) + b".", "too large|torch.save"),
     "a large list again and again": (
         b"\x80\x02(" + b"N" * 300_000 + b"tq\x000"

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from shutil import copy, copytree
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from custom_diffusion.cli.training import training_config
 from custom_diffusion.concept.file import read_concept
 from custom_diffusion.miniature import demo
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.clip_weights import write_text_half
 from support.graphs import draw_pictures
 from support.tiny_models import tiny_pipeline
@@ -72,6 +73,23 @@ def test_two_concepts_are_taught_merged_inspected_and_drawn(
     drawn = ["--prompt", "a <new1> cat", "--count", "2", "--output", str(picture)]
     assert main([*sample, *drawn, "--device", "cpu"]) == 0
     assert Image.open(picture).size == (128, 64)
+
+
+def test_a_training_says_what_the_concept_node_says_of_its_pictures(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for picture in sorted(photos.glob("*.png"))[:2]:
+        copy(picture, tmp_path)
+    (tmp_path / "a.heic").write_bytes(b"x")
+    (next(tmp_path.glob("*.png"))).with_suffix(".caption").write_text("a <new1> cat (red:1.3)")
+    assert teach(model, tmp_path, "cat", "<new1>", tmp_path / "cat.safetensors") == 0
+    said = capsys.readouterr().err
+    assert f"note: {tmp_path}: Not read, because of their kind: 1 .heic." in said
+    assert "note: 2 pictures are few" in said
+    assert "note: Captions have no weights or choices" in said and "'(red:1.3)'" in said
+    refused = ["train", "--model", str(model), "--images", str(photos), "--class-noun", "cat"]
+    assert main([*refused, "--regularization", str(photos)]) == 1
+    assert "as pictures of the concept and as regularization" in capsys.readouterr().err
 
 
 def test_a_training_goes_on_from_a_concept(
@@ -183,6 +201,16 @@ def test_a_regularization_set_is_drawn_gone_on_with_and_used(
 
     assert main([*command, "--count", "6", "--seed", "9"]) == 1
     assert "other settings" in capsys.readouterr().err
+    for part, name in (("vae", "decoder.conv_out.bias"), ("text_encoder", "final_layer_norm.bias")):
+        other = tmp_path / part
+        copytree(model, other)
+        (file,) = (other / part).glob("*.safetensors")
+        weights = load_file(file)
+        weights[next(key for key in weights if key.endswith(name))] += 0.1
+        save_file(weights, file, {"format": "pt"})
+        changed = [str(other) if word == str(model) else word for word in command]
+        assert main([*changed, "--count", "6"]) == 1
+        assert "other settings" in capsys.readouterr().err
 
 
 def test_concepts_are_taught_together_and_a_category_without_a_token(
@@ -202,11 +230,17 @@ def test_concepts_are_taught_together_and_a_category_without_a_token(
     )
 
 
-def test_equal_tokens_can_be_renamed_in_a_merge(model: Path, photos: Path, tmp_path: Path) -> None:
+def test_equal_tokens_can_be_renamed_in_a_merge(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     one, two, both = (tmp_path / f"{name}.safetensors" for name in ("one", "two", "both"))
     for path in (one, two):
         assert teach(model, photos, "cat", "<new1>", path) == 0
     merge = ["merge", str(one), str(two), "--model", str(model), "--output", str(both)]
+    unloaded = ["merge", str(one), str(two), "--model", "nowhere", "--output", str(both)]
+    capsys.readouterr()
+    assert main(unloaded) == 1
+    assert "--tokens" in capsys.readouterr().err, "said before the model is looked for"
     assert main(merge) == 1
     assert not both.exists()
     assert main([*merge, "--tokens", "<tom>"]) == 1

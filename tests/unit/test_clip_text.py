@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from typing import Any
 
 import pytest
 import torch
-from custom_diffusion.concept.concept import Concept
+from custom_diffusion.concept.concept import Concept, ModifierToken
 from custom_diffusion.concept.errors import TokenError
 from custom_diffusion.concept.layers import FAMILIES
 from custom_diffusion.concept.text import encode_unpadded
@@ -447,6 +448,25 @@ def test_words_of_one_training_start_apart_whatever_they_start_from(
     assert not torch.equal(words["<new1>"], words["<new2>"])
     (first,) = initial_embedding(encoder, "dog").values()
     assert torch.equal(words["<new1>"], first)
+
+
+def test_names_of_one_checksum_start_apart(encoder: ClipTextEncoder) -> None:
+    """Their CRC-32 is the same, whatever stands around them."""
+    names = "<plumless>", "<buckeroo>"
+    assert len({zlib.crc32(name.encode()) for name in names}) == 1
+    one, other = (initial_embedding(encoder, "", name)["clip_l"] for name in names)
+    assert (one - other).norm() > 0.1 * one.norm()
+
+
+def test_a_word_starts_apart_from_one_that_was_rounded(encoder: ClipTextEncoder) -> None:
+    """A concept file holds half precision."""
+    rows = initial_embedding(encoder, "dog")
+    rounded = {name: row.half().float() for name, row in rows.items()}
+    assert not torch.equal(rounded["clip_l"], rows["clip_l"])
+    start = Concept(FAMILIES["sd15"], {}, (ModifierToken("<new1>", "cat", rounded),))
+    learnt = words_to_teach([dog_concept(initializer="dog")], start, encoder, torch.device("cpu"))
+    word = learnt["clip_l"]["<new2>"]
+    assert (word - rows["clip_l"]).norm() > 0.1 * word.norm()
 
 
 @pytest.mark.parametrize("word", ["cat", " Cat ", "CAT"])

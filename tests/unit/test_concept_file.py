@@ -592,7 +592,8 @@ class TestWriting:
         message = str(caught.value)
         assert str(path) in message
         assert re.search(r"\d MB were needed, \d+\.\d MB are free", message)
-        assert "choose another folder" in message
+        assert f"{tmp_path / 'file'} is no folder" in message
+        assert "choose another folder" in message and "Free some space" not in message
         assert (tmp_path / "file").read_bytes() == OLD
 
     @needs_posix
@@ -616,6 +617,8 @@ class TestWriting:
         result = _run(code, tmp_path)
         assert "cat.safetensors could not be written" in result.stdout, result.stderr
         assert "ermission denied" in result.stdout
+        assert "Give yourself permission" in result.stdout
+        assert "Free some space" not in result.stdout
         assert os.listdir(tmp_path) == []
 
     @pytest.mark.timeout(20)
@@ -627,6 +630,12 @@ class TestWriting:
 
     def test_a_name_that_is_too_long(self, tmp_path: Path) -> None:
         path = tmp_path / f"{'c' * 300}.safetensors"
+        with pytest.raises(ConceptFileError, match="could not be written.*choose a shorter one"):
+            write_concept(random_concept(family=SD15), path)
+        assert os.listdir(tmp_path) == []
+
+    def test_a_folder_whose_name_is_too_long(self, tmp_path: Path) -> None:
+        path = tmp_path / ("c" * 300) / "cat.safetensors"
         with pytest.raises(ConceptFileError, match="could not be written"):
             write_concept(random_concept(family=SD15), path)
         assert os.listdir(tmp_path) == []

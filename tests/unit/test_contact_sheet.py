@@ -21,14 +21,14 @@ TILE, GAP, LABEL, ROW = 160, 6, 330, 160 + 6 + 46
 
 
 class SeenViews:
-    """A latent encoder that keeps the pictures it is given."""
+    """A latent encoder that keeps the pictures it is given, once each."""
 
     def __init__(self) -> None:
         self.images: list[Tensor] = []
 
     def moments(self, image_chw: Tensor) -> tuple[Tensor, Tensor]:
         self.images.append(image_chw)
-        return torch.zeros(4, 16, 16), torch.zeros(4, 16, 16)
+        return torch.full((4, 16, 16), len(self.images) - 1.0), torch.zeros(4, 16, 16)
 
 
 def noise(seed: int) -> Image.Image:
@@ -76,14 +76,28 @@ def test_the_sheet_shows_what_is_encoded(augment: bool) -> None:
     seen = SeenViews()
     bank = encode_views(concept(), seen, config)
     sheet = contact_sheet(concept(), config)
-    per_image = len(bank.instances[0])
-    for row, column, index in [(0, 0, 0), (0, 1, 1), (1, 0, per_image), (2, 0, 2 * per_image)]:
-        view = (bank.instances[row][column] if row < 2 else bank.regularization[0]).mask
-        if view.min() < 1:
+    shown = 0
+    for row, column in [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]:
+        view = bank.instances[row][column] if row < 2 else bank.regularization[0]
+        if view.mask.min() < 1:
             continue  # partly dark
-        image = ((seen.images[index] / 2 + 0.5) * 255).round().byte().permute(1, 2, 0).numpy()
+        shown += 1
+        encoded = seen.images[int(view.mean[0, 0, 0])]
+        image = ((encoded / 2 + 0.5) * 255).round().byte().permute(1, 2, 0).numpy()
         wanted = np.asarray(Image.fromarray(image).resize((TILE, TILE)), dtype=float)
         assert np.abs(tile(sheet, row, column) - wanted).max() <= 1
+    assert shown > 1
+
+
+def test_more_pictures_than_a_screen_has_room_for_are_counted() -> None:
+    """The sheets of a thousand pictures would fill the memory."""
+    many = replace(concept(), images=concept().images * 200)
+    views = contact_sheet(many, settings(augment=False, flip=False))
+    few = contact_sheet(replace(many, images=many.images[:32]), settings(augment=False, flip=False))
+    more = np.asarray(views)[few.height - ROW : few.height - ROW + TILE, :LABEL]
+    assert views.height == few.height + TILE + GAP
+    assert more.min() < 100  # "368 more pictures are not shown"
+    assert picture_sheet(many).height == 32 * ROW + TILE + 2 * GAP
 
 
 def test_a_picture_with_repeats_is_shown_once_and_said_to_come_more_often() -> None:

@@ -9,9 +9,9 @@ import pytest
 from custom_diffusion.concept.errors import DataError, TokenError
 from custom_diffusion.concept.prompts import STYLE_TEMPLATE
 from custom_diffusion.trainer.data.captioned import CaptionedImage, check_readable
-from custom_diffusion.trainer.data.folders import load_folder
+from custom_diffusion.trainer.data.folders import folder_advice, load_folder
 from custom_diffusion.trainer.data.training_concept import TrainingConcept, instance_caption
-from PIL import Image
+from PIL import Image, features
 
 RED = Image.new("RGB", (20, 10), "red")
 GOOD = CaptionedImage(RED, "photo of a <new1> cat")
@@ -43,7 +43,7 @@ def test_a_folder_is_read_by_name_with_captions_beside_its_pictures(tmp_path: Pa
     assert [image.name for image in images] == ["a.JPG", "b.png", "c.webp", "d.bmp"]
     assert [image.caption for image in images] == [
         "photo of a <new1> cat",
-        "a <new1> cat on a sofa",
+        "a <new1> cat",
         "photo of a <new1> cat",
         "photo of a <new1> cat",
     ]
@@ -309,3 +309,135 @@ def test_things_categories_and_styles_have_their_prompts(
 def test_a_good_concept_is_accepted() -> None:
     made = concept(regularization=(CaptionedImage(RED, "a cat"),), initializer="cat")
     assert made.images == (GOOD,)
+
+
+# What other tools leave in a folder
+
+
+@pytest.mark.parametrize("ending", [".txt", ".TXT", ".caption", ".Caption"])
+def test_captions_have_the_endings_of_every_tool_and_one_line(ending: str, tmp_path: Path) -> None:
+    saved_in(tmp_path)
+    (tmp_path / f"other{ending}").write_text("\n a  <new1> cat\r\nred, sitting\n")
+    assert load_folder(tmp_path, "default")[0].caption == "a <new1> cat"
+    (said,) = folder_advice(tmp_path)
+    assert said == "Of captions with several lines the first is taken: other.png."
+
+
+def test_of_two_caption_files_the_one_that_says_something_counts(tmp_path: Path) -> None:
+    saved_in(tmp_path)
+    (tmp_path / "other.caption").write_text("of kohya")
+    (tmp_path / "other.txt").write_text(" \n")
+    assert load_folder(tmp_path, "default")[0].caption == "of kohya"
+    (tmp_path / "other.txt").write_text("of ours")
+    assert load_folder(tmp_path, "default")[0].caption == "of ours"
+
+
+def test_a_caption_in_sixteen_bits_without_a_mark_is_named(tmp_path: Path) -> None:
+    saved_in(tmp_path)
+    (tmp_path / "other.txt").write_bytes("a <new1> cat".encode("utf-16-le"))
+    with pytest.raises(DataError, match=r"other\.txt is not a UTF-8 text file\. Save it as UTF-8"):
+        load_folder(tmp_path, "default")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("other.mask.png", "other.MASK.PNG", "other-masklabel.png", "Other-MaskLabel.webp"),
+        *("other_mask.png", "other-mask.PNG", "other.mask.jpg"),
+    ],
+)
+def test_masks_of_every_tool_are_masks_and_never_taught(name: str, tmp_path: Path) -> None:
+    saved_in(tmp_path)
+    Image.new("L", RED.size, 200).save(tmp_path / name)
+    (image,) = load_folder(tmp_path, "default")
+    assert image.name == "other.png"
+    mask = image.open().mask
+    assert mask is not None and abs(mask.getpixel((3, 3)) - 200) <= 2
+    assert [*folder_advice(tmp_path)] == []
+
+
+def test_a_mask_alone_is_said_and_a_picture_of_a_mask_is_one(tmp_path: Path) -> None:
+    saved_in(tmp_path)
+    for name in ("gone-masklabel.png", "carnival_mask.png"):
+        RED.save(tmp_path / name)
+    assert [image.name for image in load_folder(tmp_path, "")] == ["carnival_mask.png", "other.png"]
+    assert [*folder_advice(tmp_path)] == [
+        "Masks without a picture are not used: gone-masklabel.png."
+    ]
+
+
+def test_shades_of_sixteen_bits_in_a_mask_are_shades(tmp_path: Path) -> None:
+    """Not white above 255."""
+    saved_in(tmp_path)
+    shades = np.full((RED.height, RED.width), 100 * 257, np.uint16)
+    Image.fromarray(shades).save(tmp_path / "other.mask.png")
+    mask = load_folder(tmp_path, "")[0].open().mask
+    assert mask is not None and mask.getextrema() == (100, 100)
+
+
+@pytest.mark.parametrize("name", ["a.avif", "a.jfif", "a.jpe", "a.JPG"])
+def test_pictures_that_other_programs_save_are_read(name: str, tmp_path: Path) -> None:
+    if name.endswith("avif") and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    path = tmp_path / name
+    RED.save(path, None if name.endswith("avif") else "JPEG")
+    (image,) = load_folder(tmp_path, "default")
+    red, green, blue = image.open().image.getpixel((5, 5))
+    assert red > 240 and green < 15 and blue < 15
+
+
+def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
+    saved_in(tmp_path)
+    for name in ("a.heic", "b.HEIC", "c.tga", "d.jp2", "notes.md", ".DS_Store", "other.npz"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "._other.png").write_bytes(b"\0\5\x16\7 of a Mac")
+    for inner in ("img/10_cat", "more", "3_cat"):
+        (tmp_path / inner).mkdir(parents=True)
+        RED.save(tmp_path / inner / "a.png")
+    images = load_folder(tmp_path, "default")
+    assert [(image.name, image.repeats) for image in images] == [("other.png", 1), ("a.png", 3)]
+    kinds, hidden, inside = folder_advice(tmp_path)
+    assert kinds.startswith("Not read, because of their kind: 2 .heic, 1 .jp2, 1 .tga. Export")
+    assert hidden == "Hidden files are not read: ._other.png."
+    place = Path("img") / "10_cat"
+    assert inside.startswith(f"2 pictures in folders inside are not read: {place}, more. Move them")
+
+
+def test_a_folder_without_pictures_says_what_is_there_instead(tmp_path: Path) -> None:
+    (tmp_path / "a.heic").write_bytes(b"x")
+    (tmp_path / "more").mkdir()
+    RED.save(tmp_path / "more" / "a.png")
+    with pytest.raises(DataError) as caught:
+        load_folder(tmp_path, "default")
+    assert "because of their kind: 1 .heic" in str(caught.value)
+    assert "1 pictures in folders inside are not read: more" in str(caught.value)
+
+
+@pytest.mark.parametrize("white, dtype", [(1.0, "f4"), (255.0, "f4"), (65535, "i4"), (255, "i4")])
+def test_wide_shades_are_scaled(white: float, dtype: str, tmp_path: Path) -> None:
+    ramp = np.linspace(0, white, 256).astype(dtype)[None].repeat(4, 0)
+    opened = saved(Image.fromarray(ramp), tmp_path / "scan.tif").open().image
+    shades = np.asarray(opened)[0, :, 0].astype(int)
+    assert abs(shades - np.arange(256)).max() <= 1
+
+
+@pytest.mark.parametrize("shades", [(-1.0, 1.0), (0.0, 1e6), (float("nan"), 1.0)])
+def test_shades_that_no_white_is_known_of_are_refused(
+    shades: tuple[float, float], tmp_path: Path
+) -> None:
+    image = Image.fromarray(np.array([shades] * 2, np.float32))
+    with pytest.raises(DataError, match=r"scan\.tif cannot be read as a picture \(its shades go"):
+        saved(image, tmp_path / "scan.tif").open()
+
+
+def test_the_same_files_cannot_be_taught_and_be_ordinary(tmp_path: Path) -> None:
+    """A link to the folder is the folder."""
+    (tmp_path / "set").mkdir()
+    saved_in(tmp_path / "set")
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    for folder in ("set", "link"):
+        with pytest.raises(DataError, match=r"other\.png .* pictures of the concept and as regul"):
+            concept(
+                images=load_folder(tmp_path / "set", "photo of a <new1> cat"),
+                regularization=load_folder(tmp_path / folder, "photo of a cat"),
+            )

@@ -67,6 +67,16 @@ def concept_on(base: BaseModel, rank: int | None, words: int = 1, vectors: int =
     return Concept(family, deltas, tokens, base_hash=base.hash)
 
 
+def mixed_ranks(concept: Concept) -> Concept:
+    """The same with 1 to 12 components in each layer."""
+    deltas: dict[str, DenseDelta | LowRankDelta] = {}
+    for number, (layer, delta) in enumerate(concept.deltas.items()):
+        assert isinstance(delta, LowRankDelta)
+        rank = (1, 12, 3, 5, 12, 8)[number % 6]
+        deltas[layer] = LowRankDelta(delta.up[:, :rank], delta.down[:rank])
+    return replace(concept, deltas=deltas)
+
+
 @cache
 def base_for(make: Callable[[], Any]) -> BaseModel:
     return base_of(make().unet)
@@ -178,6 +188,15 @@ def test_what_is_exported_is_imported_again(
         assert read.concept.base_hash == base.hash
 
 
+def test_a_name_that_ends_in_a_number_keeps_it(base: BaseModel, tmp_path: Path) -> None:
+    concept = concept_on(base, 1)
+    names = [
+        export_concept(concept, tmp_path / "cat-1", "kohya-lora", number_if_taken=True)[0].name
+        for _ in range(3)
+    ]
+    assert names == ["cat-1.safetensors", "cat-1-2.safetensors", "cat-1-3.safetensors"]
+
+
 class TestDiffusersReads:
     def test_custom_diffusion_weights(self, pipeline: Any, base: BaseModel, tmp_path: Path) -> None:
         concept = concept_on(base, None)
@@ -200,6 +219,27 @@ class TestDiffusersReads:
         export_concept(concept, path, kind, dtype=torch.float32)
         pipeline.load_lora_weights(path)
         torch.testing.assert_close(prediction(pipeline.unet), wanted, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("kind", ["diffusers-lora", "kohya-lora"])
+    def test_a_lora_of_mixed_ranks(
+        self, kind: str, pipeline: Any, base: BaseModel, tmp_path: Path
+    ) -> None:
+        """Layer by layer: as `compress` by size or energy leaves them."""
+        concept = mixed_ranks(concept_on(base, 12))
+        export_concept(concept, tmp_path / "cat.safetensors", kind, dtype=torch.float32)
+        ranks = {
+            t.shape[0] for n, t in load_file(tmp_path / "cat.safetensors").items() if "_A" in n
+        }
+        assert kind == "kohya-lora" or ranks == {12}, "diffusers 0.34 needs one rank"
+        unet = copy.deepcopy(pipeline.unet)
+        loaded = copy.copy(pipeline)
+        loaded.unet = unet
+        loaded.load_lora_weights(tmp_path, weight_name="cat.safetensors")
+        unet.fuse_lora()
+        changes = changes_by_peft(unet, pipeline.unet)
+        assert changes.keys() == concept.deltas.keys()
+        for layer, delta in concept.deltas.items():
+            torch.testing.assert_close(changes[layer], delta.dense(), rtol=1e-4, atol=1e-6)
 
     def test_embeddings(self, pipeline: Any, base: BaseModel, tmp_path: Path) -> None:
         concept = concept_on(base, None, words=2)
@@ -560,7 +600,7 @@ class TestBadFiles:
             ({"lokr_w1": (4096, 64), "lokr_w2": (4096, 64)}, "more than any layer"),
             ({"lora_up.weight": (8, 2), "lora_down.weight": (3, 768)}, "do not chain"),
             ({"lora_up.weight": (8, 2), "lora_down.weight": (2, 99)}, "width 99"),
-            ({"lora_up.weight": (8, 2, 1, 1), "lora_down.weight": (2, 768)}, "not matrices"),
+            ({"lora_up.weight": (8, 2, 3, 3), "lora_down.weight": (2, 768)}, "not matrices"),
             ({"lora_up.weight": (8, 2)}, "made of up"),
             (
                 {"lora_up.weight": (8, 2), "lora_down.weight": (2, 768), "dora_scale": (8, 1)},

@@ -18,6 +18,7 @@ from custom_diffusion.host.diffusers.sampling import applied_concept
 from custom_diffusion.trainer.config import MethodName, TrainConfig
 from custom_diffusion.trainer.data.latents import batch_of_step, step_randomness
 from custom_diffusion.trainer.data.training_concept import TrainingConcept
+from custom_diffusion.trainer.events import Event, WordsAlike
 from custom_diffusion.trainer.loop import train
 from diffusers import StableDiffusionPipeline
 from support.naive_training import layer_of, naive_training
@@ -96,6 +97,19 @@ def test_one_more_concept_is_learnt_as_by_a_naive_loop_on_the_changed_model(
         wanted = start.deltas[layer].dense() + change
         # Not number by number: Adam blows up the rounding of gradients that are almost zero.
         assert (both.deltas[layer].dense() - wanted).norm() < 1e-4 * change.norm()
+
+
+def test_words_that_are_one_are_told_of_before_the_first_step(models: DiffusersModels) -> None:
+    start = trained(models, cat_concept(), config(steps=1))
+    (word,) = start.tokens
+    alike = replace(start, tokens=(word, replace(word, name="<other>")))
+    for going_on_from, notices in ((start, 0), (alike, 1)):
+        events: list[Event] = []
+        trained(models, dog_concept(), config(steps=1), start=going_on_from, on_event=events.append)
+        told = [event.text() for event in events if isinstance(event, WordsAlike)]
+        assert len(told) == notices
+        assert not told or isinstance(events[0], WordsAlike)
+        assert not told or "<new1> and <other> of the concept to extend" in told[0]
 
 
 @pytest.mark.parametrize("method", KEPT)

@@ -22,7 +22,7 @@ from custom_diffusion.concept.errors import CustomDiffusionError, JobError
 from custom_diffusion.concept.file import write_new_concept
 from custom_diffusion.concept.layers import FAMILIES
 from custom_diffusion.host.diffusers.lending import borrowed_models
-from custom_diffusion.trainer.checkpoint import Checkpoint
+from custom_diffusion.trainer.checkpoint import Checkpoint, read_checkpoint
 from custom_diffusion.trainer.data.folders import load_folder
 from custom_diffusion.trainer.events import CheckpointDue, Event, PreviewDrawn, StepDone
 from custom_diffusion.trainer.jobs.folder import JobFolder
@@ -243,7 +243,17 @@ def test_a_full_disk_costs_no_checkpoint_and_no_job(count: Counting, size: int) 
     assert not list(count.folder.rglob("*.tmp"))
 
 
-def test_more_steps_on_a_full_disk_leave_no_half_of_a_job(count: Counting) -> None:
+@pytest.fixture
+def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without hard links."""
+
+    def link(*_: object) -> None:
+        raise PermissionError("no hard links")
+
+    monkeypatch.setattr(os, "link", link)
+
+
+def test_more_steps_on_a_full_disk_leave_no_half_of_a_job(count: Counting, no_links: None) -> None:
     shorter = count.run()
     with (
         files_of_at_most(100_000),
@@ -252,6 +262,35 @@ def test_more_steps_on_a_full_disk_leave_no_half_of_a_job(count: Counting) -> No
         count.run(steps=12)
     assert [path.name for path in (count.folder / "jobs").iterdir()] == [shorter.id]
     assert count.learnt(count.run(steps=12)) == 12
+
+
+def test_more_steps_take_over_the_checkpoints_without_reading_them(count: Counting) -> None:
+    """Not a byte: with links a checkpoint of gigabytes costs neither time nor memory nor disk."""
+    shorter = count.run()
+    with files_of_at_most(100_000):  # a checkpoint is larger
+        failed = count.run(steps=12)
+    assert failed.snapshot().state is JobState.FAILED
+    ours, theirs = (
+        {path.name: path.stat() for path in (job.folder.path / "checkpoints").iterdir()}
+        for job in (failed, shorter)
+    )
+    assert {name: of.st_ino for name, of in ours.items()} == {
+        name: of.st_ino for name, of in theirs.items()
+    }
+    assert count.learnt(count.run(steps=12)) == 12
+    assert {path.name: path.stat().st_ino for path in _checkpoints(shorter)} == {
+        name: of.st_ino for name, of in theirs.items()
+    }
+    read_checkpoint(_checkpoints(shorter)[-1])
+
+
+def test_without_links_the_checkpoints_are_copied(count: Counting, no_links: None) -> None:
+    count.run()
+    assert count.learnt(count.run(steps=12)) == 12
+
+
+def _checkpoints(job: Job) -> list[Path]:
+    return sorted((job.folder.path / "checkpoints").iterdir())
 
 
 def test_a_damaged_checkpoint_of_the_shorter_training_costs_the_steps_since_the_one_before(

@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from custom_diffusion.cli import main
@@ -243,29 +246,107 @@ def test_no_exception_ends_the_trainer_thread_or_leaves_a_job_running(
     assert good.snapshot().state is JobState.FINISHED
 
 
-def test_a_thread_that_dies_all_the_same_has_a_successor(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def deaths(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Threads that an exception has ended."""
+    seen: list[Any] = []
+    monkeypatch.setattr("threading.excepthook", seen.append)
+    return seen
+
+
+class Wordless(Exception):
+    def __str__(self) -> str:
+        raise MemoryError
+
+
+def fail_with(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: object) -> Any:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("where", ["train", "save", "turn", "is_busy", "lock"])
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (RuntimeError("odd numbers"), "odd numbers"),
+        (NotImplementedError("no locks here"), "no locks here"),
+        (SystemExit("out"), "out"),
+        (Wordless(), "Wordless"),
+    ],
+)
+def test_whatever_a_job_raises_is_its_failure_and_the_same_thread_goes_on(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    deaths: list[Any],
+    where: str,
+    error: BaseException,
+    text: str,
 ) -> None:
-    """An exception whose own words raise another is not even told."""
-    deaths: list[object] = []
-    monkeypatch.setattr("threading.excepthook", deaths.append)
+    threads = []
 
-    class Wordless(Exception):
-        def __str__(self) -> str:
-            raise MemoryError
+    def train(_: object, should_stop: Callable[[], bool], on_event: Callable[[Any], None]) -> Any:
+        threads.append(threading.current_thread())
+        should_stop()
+        on_event(StepDone(1, 0.5))
+        return Concept(FAMILIES["sd15"], {})
 
-    def train(*_: object) -> Concept:
-        raise Wordless
+    started = threading.Event()
+
+    def wait_before(_: object) -> AbstractContextManager[bool]:
+        assert started.wait(LONG_S)
+        return nullcontext(True)
 
     service = TrainingService(tmp_path / "jobs")
-    bad = service.submit("bad", 1, {}, Work(train, lambda concept: tmp_path))
+    first = service.submit("first", 1, {}, Work(train, work(tmp_path).save, turn=wait_before))
+    parts: dict[str, Any] = {"train": train, "save": work(tmp_path).save}
+    if where != "lock":
+        parts[where] = fail_with(error)
+    bad = service.submit("bad", 1, {}, Work(**parts))
+    if where == "lock":  # as on file systems that know none
+        monkeypatch.setattr(bad.folder, "locked", fail_with(error))
+    good = service.submit("good", 1, {}, Work(train, work(tmp_path).save))
+    started.set()
+    assert first.wait(LONG_S) and bad.wait(LONG_S) and good.wait(LONG_S)
+    failed = bad.snapshot()
+    assert (failed.state, failed.error) == (JobState.FAILED, text)
+    assert type(error).__name__ in failed.log and "fail" in failed.log
+    assert good.snapshot().state is JobState.FINISHED
+    assert len(set(threads)) == 1 and deaths == []
+
+
+def test_an_exception_of_whoever_looks_on_leaves_nobody_waiting(
+    tmp_path: Path, deaths: list[Any]
+) -> None:
+    """SystemExit, which a listener may raise: others are only logged."""
+    seen: list[JobState] = []
+
+    def look_on(job: Job) -> None:
+        seen.append(job.snapshot().state)
+        if job.snapshot().name == "bad" and job.snapshot().state is not JobState.QUEUED:
+            raise SystemExit
+
+    service = TrainingService(tmp_path / "jobs", on_change=look_on)
+    bad = service.submit("bad", 1, {}, work(tmp_path))
     good = service.submit("good", 1, {}, work(tmp_path))
     assert bad.wait(LONG_S) and good.wait(LONG_S)
-    assert (bad.snapshot().state, bad.snapshot().error) == (
-        JobState.FAILED,
-        "the trainer thread was ended",
-    )
-    assert len(deaths) == 1
+    assert bad.snapshot().state is JobState.FAILED and "SystemExit" in bad.snapshot().log
+    assert good.snapshot().state is JobState.FINISHED
+
+
+def test_a_thread_that_cannot_be_started_is_started_with_the_next_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = TrainingService(tmp_path / "jobs")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail_with(RuntimeError("can't start new thread")))
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            service.submit("first", 1, {}, work(tmp_path))
+    second = service.submit("second", 1, {}, work(tmp_path))
+    (first,) = [job for job in service.jobs() if job is not second]
+    assert first.wait(LONG_S) and second.wait(LONG_S)
+    assert first.snapshot().state is second.snapshot().state is JobState.FINISHED
 
 
 def test_what_is_written_is_what_is_read() -> None:

@@ -24,6 +24,8 @@ from custom_diffusion.trainer.data.latents import (
     LatentBank,
     batch_of_step,
     encode_views,
+    instance_views,
+    regularization_view,
     step_randomness,
 )
 from custom_diffusion.trainer.data.training_concept import TrainingConcept
@@ -47,9 +49,9 @@ class AveragingEncoder:
         return torch.cat([mean, mean[:1]]), torch.full((4, *mean.shape[1:]), 0.5)
 
 
-def picture() -> Image.Image:
-    """Red on the left, blue on the right."""
-    image = Image.new("RGB", (64, 64), "blue")
+def picture(number: int = 0) -> Image.Image:
+    """Red on the left, blue on the right; a little different for each number."""
+    image = Image.new("RGB", (64, 64), (0, number, 255))
     image.paste("red", (0, 0, 32, 64))
     return image
 
@@ -143,8 +145,33 @@ def test_every_instance_image_has_its_views_and_progress_is_told(
     assert [len(image) for image in bank.instances] == [views, views]
     assert len(bank.regularization) == 3
     total = 2 * views + 3
-    assert encoder.calls == total
     assert progress == [(n, total) for n in range(1, total + 1)]
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_views_that_are_equal_to_the_bit_are_encoded_once(augment: bool) -> None:
+    """Of one picture, of two that are the same, and of those beside the concept; what stands in
+    the bank is what each view would have given alone.
+    """
+    settings = config(augment=augment)
+    taught = concept(3, 2)
+    twin = replace(taught.images[0], caption=f"{CAPTION} again")
+    taught = replace(
+        taught, images=(*taught.images, twin, CaptionedImage(picture(9), CAPTION, repeats=7))
+    )
+    encoder = AveragingEncoder()
+    bank = encode_views(taught, encoder, settings)
+    views = [view for _, view in instance_views(taught, settings)]
+    views += [regularization_view(image, settings) for image in taught.regularization]
+    assert encoder.calls == len({view.image_chw.numpy().tobytes() for view in views}) < len(views)
+    found = [view for one in bank.instances[:5] for view in one] + [*bank.regularization]
+    assert len(found) == len(views)
+    for view, wanted in zip(found, views, strict=True):
+        assert view.mean.equal(AveragingEncoder().moments(wanted.image_chw)[0])
+        assert view.mask.equal(wanted.mask)
+    assert bank.instances[3][0].prompt.endswith("again")
+    held = {view.mean.data_ptr() for view in found}
+    assert len(held) == encoder.calls
 
 
 @pytest.mark.parametrize("augment", [True, False])
@@ -393,11 +420,12 @@ def test_repeats_are_weights_and_a_picture_is_encoded_once() -> None:
     """
     weights = (1, 3, 10, 2)
     images = tuple(
-        CaptionedImage(picture(), f"{CAPTION} {n}", repeats=weight)
+        CaptionedImage(picture(n), f"{CAPTION} {n}", repeats=weight)
         for n, weight in enumerate(weights)
     )
     ordinary = tuple(
-        CaptionedImage(picture(), f"cat {n}", repeats=weight) for n, weight in enumerate((4, 1))
+        CaptionedImage(picture(9 + n), f"cat {n}", repeats=weight)
+        for n, weight in enumerate((4, 1))
     )
     taught = replace(concept(), images=images, regularization=ordinary)
     settings = config(augment=False, flip=False, batch_size=4)
@@ -436,7 +464,7 @@ def test_a_thousand_repeats_cost_no_memory_and_no_time(tmp_path: Path) -> None:
     """Of 20 pictures, as a folder and as all that is drawn from."""
     (tmp_path / "1000_cat").mkdir()
     for number in range(20):
-        picture().save(tmp_path / "1000_cat" / f"{number}.png")
+        picture(number).save(tmp_path / "1000_cat" / f"{number}.png")
     code = f"""
 import random, time, torch
 from pathlib import Path
@@ -454,7 +482,7 @@ class Encoder:
 before, start = peak_mb(), time.perf_counter()
 images = load_folder(Path({str(tmp_path)!r}), "a <new1> cat")
 concept, encoder = TrainingConcept(images, "cat", "<new1>"), Encoder()
-config = TrainConfig(resolution=64, views_per_image=2)
+config = TrainConfig(resolution=64, augment=False)
 bank = encode_views(concept, encoder, config)
 for step in range(10):
     batch_of_step([bank], config, step, *step_randomness(0, step))

@@ -395,6 +395,30 @@ class TestConflicts:
         assert "Give each concept its own trigger word" in conflict
         assert f"conflict: {conflict}" in report.text()
 
+    def test_words_that_are_one_to_the_text_encoder_are_told_of(self) -> None:
+        """Half precision has rounded one of them; another name for the same concept is no fault."""
+        (word,) = CAT.tokens
+        rounded = {k: rows.half().float() for k, rows in word.embeddings.items()}
+        other = replace(
+            random_concept(None, seed=7),
+            tokens=(replace(word, name="<other>", embeddings=rounded),),
+        )
+        _, report = merge([CAT, other])
+        assert f"{word.name} and <other> are the same to the text encoder" in report.text()
+        _, report = merge([CAT, CAT.with_token("<other>")])
+        assert "are the same to the text encoder" not in report.text()
+        _, report = merge([CAT, DOG])
+        assert "are the same to the text encoder" not in report.text()
+
+    def test_one_concept_under_two_names_agrees_with_itself(self) -> None:
+        twin = replace(CAT, tokens=(replace(CAT.tokens[0], name="<twin>"),), constraint_prompts=())
+        _, report = merge([replace(CAT, constraint_prompts=()), twin])
+        assert report.shared_rows < len(report.rows), "their words are the same"
+        assert max(report.residuals) < 1e-3
+        assert report.conflicts == () and not list(report.warnings())
+        _, report = merge([replace(CAT, constraint_prompts=()), twin], (1.0, 0.5))
+        assert report.conflicts, "at two strengths it asks for two things"
+
     @pytest.mark.parametrize("strengths", [(1.0, 1.0), (1.0, 3.0), (1.0, 0.0), (0.5, 0.5)])
     def test_equal_words_map_to_the_weighted_mean_of_what_is_asked(
         self, strengths: tuple[float, float]

@@ -98,6 +98,13 @@ def test_three_steps_equal_those_of_a_naive_loop(
         torch.testing.assert_close(learnt, changes[name], atol=1e-5, rtol=1e-3)
 
 
+def test_a_rank_that_no_layer_has_is_refused(pipeline: StableDiffusionPipeline) -> None:
+    with borrowed_models(pipeline) as models:
+        assert LowRankProjections(models.denoiser, {}, 32, seed=4).deltas()
+        with pytest.raises(ConfigError, match=r"rank=33 is more.* Set a rank of 32 or less"):
+            LowRankProjections(models.denoiser, {}, 33, seed=4)
+
+
 def test_low_rank_factors_learn_as_those_of_peft(pipeline: StableDiffusionPipeline) -> None:
     settings, concept = config("low-rank", rank=3, seed=4), cat_concept(2, regularization=2)
     with borrowed_models(pipeline) as models:

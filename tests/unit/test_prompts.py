@@ -12,7 +12,9 @@ from custom_diffusion.concept.prompts import (
     constrained_positions,
     split_at_tokens,
     subject,
+    unknown_words,
 )
+from custom_diffusion.concept.weighted_prompts import as_prompt, weighted_parts
 
 MALFORMED = (
     "new1",
@@ -124,3 +126,32 @@ def test_the_constraint_templates_are_those_of_the_reference() -> None:
         "<new1> cat",
         "photo of a <new1> cat",
     ]
+
+
+def test_words_that_nothing_teaches_are_found_once_each() -> None:
+    text = "a <new1> cat, <NEW1>, (<dog-2>:1.2) and <dog-2>, <lora:x:1>, 3 < 4 > 2, <new12>"
+    assert unknown_words(text, ["<new1>"]) == ["<NEW1>", "<dog-2>", "<new12>"]
+    assert unknown_words("a <new1> cat", ["<new1>"]) == []
+    assert unknown_words("a <new1> cat", []) == ["<new1>"]
+
+
+WEIGHTED = [
+    ("", []),
+    ("a cat", [("a cat", 1.0)]),
+    ("a (cat)", [("a ", 1.0), ("cat", 1.1)]),
+    ("(a cat:1.3) sits", [("a cat", 1.3), (" sits", 1.0)]),
+    ("((a):0.5)", [("a", 0.55)]),
+    (r"\(a\) (b:c:2)", [("(a) ", 1.0), ("b:c", 2.0)]),
+    ("(a:x)", [("a:x", 1.1)]),
+    ("(a", [("(a", 1.0)]),
+    ("a)", [("a)", 1.0)]),
+    ("(a:inf)", [("a:inf", 1.1)]),
+]
+
+
+@pytest.mark.parametrize(("prompt", "parts"), WEIGHTED)
+def test_brackets_weigh(prompt: str, parts: list[tuple[str, float]]) -> None:
+    found = weighted_parts(prompt)
+    assert [text for text, _ in found] == [text for text, _ in parts]
+    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in parts])
+    assert weighted_parts(as_prompt(found)) == found

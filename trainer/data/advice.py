@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from .captioned import open_each
+from .folders import some
 from .training_concept import TrainingConcept
 
 FEWEST, MOST = 4, 20
 """Pictures that the paper calls enough"""
 SMALL_PIXELS = 256
 _HASH_EDGE = 8
+_MOST_TOKENS = 75
+"""That CLIP reads, besides the start and the end"""
+_PIECES = re.compile(r"[^\W\d_]+|\d|[^\w\s]+|_+")
+"""CLIP splits a text at least so far: words, digits, and signs."""
+_SYNTAX = re.compile(r"\([^()]*:\s*-?[\d.]+\s*\)|\{[^{}]*\|[^{}]*\}|<lora:[^>]*>|__[\w/-]+__")
+"""What prompts weight, choose from and load: for a training it is words like others"""
 
 
 def advice(concept: TrainingConcept) -> Iterator[str]:
-    """One sentence for each thing that a user may want to mend. Opens every instance image."""
+    """One sentence for each thing that a user may want to mend. Opens every instance image, and
+    raises one DataError that names all that cannot be read.
+    """
     count = len(concept.images)
     if count < FEWEST:
         yield f"{count} pictures are few: {FEWEST} to {MOST} teach a concept well."
@@ -28,8 +39,8 @@ def advice(concept: TrainingConcept) -> Iterator[str]:
     small: list[str] = []
     alike: list[str] = []
     looks: dict[bytes, str] = {}
-    for name, captioned in zip(names, concept.images, strict=True):
-        picture = captioned.open().image
+    for place, opened in open_each(concept.images):
+        name, picture = names[place], opened.image
         if min(picture.size) < SMALL_PIXELS:
             small.append(f"{name} ({picture.width} x {picture.height} pixels)")
         look = _difference_hash(picture)
@@ -37,15 +48,16 @@ def advice(concept: TrainingConcept) -> Iterator[str]:
             alike.append(f"{name} looks the same as {looks[look]}: it counts twice.")
         looks.setdefault(look, name)
     if small:
-        yield f"Small, so it is enlarged, and its blur is learnt: {_some(small)}."
+        yield f"Small, so it is enlarged, and its blur is learnt: {some(small)}."
     yield from alike
     plain = [
         name
         for name, image in zip(names, concept.images, strict=True)
         if image.caption == concept.prompt
     ]
+    yield from _caption_advice(names, concept)
     if 0 < len(plain) < count:
-        yield f"Without a caption of their own: {_some(plain)}. They get '{concept.prompt}'."
+        yield f"Without a caption of their own: {some(plain)}. They get '{concept.prompt}'."
     if not concept.token and not concept.regularization:
         yield (
             f"There is no trigger word, so {concept.class_noun!r} itself is taught, and there "
@@ -54,13 +66,25 @@ def advice(concept: TrainingConcept) -> Iterator[str]:
         )
 
 
+def _caption_advice(names: list[str], concept: TrainingConcept) -> Iterator[str]:
+    """Of captions that no model reads as they are meant."""
+    long, prompts = [], []
+    named = [*zip(names, concept.images, strict=True)]
+    named += [(image.name, image) for image in concept.regularization]
+    for name, image in named:
+        words = image.caption.replace(concept.token, "x") if concept.token else image.caption
+        if len(_PIECES.findall(words)) > _MOST_TOKENS:
+            long.append(name)
+        if found := _SYNTAX.search(image.caption):
+            prompts.append(f"{found[0]!r} ({name})")
+    if long:
+        yield f"CLIP reads 77 tokens, the rest of a longer caption is not learnt: {some(long)}."
+    if prompts:
+        yield f"Captions have no weights or choices; this is learnt as it stands: {some(prompts)}."
+
+
 def _difference_hash(picture: Image.Image) -> bytes:
     """Which of neighbouring shades is the lighter, in a small copy: survives scaling and JPEG."""
     small = picture.convert("L").resize((_HASH_EDGE + 1, _HASH_EDGE), Image.Resampling.BOX)
     shades = np.asarray(small, np.int16)
     return np.packbits(shades[:, 1:] > shades[:, :-1]).tobytes()
-
-
-def _some(names: list[str], shown: int = 3) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageChops
 
 from ...concept.errors import DataError
+from ...pictures.colours import in_colours
 from ...pictures.opening import read_picture
 
 GREY = (128, 128, 128)
@@ -49,7 +49,7 @@ class CaptionedImage:
         if self.mask is None:
             mask = picture.mask
         else:
-            mask = _upright(self.mask).convert("L")
+            mask = in_colours(_upright(self.mask)).convert("L")
             if mask.size != picture.image.size:
                 raise DataError(
                     f"The mask of {self.name} is {mask.width} x {mask.height} pixels, the picture "
@@ -67,12 +67,23 @@ class CaptionedImage:
 
 def check_readable(images: Sequence[CaptionedImage]) -> None:
     """Opens every picture; raises one DataError that names all that cannot be read."""
+    for _ in open_each(images):
+        pass
+
+
+def open_each(images: Sequence[CaptionedImage]) -> Iterator[tuple[int, Picture]]:
+    """Places and pictures, one in memory at a time, without those that cannot be read: after the
+    last one DataError names them all.
+    """
     broken = []
-    for image in images:
+    for place, image in enumerate(images):
         try:
-            image.open()
+            picture = image.open()
         except DataError as error:
             broken.append(str(error))
+            continue
+        yield place, picture
+        del picture
     if broken:
         raise DataError("\n".join(broken))
 
@@ -82,14 +93,10 @@ def _upright(source: Image.Image | Path) -> Image.Image:
 
 
 def _opaque(image: Image.Image) -> Picture:
-    if image.mode.startswith("I;16"):  # Pillow would turn every shade above 255 white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if not image.has_transparency_data:
-        return Picture(image.convert("RGB"))
-    image = image.convert("RGBA")
+    image = in_colours(image)
+    if image.mode == "RGB":
+        return Picture(image)
     alpha = image.getchannel("A")
-    if alpha.getextrema() == (255, 255):
-        return Picture(image.convert("RGB"))
-    ground = Image.new("RGB", image.size, GREY)
-    ground.paste(image, mask=alpha)
-    return Picture(ground, alpha)
+    picture = image.convert("RGB")
+    picture.paste(GREY, mask=ImageChops.invert(alpha))
+    return Picture(picture, alpha)

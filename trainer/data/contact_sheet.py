@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
+from itertools import islice
 
 from PIL import Image, ImageOps
 
@@ -17,6 +19,8 @@ from .training_concept import TrainingConcept
 _COLUMNS, _GIVEN_COLUMNS, _TILE = 8, 4, 160
 _REGULARIZATION = 2
 """Rows of regularization images that are shown."""
+_MOST_ROWS = 32
+"""Of instance images: a taller sheet fills the memory, and no screen."""
 _DIMMED = 0.25
 """Brightness of what does not count"""
 
@@ -24,20 +28,26 @@ _DIMMED = 0.25
 def contact_sheet(concept: TrainingConcept, config: TrainConfig) -> Image.Image:
     """The first views of every image of a run, just as they will be encoded.
 
-    What the loss does not see is dark. Raises DataError as the run itself would.
+    What the loss does not see is dark. Raises DataError as the run itself would, for the pictures
+    that are shown.
     """
-    views = instance_views(concept, config)
+    pictures = concept.images[:_MOST_ROWS]
+    views = instance_views(replace(concept, images=pictures), config)
+    count = views_per_image(config)
     rows = []
-    for captioned in concept.images:
-        own = [next(views) for _ in range(views_per_image(config))]
-        words = f"{len(own)} views"
+    for captioned in pictures:
+        words = f"{count} views"
         if captioned.repeats > 1:
             words += f", {captioned.repeats} times as often"
-        rows.append(_row(captioned.name, words, own[:_COLUMNS]))
+        rows.append(_row(captioned.name, words, islice(views, min(count, _COLUMNS))))
+        for _ in range(_COLUMNS, count):
+            next(views)
+    if more := len(concept.images) - len(pictures):
+        rows.append(Row(f"{more} more pictures", "are not shown", ()))
     shown = concept.regularization[: _REGULARIZATION * _COLUMNS]
     for start in range(0, len(shown), _COLUMNS):
         images = shown[start : start + _COLUMNS]
-        pairs = [(image.caption, regularization_view(image, config)) for image in images]
+        pairs = ((image.caption, regularization_view(image, config)) for image in images)
         words = f"{len(shown)} of {len(concept.regularization)}"
         rows.append(_row("Regularization", words, pairs))
     return lay_out(rows, _TILE)
@@ -46,10 +56,13 @@ def contact_sheet(concept: TrainingConcept, config: TrainConfig) -> Image.Image:
 def picture_sheet(concept: TrainingConcept) -> Image.Image:
     """Every instance image as it was given, with its caption; what does not count is dark."""
     rows = []
-    for start in range(0, len(concept.images), _GIVEN_COLUMNS):
-        shown = concept.images[start : start + _GIVEN_COLUMNS]
+    first = concept.images[: _MOST_ROWS * _GIVEN_COLUMNS]
+    for start in range(0, len(first), _GIVEN_COLUMNS):
+        shown = first[start : start + _GIVEN_COLUMNS]
         pictures = [_fitted(captioned) for captioned in shown]
         rows.append(Row("", "", pictures, [captioned.caption for captioned in shown]))
+    if more := len(concept.images) - len(first):
+        rows.append(Row(f"{more} more pictures", "are not shown", ()))
     return lay_out(rows, _TILE, label=0)
 
 
@@ -64,8 +77,8 @@ def _fitted(captioned: CaptionedImage) -> Image.Image:
 
 
 def _row(title: str, words: str, views: Iterable[tuple[str, View]]) -> Row:
-    prompts, pictures = zip(*((prompt, _shown(view)) for prompt, view in views), strict=True)
-    return Row(title, words, pictures, prompts)
+    tiles = [(prompt, _shown(view).resize((_TILE, _TILE))) for prompt, view in views]
+    return Row(title, words, [tile for _, tile in tiles], [prompt for prompt, _ in tiles])
 
 
 def _shown(view: View) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -54,16 +55,23 @@ def encode_views(
     config: TrainConfig,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LatentBank:
-    """Draws and encodes the views of a run. Random choices depend on `config.seed` alone."""
+    """Draws and encodes the views of a run. Random choices depend on `config.seed` alone.
+
+    A picture is opened when its turn comes and let go after it; views that are equal to the bit are
+    encoded once, and share what came of it.
+    """
     per_image = views_per_image(config)
     total = len(concept.images) * per_image + len(concept.regularization)
     done = 0
+    seen: dict[bytes, tuple[Tensor, Tensor]] = {}
 
     def encode(prompt: str, view: View) -> EncodedView:
         nonlocal done
-        mean, deviation = encoder.moments(view.image_chw)
+        key = hashlib.sha256(view.image_chw.contiguous().numpy().data).digest()
+        if key not in seen:
+            seen[key] = encoder.moments(view.image_chw)
         on_progress(done := done + 1, total)
-        return EncodedView(mean, deviation, view.mask, prompt, view.sizes)
+        return EncodedView(*seen[key], view.mask, prompt, view.sizes)
 
     views = [encode(prompt, view) for prompt, view in instance_views(concept, config)]
     instances = [

@@ -5,7 +5,9 @@ Checked when it is made, before any time is spent on it.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from ...concept.errors import DataError
 from ...concept.prompts import DEFAULT_TEMPLATE, check_modifier_token, subject
@@ -54,6 +56,14 @@ class TrainingConcept:
                     f"word {self.token}, so nothing could be learnt from it. Write it like "
                     f"'{self.prompt}'."
                 )
+        taught = {_place(image) for image in self.images} - {None}
+        both = [image.name for image in self.regularization if _place(image) in taught]
+        if both:
+            raise DataError(
+                f"{both[0]} and {len(both) - 1} more are given as pictures of the concept and as "
+                f"regularization. Regularization pictures show the ordinary {self.class_noun}: "
+                f"choose another folder for them, or none."
+            )
         for image in self.regularization:
             if self.token and self.token in image.caption:
                 raise DataError(
@@ -61,6 +71,11 @@ class TrainingConcept:
                     f"trigger word {self.token}. Regularization images show the ordinary class: "
                     f"remove the word from their captions."
                 )
+
+
+def _place(image: CaptionedImage) -> str | None:
+    """Of a file, whatever links lead to it."""
+    return os.path.realpath(image.source) if isinstance(image.source, Path) else None
 
 
 def instance_caption(token: str, class_noun: str, template: str = DEFAULT_TEMPLATE) -> str:

@@ -21,6 +21,8 @@ from ..config import TrainConfig
 from ..data.training_concept import TrainingConcept
 
 _SAMPLED = 4096  # entries of each weight that are looked at
+Network = nn.Module | Iterable[tuple[str, Tensor]]
+"""Or its weights one after the other, in the order of its state"""
 _PROBE = "photo of a cat on the left of a red mug"
 
 
@@ -28,7 +30,7 @@ def training_fingerprint(
     config: TrainConfig,
     concepts: Sequence[TrainingConcept],
     encoder: TextEncoder,
-    networks: Iterable[nn.Module],
+    networks: Iterable[Network],
     start: Concept | None = None,
 ) -> str:
     """Of settings, pictures, words and models. Raises DataError for a picture that is not there.
@@ -56,7 +58,7 @@ def training_fingerprint(
     return digest.hexdigest()
 
 
-def models_fingerprint(encoder: TextEncoder, networks: Iterable[nn.Module]) -> str:
+def models_fingerprint(encoder: TextEncoder, networks: Iterable[Network]) -> str:
     """Of models alone: equal for two that nothing of a training can tell apart."""
     digest = hashlib.sha256()
     _update_with_models(digest, encoder, networks)
@@ -64,13 +66,14 @@ def models_fingerprint(encoder: TextEncoder, networks: Iterable[nn.Module]) -> s
 
 
 def _update_with_models(
-    digest: hashlib._Hash, encoder: TextEncoder, networks: Iterable[nn.Module]
+    digest: hashlib._Hash, encoder: TextEncoder, networks: Iterable[Network]
 ) -> None:
     ids = encoder.pad([encoder.tokenize(_PROBE)])
     with torch.no_grad():
         _update(digest, "text", encoder.encode_with_pooled(ids).context)
     for network in networks:
-        for name, tensor in network.state_dict().items():
+        weights = network.state_dict().items() if isinstance(network, nn.Module) else network
+        for name, tensor in weights:
             _update(digest, name, tensor)
 
 

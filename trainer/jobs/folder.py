@@ -44,7 +44,7 @@ from .records import (
     description_bytes,
     text_that_fits,
 )
-from .step_files import copy_unless_gone, remove, step_file, step_files
+from .step_files import remove, share_unless_gone, step_file, step_files
 from .trash import TRASH, delete_folder
 
 DESCRIPTION, METRICS, OUTCOME = "job.json", "metrics.jsonl", "outcome.json"
@@ -254,7 +254,7 @@ class JobFolder:
         """
         for source in other._step_files("checkpoints"):
             if int(source.stem) <= at_most:
-                copy_unless_gone(source, self.path / "checkpoints" / source.name)
+                share_unless_gone(source, self.path / "checkpoints" / source.name)
 
     def write_concept(self, concept: Concept, step: int) -> list[str]:
         """Keeps the newest, and as many of the best as the description says: one, if nothing.

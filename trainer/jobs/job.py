@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ...concept.errors import CustomDiffusionError, JobError, ModelsGoneError
-from ..events import Event, MemoryShort, RegularizationLeftOut, StepDone
+from ..events import Event, Notice, StepDone
 from .event_files import write_event
 from .folder import JobFolder
 from .records import Outcome
@@ -34,6 +34,7 @@ from .snapshot import (
     outcome_of,
     snapshot_on_disk,
 )
+from .transitions import AT_WORK, STANDING, Wish, next_state
 from .work import Work
 
 log = logging.getLogger("custom_diffusion")
@@ -54,9 +55,10 @@ class Job:
         self._work: Work | None = None
         self._on_change = on_change
         self._lock = threading.RLock()
-        self._asked: JobState | None = None
-        self._leaves_to: JobState | None = None
-        """What the loop was left for"""
+        self._wish: Wish | None = None
+        """What a job that waits for its turn, or is at work, is to do"""
+        self._left_for: Wish | None = None
+        """Why the loop is left; it is not entered again in this turn"""
         self._losses: list[float] = []
         self._ended = threading.Event()
         self._pace = Pace()
@@ -103,7 +105,7 @@ class Job:
     def _look(self) -> None:
         """Knows of the job what its folder says."""
         self._outcome, self._snapshot = self.folder.outcome(), snapshot_on_disk(self.folder)
-        self._work, self._losses = None, []
+        self._work, self._wish, self._losses = None, None, []
         if self._snapshot.ended:
             self._ended.set()
         else:
@@ -123,7 +125,8 @@ class Job:
     def pause(self) -> None:
         """Asks the job to write a checkpoint and let go of the device; returns at once.
 
-        Raises JobError when it has ended, or is another process's.
+        One that is to be stopped is stopped all the same. Raises JobError when it has ended, or is
+        another process's.
         """
         with self._lock:
             state = self.snapshot().state
@@ -131,7 +134,7 @@ class Job:
                 return
             if self._work is None:
                 raise not_now(self.id, state)
-            self._ask(JobState.PAUSED)
+            self._grant(Wish.PAUSE)
 
     def stop(self) -> None:
         """Asks the job to save what was learnt and end; returns at once.
@@ -143,27 +146,21 @@ class Job:
             state = self.snapshot().state
             if state in ENDED:
                 return
-            if self.is_loaded or self.runs_here:
-                self._ask(JobState.STOPPED)
-            elif state is JobState.PAUSED:
-                self.folder.claim()
-                file = self.folder.newest_concept()
-                self._end_at_once(state=JobState.STOPPED, concept_file=file)
-            else:
+            if self._work is None and state is not JobState.PAUSED:
                 raise not_now(self.id, state)
+            self._grant(Wish.STOP)
 
     def queue(self, work: Work | None = None) -> None:
         """Makes the job ready to be run (again): from where it is, with new work where given.
 
-        Raises JobError when it is another process's, or has no work any more.
+        Raises JobError when it is another process's, has no work any more, or is being stopped.
         """
         with self._lock:
             state = self.snapshot().state
             if state in ACTIVE:
                 if self._work is None:
                     raise not_now(self.id, state)
-                if self._asked is JobState.PAUSED:  # it has not come to that
-                    self._asked = None
+                self._grant(Wish.GO_ON)
                 return
             work = work or (self._work if self.is_loaded else None)
             if self.folder.description.fault:
@@ -177,9 +174,34 @@ class Job:
                     f"loaded. Queue the graph again that it came from: it goes on from there."
                 )
             self.folder.claim()
-            self._work, self._asked = work, None
+            self._work = work
             self._ended.clear()
             self._update(state=JobState.QUEUED, error="", log="", concept_file=None)
+
+    def _grant(self, wish: Wish) -> None:
+        """At once where nobody works on the job; else the wish stands until the loop is left."""
+        state = self._snapshot.state
+        if state in AT_WORK:
+            if (self._wish, wish) not in STANDING:
+                raise JobError(
+                    f"The training job {self.id} is being stopped. Wait for its end, then queue "
+                    f"its graph again."
+                )
+            self._wish = STANDING[self._wish, wish]
+            return
+        wish = STANDING.get((self._wish, wish)) or wish
+        after = next_state(state, wish, self._can_be_saved)
+        if after is not JobState.PAUSED:
+            self.folder.claim()
+        if after is JobState.STOPPED:
+            self._end_at_once(state=after, concept_file=self.folder.newest_concept())
+        else:
+            self._wish = Wish.STOP if wish is Wish.STOP else None
+            self._update(state=after)
+
+    @property
+    def _can_be_saved(self) -> bool:
+        return self._snapshot.step > 0 and self.is_loaded
 
     def delete(self) -> None:
         """Removes the job's folder, and ends it for those who wait.
@@ -205,18 +227,21 @@ class Job:
     def run(self) -> None:
         """Trains and saves, on the calling thread; a failure ends in the snapshot and the log."""
         with self._lock:
-            work = self._work
+            work, self._left_for = self._work, None
             if work is None or self._snapshot.state is not JobState.QUEUED:
                 return
-            self._update(state=JobState.PREPARING)
-        end: dict[str, Any] = failure("the trainer thread was ended")
+        end: dict[str, Any] = {}
         try:
+            self._update(state=JobState.PREPARING)
             with self.folder.locked():
                 end = self._run(work)
                 self._write_outcome(end)
         except JobError as error:  # the folder is another process's, or cannot be written
             log.error("training job %s: %s", self.id, error)
             end = failure(error)
+        except BaseException as error:  # a lock of an odd file system, whoever looks on
+            log.exception("training job %s failed", self.id)
+            end = {**end, **failure(error, traceback.format_exc())}
         finally:
             self._become(end)  # now that the folder is free for others
 
@@ -248,7 +273,7 @@ class Job:
                 concept = work.train(checkpoint, lambda: self._should_leave(work), self._record)
             self._note_troubles(self.folder.prune())
             done, steps = len(self._losses), self._snapshot.steps
-            if self._leaves_to is JobState.PAUSED and done < steps:
+            if self._left_for is Wish.PAUSE and self._wish is not Wish.STOP and done < steps:
                 return {"state": JobState.PAUSED}
             if done == 0:  # stopped before the first step: there is nothing to save
                 return {"state": JobState.STOPPED}
@@ -260,21 +285,28 @@ class Job:
 
     def _left_before_its_turn(self) -> dict[str, Any]:
         """Without models nothing can be learnt: what was learnt before is in the folder."""
-        if self._asked is JobState.STOPPED:
+        if self._wish is Wish.STOP:
             return {"state": JobState.STOPPED, "concept_file": self.folder.newest_concept()}
         return {"state": JobState.PAUSED}
 
     def _should_leave(self, work: Work) -> bool:
         """Asked between steps; waits here for others."""
-        while self._asked is None and work.is_busy():
+        while self._leaves_for() is None and work.is_busy():
             if not self._snapshot.waiting:
                 self._update(waiting=True)
             time.sleep(_POLL_S)
             self._pace.begin()
         if self._snapshot.waiting:
             self._update(waiting=False)
-        self._leaves_to = self._asked
-        return self._leaves_to is not None
+        self._left_for = self._leaves_for()
+        return self._left_for is not None
+
+    def _leaves_for(self) -> Wish | None:
+        """Once the loop is left it is left, whatever is wished then."""
+        with self._lock:
+            if self._wish is Wish.GO_ON and self._left_for is None:
+                self._wish = None
+            return self._left_for or self._wish
 
     def _record(self, event: Event) -> None:
         changes = write_event(self.folder, event, self._note_troubles)
@@ -285,7 +317,7 @@ class Job:
                 changes["seconds_per_step"] = pace
             if changes:
                 self._update(**changes)
-        if isinstance(event, MemoryShort | RegularizationLeftOut):
+        if isinstance(event, Notice):
             self._note(event.text())
 
     def _leave_thumbnail(self, concept_file: Path) -> None:
@@ -304,18 +336,6 @@ class Job:
         log.warning("training job %s: %s", self.id, trouble)
         self._update(notes=(*self._snapshot.notes, trouble))
 
-    def _ask(self, what: JobState) -> None:
-        """What a job that only waits becomes at once, and one that runs after its step."""
-        state = self._snapshot.state
-        if state is JobState.QUEUED and what is JobState.PAUSED:
-            self._update(state=what)
-        elif state is JobState.QUEUED and self._snapshot.step == 0:
-            self._end_at_once(state=what)
-        else:
-            if state is JobState.PAUSED:
-                self.queue()  # its turn is what saves it
-            self._asked = what
-
     def _end_at_once(self, **changes: Any) -> None:
         """Of a job that nobody works on."""
         self._write_outcome(changes)
@@ -323,12 +343,30 @@ class Job:
 
     def _become(self, changes: dict[str, Any]) -> None:
         with self._lock:
-            self._asked, self._outcome = None, self.folder.outcome()
+            if changes["state"] is JobState.PAUSED and self._wish:
+                changes = self._wished_meanwhile(self._wish)
+            self._outcome = self.folder.outcome()
+            if changes["state"] is not JobState.QUEUED:
+                self._wish = None
             if changes["state"] in ENDED:
                 self._work = None  # the models that it holds are free to go
-            self._update(waiting=False, **changes)
-            if changes["state"] in ENDED:
-                self._ended.set()
+            try:
+                self._update(waiting=False, **changes)
+            finally:  # whoever waits is released, also where somebody who looks on fails
+                if changes["state"] in ENDED:
+                    self._ended.set()
+
+    def _wished_meanwhile(self, wish: Wish) -> dict[str, Any]:
+        """What becomes of a job whose loop is left, by what was wished last."""
+        state = next_state(JobState.PAUSED, wish, self._can_be_saved)
+        if wish is Wish.GO_ON and not self.is_loaded:
+            state = JobState.PAUSED
+        self._wish = wish if wish is Wish.STOP else None
+        changes: dict[str, Any] = {"state": state}
+        if state is JobState.STOPPED:
+            changes["concept_file"] = self.folder.newest_concept()
+            self._write_outcome(changes)
+        return changes
 
     def _write_outcome(self, changes: dict[str, Any]) -> None:
         if changes["state"] is JobState.PAUSED:

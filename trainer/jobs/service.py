@@ -11,7 +11,7 @@ from typing import Any
 from ...concept.errors import CustomDiffusionError, JobError, UnknownJobError
 from .folder import JobFolder
 from .job import Job
-from .snapshot import JobState
+from .snapshot import ACTIVE, JobState
 from .trash import clear_trash
 from .work import Work
 
@@ -76,6 +76,17 @@ class TrainingService:
                 on_next()
             self._enqueue(job)
             return job
+
+    def join(self, fingerprint: str, steps: int) -> Job | None:
+        """The job that does the same and has finished, waits for its turn or is at work: a pause
+        that it was asked for is taken back. Raises JobError where it is being stopped.
+        """
+        with self._lock:
+            job = self.find(fingerprint, steps)
+            if job and job.runs_here:
+                job.queue()
+                self._enqueue(job)
+            return job if job and job.snapshot().state in (*ACTIVE, JobState.FINISHED) else None
 
     def find(self, fingerprint: str, steps: int) -> Job | None:
         """The newest job that does the same; of finished ones only if its concept is there."""
@@ -201,16 +212,19 @@ class TrainingService:
     def _see_to_it(self) -> None:
         """Starts the thread where there is something to do and none that does it."""
         if self._queue and self._thread is None and not self._closed:
-            self._thread = threading.Thread(
+            thread = threading.Thread(
                 target=self._work, name="custom-diffusion-trainer", daemon=True
             )
-            self._thread.start()
+            thread.start()  # its first step waits for this lock
+            self._thread = thread
 
     def _work(self) -> None:
         """Ends when there is nothing left to do."""
         try:
             while job := self._next():
                 job.run()
+                with self._lock:
+                    self._enqueue(job, 0)  # where it was to go on, or stop, while it was left
         finally:  # whatever a job has done to this thread, the next one has its turn
             with self._lock:
                 self._thread = None

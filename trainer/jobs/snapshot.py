@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from ...concept.errors import JobError
 from .folder import JobFolder
 from .records import MOST_NOTES, Outcome, text_that_fits
 
+log = logging.getLogger("custom_diffusion")
 _AVERAGED_STEPS = 20
 
 
@@ -100,9 +102,14 @@ class Pace:
         return last if before is None else before + (last - before) / _AVERAGED_STEPS
 
 
-def failure(error: object, log: str = "") -> dict[str, Any]:
+def failure(error: BaseException, trace: str = "") -> dict[str, Any]:
     """What becomes of the snapshot of a job that failed."""
-    return {"state": JobState.FAILED, "error": str(error) or type(error).__name__, "log": log}
+    try:
+        text = str(error)
+    except Exception:  # its own words raise another
+        log.exception("an exception of a training has no words")
+        text = ""
+    return {"state": JobState.FAILED, "error": text or type(error).__name__, "log": trace}
 
 
 def not_now(job_id: str, state: JobState) -> JobError:

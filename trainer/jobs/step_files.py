@@ -39,10 +39,16 @@ def remove(paths: Iterable[Path]) -> list[str]:
     return troubles
 
 
-def copy_unless_gone(source: Path, target: Path) -> None:
-    """A complete copy, or none where the source is removed meanwhile. Raises ConceptFileError when
-    the disk is full.
+def share_unless_gone(source: Path, target: Path) -> None:
+    """The same file under another name: no byte of it is read, and removing one leaves the other.
+    On a file system without hard links a copy. Nothing where the source is removed meanwhile.
+
+    It is complete or absent. Raises ConceptFileError when the disk is full.
     """
+    with suppress(OSError):  # for the copy to say
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(source, target)
+        return
     with suppress(FileNotFoundError), open(source, "rb") as content:
 
         def write(temporary: Path) -> None:

@@ -45,12 +45,10 @@ class NetworkWeights:
     def learning(self) -> Iterator[None]:
         """While the context lasts they are float32 and require gradients.
 
-        In half precision a step at a small rate would round to nothing. So the network computes
-        with casts meanwhile.
+        In half precision a step at a small rate would round to nothing. So the network has to
+        compute with casts meanwhile.
         """
         dtypes = [parameter.dtype for parameter in self._parameters]
-        denoiser = self._denoiser
-        casts = bool(dtypes) and denoiser.dtype != torch.float32
         try:
             for parameter in self._parameters:
                 copy = id(parameter) in self._put_back
@@ -59,8 +57,7 @@ class NetworkWeights:
             for layer, parameter in self._layers.items():
                 if layer in self._start:
                     parameter.data += self._start[layer].dense().to(parameter)
-            with torch.autocast(denoiser.device.type, denoiser.dtype, enabled=casts):
-                yield
+            yield
         finally:
             for parameter, dtype in zip(self._parameters, dtypes, strict=True):
                 parameter.requires_grad_(False)

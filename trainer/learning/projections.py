@@ -156,7 +156,7 @@ class LowRankProjections(KeyValueProjections):
     """The change of every projection is `up` (out, rank) times `down` (rank, d) (Hu et al. 2022).
 
     Gradients and optimiser state are as small as the factors. What was learnt before may be of no
-    higher rank: its factors learn on.
+    higher rank: its factors learn on. Raises ConfigError for a rank that a layer does not have.
     """
 
     def __init__(
@@ -167,6 +167,12 @@ class LowRankProjections(KeyValueProjections):
         generator = torch.Generator().manual_seed(seed)
         self._base = self._stacked(denoiser.dtype)
         width = self._base.shape[1]
+        full = min(width, *self._sizes)
+        if rank > full:
+            raise ConfigError(
+                f"rank={rank} is more than keys and values of this model have, {full} at least. "
+                f"Set a rank of {full} or less, or choose the method 'custom diffusion'."
+            )
         # As LoRA starts: any `down`, and an `up` of zeros, so that nothing is changed at first.
         down = torch.rand(rank * len(self._sizes), width, generator=generator) * 2 - 1
         down, up = down / math.sqrt(width), torch.zeros(len(self._base), rank)

@@ -92,5 +92,4 @@ def loss_of(projections: KeyValueProjections, samples: Samples) -> Tensor:
         own=samples.own,
     )
     losses = sample_losses(prediction, samples.target_bchw, samples.masks_bhw)
-    # Not as a product of vectors: where weights of the network learn, autocast would round it.
     return (samples.weights * losses).sum()

@@ -1,13 +1,13 @@
 """Where a modifier token starts: at a rare word piece, or at a word the user names."""
 
+import hashlib
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ...concept.concept import Concept
+from ...concept.concept import Concept, same_vectors
 from ...concept.errors import ConfigError, TokenError
 from ...concept.text import TextEncoder
 from ..data.training_concept import TrainingConcept
@@ -39,7 +39,7 @@ def initial_embedding(
             )
         return encoder.vocabulary_row(ids[0])
     numbered = re.fullmatch(r"<new([123])>", token)
-    number = int(numbered[1]) - 1 if numbered else zlib.crc32(token.encode())
+    number = int(numbered[1]) - 1 if numbered else _number_of(token)
     rows = encoder.vocabulary_row(encoder.piece_id(RARE_PIECES[number % len(RARE_PIECES)]))
     return rows if numbered else moved_by_name(rows, token)
 
@@ -48,7 +48,7 @@ def moved_by_name(rows: Mapping[str, Tensor], token: str) -> dict[str, Tensor]:
     """Rows a quarter of their length away from these, in a direction that the name alone gives."""
     moved = {}
     for encoder, row in rows.items():
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{encoder} {token}".encode()))
+        generator = torch.Generator().manual_seed(_number_of(f"{encoder} {token}"))
         direction = torch.randn(row.shape, generator=generator)
         moved[encoder] = row + _OWN_SHARE * row.norm() * (direction / direction.norm()).to(row)
     return moved
@@ -80,7 +80,7 @@ def words_to_teach(
         if rows is None:
             rows = initial_embedding(encoder, concept.initializer, concept.token)
             others = [{name: words[name][token] for name in words} for token in began]
-            if any(_alike(rows, other) for other in [*others, *learnt.values()]):
+            if any(same_vectors(rows, other) for other in [*others, *learnt.values()]):
                 rows = moved_by_name(rows, concept.token)
         began.append(concept.token)
         for name, row in rows.items():
@@ -89,8 +89,9 @@ def words_to_teach(
     return words
 
 
-def _alike(rows: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    return all(torch.equal(row, others[name].detach().to(row)) for name, row in rows.items())
+def _number_of(text: str) -> int:
+    """Another one for every text: a checksum of 32 bits has the same for some words."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
 def drift(

@@ -1,13 +1,12 @@
 /** Load Concept shows which concept is chosen: its picture, its words to copy, its base model. */
 
 import * as concepts from "./concepts.js";
-import { after, element, showOnNode } from "./dom.js";
+import { after, copyButton, element, showOnNode } from "./dom.js";
 import { t } from "./words.js";
 
-const LOAD = "LoadConcept";
-const CHOICE = "concept_name";
+export const LOAD = "LoadConcept";
+export const CHOICE = "concept_name";
 const HEIGHT = 84;
-const COPIED_MS = 1500;
 
 /** To be called for every node that is made; its choice may come later, with a workflow. */
 export function showConcept(node) {
@@ -40,7 +39,7 @@ export function conceptParts(concept) {
   const lines = [t(concept.family ? "card" : "cardSize", size)];
   if (concept.steps) lines.push(t("cardSteps", concept));
   if (concept.other) lines.push(t("otherFile", { kind: t(`${concept.other}Kind`) }));
-  const facts = element("div", "cd-facts", ...concept.prompts.map(copyButton));
+  const facts = element("div", "cd-facts", ...concept.prompts.map(wordButton));
   facts.append(...lines.map((line) => element("p", "cd-taught", line)));
   if (!concept.thumbnail) return [facts];
   const picture = element("img");
@@ -49,14 +48,4 @@ export function conceptParts(concept) {
   return [picture, facts];
 }
 
-function copyButton(prompt) {
-  const button = element("button", "cd-word", prompt);
-  button.type = "button";
-  button.title = t("copy", { prompt });
-  button.addEventListener("click", async () => {
-    await navigator.clipboard.writeText(prompt);
-    button.textContent = t("copied");
-    setTimeout(() => (button.textContent = prompt), COPIED_MS);
-  });
-  return button;
-}
+const wordButton = (prompt) => copyButton(prompt, t("copy", { prompt }), prompt);

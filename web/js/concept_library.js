@@ -1,9 +1,10 @@
 /** The saved concepts below the jobs, and other tools' files: found by name, word or base model, sorted,
- * put on the canvas. */
+ * put on the canvas, renamed, put into the bin. */
 
-import { conceptParts } from "./concept_card.js";
+import { CHOICE, conceptParts, LOAD } from "./concept_card.js";
 import * as concepts from "./concepts.js";
 import { actionButton, element } from "./dom.js";
+import { allNodes } from "./nodes.js";
 import { t } from "./words.js";
 
 const SORTS = ["date", "name", "base", "size"];
@@ -11,7 +12,11 @@ const MOST = 50; // a search finds the others
 const TYPING_MS = 200;
 
 export class ConceptLibrary {
-  /** @param {{onError: function(Error): void, addToGraph: function(string): Promise<void>}} host */
+  /**
+   * @param {{onError: function(Error): void, addToGraph: function(string): Promise<void>,
+   *          askName: function(object): Promise<string|null>,
+   *          confirmBin: function(object): Promise<boolean>}} host
+   */
   constructor(host) {
     this.host = host;
     this.search = element("input");
@@ -81,6 +86,23 @@ export class ConceptLibrary {
     this.reasons.replaceChildren(...reasons.map((why) => element("p", "cd-trouble", why)));
   }
 
+  async #rename(concept) {
+    const to = await this.host.askName(concept);
+    if (!to) return;
+    const { name } = await concepts.rename(concept.name, to);
+    await concepts.refreshChoices();
+    chooseRenamed(concept.name, name);
+    await this.refresh();
+  }
+
+  async #bin(concept) {
+    if (!(await this.host.confirmBin(concept))) return;
+    const { bin } = await concepts.remove(concept.name);
+    await this.refresh();
+    this.told.textContent = t("binned", { name: concept.name, bin });
+    await concepts.refreshChoices();
+  }
+
   #item(concept) {
     const parts = conceptParts(concept);
     const facts = parts.at(-1);
@@ -89,11 +111,35 @@ export class ConceptLibrary {
     facts.prepend(name);
     const saved = new Date(concept.created);
     if (!Number.isNaN(saved.valueOf())) facts.append(element("p", "cd-taught", saved.toLocaleDateString()));
-    const use = () => this.host.addToGraph(concept.name);
-    const button = actionButton(t("use"), t("useHint"), "pi-plus", use, this.host.onError);
-    facts.append(element("div", "cd-buttons", button));
+    const button = (verb, icon, act) => actionButton(t(verb), t(`${verb}Hint`), icon, act, this.host.onError);
+    facts.append(
+      element(
+        "div", "cd-buttons",
+        button("use", "pi-plus", () => this.host.addToGraph(concept.name)),
+        button("rename", "pi-pencil", () => this.#rename(concept)),
+        button("bin", "pi-trash", () => this.#bin(concept)),
+      ),
+    );
+    if (!concept.thumbnail) parts.unshift(noPicture());
     const item = element("li", "cd-concept", ...parts);
     item.dataset.name = concept.name;
     return item;
+  }
+}
+
+/** Where a concept has no picture, so that all take the same room. */
+function noPicture() {
+  const sign = element("i", "pi pi-image");
+  sign.setAttribute("aria-hidden", "true");
+  return element("div", "cd-nopicture", sign);
+}
+
+/** Nodes of the open workflow that load the file go on to do so. */
+function chooseRenamed(before, now) {
+  for (const node of allNodes().filter(({ comfyClass }) => comfyClass === LOAD)) {
+    const choice = node.widgets.find((widget) => widget.name === CHOICE);
+    if (choice?.value !== before) continue;
+    choice.value = now;
+    choice.callback?.(now);
   }
 }

@@ -4,14 +4,17 @@ import { app } from "../../../scripts/app.js";
 import { registerCompletion } from "./completion.js";
 import { showConcept } from "./concept_card.js";
 import * as jobs from "./jobs.js";
-import { showNotes } from "./node_notes.js";
+import { registerRuns, showRuns } from "./node_runs.js";
+import { workflowId } from "./nodes.js";
 import { registerNotices } from "./notices.js";
-import { registerPanel, TAB } from "./panel.js";
+import { registerPanel } from "./panel.js";
 import { BEGIN_WITH, SETTINGS } from "./settings.js";
-import { registerTraining, showTraining } from "./train_node.js";
+import { registerTraining } from "./train_node.js";
 import { loadWords } from "./words.js";
 
 const PACK = "custom diffusion"; // the category of its nodes
+
+const isOurs = (comfyClass) => LiteGraph.registered_node_types[comfyClass]?.category === PACK;
 
 function addStyle() {
   const style = document.createElement("link");
@@ -19,6 +22,8 @@ function addStyle() {
   style.href = new URL("../css/custom_diffusion.css", import.meta.url).href;
   document.head.append(style);
 }
+
+let panel = null; // from setup on
 
 async function pauseAll() {
   const active = (await jobs.list()).jobs.filter((job) => jobs.ACTIVE.includes(job.state));
@@ -35,25 +40,34 @@ app.registerExtension({
       icon: "pi pi-pause",
       function: pauseAll,
     },
+    {
+      id: "CustomDiffusion.TogglePanel",
+      label: "Custom Diffusion: open or close the trainings",
+      icon: "pi pi-chart-line",
+      function: () => panel.toggle(),
+    },
   ],
-  keybindings: [{ combo: { key: "t" }, commandId: `Workspace.ToggleSidebarTab.${TAB}` }],
-  menuCommands: [{ path: ["Extensions", "Custom Diffusion"], commands: ["CustomDiffusion.PauseAll"] }],
+  keybindings: [{ combo: { key: "t" }, commandId: "CustomDiffusion.TogglePanel" }],
+  menuCommands: [{ path: ["Extensions", "Custom Diffusion"], commands: ["CustomDiffusion.TogglePanel", "CustomDiffusion.PauseAll"] }],
   async setup() {
     addStyle();
     await loadWords();
-    registerPanel();
+    panel = registerPanel();
     registerTraining();
+    registerRuns(isOurs);
     registerNotices();
     registerCompletion();
   },
   nodeCreated(node) {
-    if (node.constructor.category !== PACK) return;
-    showNotes(node);
+    if (!isOurs(node.comfyClass)) return;
+    workflowId(); // a graph without one gets it before it runs
     showConcept(node);
     for (const [name, setting] of Object.entries(BEGIN_WITH)) {
       const widget = node.widgets?.find((each) => each.name === name);
       if (widget) widget.value = app.extensionManager.setting.get(setting);
     }
   },
-  loadedGraphNode: showTraining,
+  loadedGraphNode(node) {
+    if (isOurs(node.comfyClass)) showRuns(node);
+  },
 });

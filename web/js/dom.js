@@ -1,5 +1,9 @@
 /** Making elements, and putting them on nodes. */
 
+import { t } from "./words.js";
+
+const COPIED_MS = 1500;
+
 /** A new element with a class name and what is in it: texts and elements. */
 export function element(name, className = "", ...content) {
   const made = document.createElement(name);
@@ -8,24 +12,69 @@ export function element(name, className = "", ...content) {
   return made;
 }
 
-/** A button with an icon. It does one thing at a time, and `onError` hears when that fails. */
+/**
+ * A button with an icon. It does one thing at a time, and `onError` hears when that fails. It is
+ * never `disabled`, which would take the keyboard's focus away: aria-disabled says it, and holds.
+ */
 export function actionButton(label, hint, icon, act, onError) {
   const sign = element("i", `pi ${icon}`);
   sign.setAttribute("aria-hidden", "true");
   const button = element("button", "", sign, ` ${label}`);
   button.type = "button";
   button.title = hint;
+  let busy = false;
   button.addEventListener("click", async () => {
-    button.disabled = true;
+    if (busy || button.ariaDisabled === "true") return;
+    busy = true;
     try {
       await act();
     } catch (error) {
       onError(error);
     } finally {
-      button.disabled = false;
+      busy = false;
     }
   });
   return button;
+}
+
+/** A bar that fills from left to right; `set` says how much of how much is done. */
+export class ProgressBar {
+  constructor(label) {
+    this.fill = element("div", "cd-fill");
+    this.element = element("div", "cd-progress", this.fill);
+    this.element.setAttribute("role", "progressbar");
+    this.element.setAttribute("aria-label", label);
+    this.element.setAttribute("aria-valuemin", 0);
+  }
+
+  set(done, most) {
+    this.element.setAttribute("aria-valuemax", most);
+    this.element.setAttribute("aria-valuenow", done);
+    this.fill.style.width = `${most ? (100 * done) / most : 0}%`;
+  }
+}
+
+/** A button that copies a text, and says so. */
+export function copyButton(label, hint, text) {
+  const button = element("button", "cd-word", label);
+  button.type = "button";
+  button.title = hint;
+  button.addEventListener("click", async () => {
+    await copy(text);
+    button.textContent = t("copied");
+    setTimeout(() => (button.textContent = label), COPIED_MS);
+  });
+  return button;
+}
+
+/** Browsers offer `clipboard` only to pages of this machine, or of https. */
+async function copy(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  const box = element("textarea", "", text);
+  document.body.append(box);
+  box.select();
+  document.execCommand("copy");
+  box.remove();
 }
 
 const TALLEST = 340; // as in the style sheet: what is longer scrolls
@@ -38,10 +87,15 @@ const AROUND = 30; // padding, and the margin that ComfyUI leaves
 export function showOnNode(node, name, content, height) {
   const frame = element("div", "cd-node", content);
   frame.addEventListener("wheel", (event) => event.stopPropagation());
+  // Else a page would move the node where its text is to be marked.
+  frame.addEventListener("pointerdown", (event) => {
+    if (event.target.closest(".cd-trouble")) event.stopPropagation();
+  });
   const widget = node.addDOMWidget(name, "custom_diffusion", frame, {
     serialize: false,
     hideOnZoom: false,
-    getMinHeight: () => Math.min(Math.max(content.offsetHeight + AROUND, height), TALLEST),
+    getMinHeight: () =>
+      content.childElementCount ? Math.min(Math.max(content.offsetHeight + AROUND, height), TALLEST) : 0,
   });
   widget.serialize = false;
   const grow = () => {

@@ -1,6 +1,6 @@
 /** One training job in the panel: how it is, its losses and samples, and what can be done with it. */
 
-import { actionButton, element } from "./dom.js";
+import { actionButton, element, ProgressBar } from "./dom.js";
 import { JobProgress } from "./job_progress.js";
 import * as jobs from "./jobs.js";
 import { LossChart } from "./loss_chart.js";
@@ -8,7 +8,18 @@ import { t } from "./words.js";
 
 const SAMPLES = 6;
 
+const FAR = 3;
+/* Lengths of its first embedding that a word may move before it is worth a warning: with the paper's
+ * settings a word moves by about one. */
+
 const ENDED = ["finished", "stopped", "failed"];
+/** Until which states a click has not yet done what it says: a job acts between two steps. */
+const GOALS = {
+  pause: ["paused", ...ENDED],
+  resume: [...jobs.ACTIVE, ...ENDED],
+  again: [...jobs.ACTIVE, "paused", "finished"],
+  stop: ENDED,
+};
 /** What can be done, with its icon, in which states; the words are in locales. */
 const ACTIONS = [
   ["pause", "pi-pause", jobs.ACTIVE],
@@ -44,11 +55,17 @@ export function pace(job) {
   return told.join(" · ");
 }
 
-/** How far each word has moved from where it began. */
+/** How far each word has moved from where it began, in figures. */
 export function drifts(job) {
   return Object.entries(job.drift ?? {})
     .map(([token, share]) => t("drift", { token, percent: (100 * share).toFixed(0) }))
     .join(" · ");
+}
+
+/** Of the words that have moved too far, in plain words. */
+export function driftWarnings(job) {
+  const far = Object.entries(job.drift ?? {}).filter(([, share]) => share > FAR);
+  return far.map(([token]) => t("driftFar", { token }));
 }
 
 /** A small picture of a job's sample; a click shows all of it. */
@@ -81,11 +98,10 @@ export class JobCard {
     this.name = element("span", "cd-name");
     this.state = element("span", "cd-state");
     this.state.setAttribute("role", "status");
-    this.bar = element("progress", "cd-progress");
-    this.bar.setAttribute("aria-label", t("progress", job));
+    this.bar = new ProgressBar(t("progress", job));
     this.pace = element("p", "cd-pace");
     this.taught = element("p", "cd-taught");
-    this.drift = element("p", "cd-taught");
+    this.drift = element("p", "cd-warning");
     this.trouble = element("p", "cd-trouble");
     this.trace = element("pre");
     this.log = element("details", "cd-log", element("summary", "", t("log")), this.trace);
@@ -94,8 +110,8 @@ export class JobCard {
     this.buttons = element("div", "cd-buttons", ...ACTIONS.map((action) => this.#button(...action)));
     this.element = element(
       "details", "cd-job",
-      element("summary", "cd-head", this.name, this.state, this.bar),
-      this.pace, this.trouble, this.log, this.chart.element, this.strip, this.taught, this.drift,
+      element("summary", "cd-head", this.name, this.state, this.bar.element),
+      this.pace, this.trouble, this.log, this.chart.element, this.strip, this.drift, this.taught,
       this.buttons,
     );
     this.element.dataset.job = job.id;
@@ -111,20 +127,31 @@ export class JobCard {
     this.element.dataset.state = job.state;
     this.name.textContent = job.name;
     this.name.title = job.id;
-    this.state.textContent = t(job.state);
-    this.bar.max = job.steps;
-    this.bar.value = job.step;
+    if (GOALS[this.pending]?.includes(job.state)) this.pending = null;
+    this.bar.set(job.step, job.steps);
     this.pace.textContent = pace(job);
-    this.drift.textContent = drifts(job);
+    this.drift.textContent = driftWarnings(job).join("\n");
+    this.drift.title = this.taught.title = drifts(job);
     this.trouble.textContent = [job.error, ...(job.notes ?? [])].filter(Boolean).join("\n");
     this.log.hidden = true; // until it is asked for again
-    for (const [index, [, , states]] of ACTIONS.entries()) {
-      this.buttons.children[index].hidden = !states.includes(job.state);
-    }
-    const useful = this.buttons.querySelector("[data-verb=use]");
-    useful.hidden ||= !job.concept_file;
+    this.#offer();
     if (!this.element.open || !this.element.isConnected) return; // nobody sees it
     this.progress.refresh(drawn || !jobs.ACTIVE.includes(job.state));
+  }
+
+  /** The state, or what a click has asked for, and what can be done in it. */
+  #offer() {
+    const { state, concept_file } = this.job;
+    this.state.textContent = t(this.pending ? `${this.pending}Pending` : state);
+    const focused = this.buttons.contains(document.activeElement);
+    for (const [index, [verb, , states]] of ACTIONS.entries()) {
+      const button = this.buttons.children[index];
+      button.hidden = !states.includes(state) || (verb === "use" && !concept_file);
+      button.ariaDisabled = String(Boolean(this.pending));
+    }
+    if (focused && !this.buttons.contains(document.activeElement)) {
+      this.buttons.querySelector(":scope > :not([hidden])")?.focus();
+    }
   }
 
   #show({ losses, shown }) {
@@ -149,7 +176,6 @@ export class JobCard {
 
   async #do(verb) {
     if (verb === "use") return this.host.addToGraph(this.job);
-    if (verb === "again") return jobs.startAgain(this.id);
     if (verb === "more") {
       const more = await this.host.askSteps(this.job);
       return more && jobs.startAgain(this.id, this.job.step + more);
@@ -158,8 +184,24 @@ export class JobCard {
       // The server tells all tabs.
       return (await this.host.confirmRemoval(this.job)) && jobs.remove(this.id);
     }
+    this.pending = verb;
+    this.#offer();
+    try {
+      await this.#steer(verb);
+    } catch (error) {
+      this.pending = null;
+      this.#offer();
+      throw error;
+    }
+  }
+
+  async #steer(verb) {
     // After a restart the server has not loaded the job's models: then its graph does that.
-    if (verb === "resume" && !(await jobs.show(this.id)).loaded) return jobs.startAgain(this.id);
+    if (verb === "again" || (verb === "resume" && !(await jobs.show(this.id)).loaded)) {
+      await jobs.startAgain(this.id);
+      this.pending = null;
+      return this.#offer();
+    }
     this.update(await jobs.steer(this.id, verb));
   }
 }

@@ -46,10 +46,32 @@ export async function startAgain(id, steps) {
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify({ prompt, client_id: api.clientId }),
   });
-  if (!answer.ok) {
-    const { error } = await answer.json();
-    throw new Error(error?.message ?? t("refused", { status: answer.status }));
-  }
+  const queued = await answer.json();
+  if (!answer.ok) throw new Error(refusal(queued) ?? t("refused", { status: answer.status }));
+  if (!steps) await begun(id, queued.prompt_id);
+}
+
+/** Why ComfyUI takes no prompt: what it says of a node says more than what it says of all. */
+function refusal({ error, node_errors }) {
+  const [first] = Object.values(node_errors ?? {}).flatMap(({ errors }) => errors);
+  return first ? [first.message, first.details].filter(Boolean).join(": ") : error?.message;
+}
+
+/** Waits until a prompt has begun or found the job, or has ended; throws when it failed before. */
+function begun(id, prompt) {
+  const heard = new AbortController();
+  return new Promise((resolve, reject) => {
+    const acts = {
+      [EVENT]: (job) => job.id === id && ACTIVE.includes(job.state) && resolve(),
+      execution_error: (end) => end.prompt_id === prompt && reject(new Error(end.exception_message)),
+      execution_interrupted: (end) => end.prompt_id === prompt && reject(new Error(t("interrupted"))),
+      execution_success: (end) => end.prompt_id === prompt && resolve(),
+      reconnected: resolve, // the server that had it is gone
+    };
+    for (const [event, act] of Object.entries(acts)) {
+      api.addEventListener(event, ({ detail }) => act(detail), { signal: heard.signal });
+    }
+  }).finally(() => heard.abort());
 }
 
 /** Calls `onJob` with every job that changes, and `onReturn` when the server is back. */
@@ -58,7 +80,7 @@ export function listen(onJob, onReturn = () => {}) {
   api.addEventListener("reconnected", onReturn);
 }
 
-/** Calls `onBegun` with {node, job} when a node of this page's prompt has begun or found a job. */
+/** Calls `onBegun` with {node, job, prompt} when a node of this page's prompt has begun or found a job. */
 export function listenToNodes(onBegun) {
   api.addEventListener(NODE_EVENT, ({ detail }) => onBegun(detail));
 }

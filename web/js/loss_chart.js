@@ -83,7 +83,7 @@ export class LossChart {
 
   /** @param {(number|null)[]} losses of steps 1, 2, ... */
   show(losses) {
-    if (losses.length < this.losses.length) this.span = null;
+    if (losses.length < this.losses.length) this.span = this.step = null; // another training
     this.losses = losses;
     this.averages = smoothed(losses);
     this.#draw();

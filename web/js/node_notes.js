@@ -1,26 +1,8 @@
-/** What a node tells of its last run, below its widgets: lines, warnings, a table. */
+/** What a node tells of its last run: lines, warnings, a table (nodes/types.py). */
 
-import { after, element, showOnNode } from "./dom.js";
+import { element } from "./dom.js";
 
-const KEY = "custom_diffusion"; // nodes/types.py
-const HEIGHT = 90;
-const placed = new WeakMap();
-
-/** To be called for every node of the pack. */
-export function showNotes(node) {
-  after(node, "onExecuted", (output) => {
-    const [notes] = output?.[KEY] ?? [];
-    if (!notes) return;
-    if (!placed.has(node)) {
-      const place = element("div", "cd-notes");
-      placed.set(node, place);
-      showOnNode(node, "notes", place, HEIGHT);
-    }
-    placed.get(node).replaceChildren(...drawn(notes));
-  });
-}
-
-function drawn({ lines, table, warnings }) {
+export function notesParts({ lines, table, warnings }) {
   const parts = lines.map((line) => element("p", "", line));
   parts.push(...warnings.map((warning) => element("p", "cd-warning", warning)));
   if (table.length) {

@@ -1,10 +1,13 @@
 /** The sidebar tab: every training job, watched and steered. */
 
 import { app } from "../../../scripts/app.js";
+import { addToGraph } from "./add_to_graph.js";
 import { ConceptLibrary } from "./concept_library.js";
-import { element } from "./dom.js";
+import { refreshChoices } from "./concepts.js";
+import { actionButton, element } from "./dom.js";
 import { JobCard } from "./job_card.js";
 import * as jobs from "./jobs.js";
+import { openFirstTemplate } from "./templates.js";
 import { t } from "./words.js";
 
 export const TAB = "custom-diffusion-trainings";
@@ -14,15 +17,18 @@ class Panel {
     this.cards = new Map();
     this.active = new Set();
     this.memory = element("p", "cd-memory");
-    this.empty = element("p", "cd-empty", t("empty"));
+    const complain = (error) => this.complain(error);
+    const begin = actionButton(t("begin"), t("beginHint"), "pi-images", openFirstTemplate, complain);
+    this.empty = element("div", "cd-empty", element("p", "", t("empty")), element("div", "cd-buttons", begin));
     this.trouble = element("p", "cd-trouble");
     this.trouble.setAttribute("role", "alert");
     this.listing = element("div");
-    this.library = new ConceptLibrary({ onError: (error) => this.complain(error), addToGraph });
+    this.library = new ConceptLibrary({ onError: complain, addToGraph, askName, confirmBin });
     this.element = element(
       "section", "cd-panel", this.memory, this.trouble, this.empty, this.listing, this.library.element,
     );
     this.element.setAttribute("aria-label", t("title"));
+    this.element.tabIndex = -1;
     jobs.listen(
       (job) => this.hear(job),
       () => this.refresh(),
@@ -33,7 +39,16 @@ class Panel {
   open(place) {
     place.style.height = "100%";
     place.replaceChildren(this.element);
+    if (this.takesFocus) requestAnimationFrame(() => this.element.focus());
+    this.takesFocus = false;
     this.refresh();
+  }
+
+  /** Opens the panel and moves the keyboard's focus into it, or closes it and gives that back. */
+  async toggle() {
+    this.takesFocus = !this.element.isConnected;
+    if (!this.takesFocus) app.canvas.canvas.focus();
+    await app.extensionManager.command.execute(`Workspace.ToggleSidebarTab.${TAB}`);
   }
 
   async refresh() {
@@ -75,8 +90,14 @@ class Panel {
       made.update(job); // now that it can be seen
     }
     if (jobs.ACTIVE.includes(job.state)) this.active.add(job.id);
-    else if (this.active.delete(job.id)) this.library.refresh(); // it may have saved one
+    else if (this.active.delete(job.id) && job.concept_file) this.#saved();
     this.tally();
+  }
+
+  /** A training has saved a concept. */
+  #saved() {
+    this.library.refresh();
+    refreshChoices().catch((error) => this.complain(error));
   }
 
   tally() {
@@ -116,23 +137,25 @@ async function askSteps(job) {
   return Number(given);
 }
 
-/** Load Concept and Apply Concept with the concept of a file, in the middle of what is seen. */
-async function addToGraph(file) {
-  await app.refreshComboInNodes(); // so that the file is among the choices
-  const load = LiteGraph.createNode("LoadConcept");
-  const apply = LiteGraph.createNode("ApplyKVDelta");
-  const [left, top, width, height] = app.canvas.ds.visible_area;
-  load.pos = [left + width / 2 - 320, top + height / 2 - 60];
-  apply.pos = [left + width / 2, top + height / 2 - 60];
-  app.graph.add(load);
-  app.graph.add(apply);
-  const choice = load.widgets.find((widget) => widget.name === "concept_name");
-  choice.value = file;
-  choice.callback?.(file);
-  load.connect(0, apply, apply.findInputSlot("concept"));
-  app.canvas.setDirty(true, true);
+/** What a concept's file is to be called; null when the user has thought better of it. */
+async function askName({ name, file }) {
+  const given = await app.extensionManager.dialog.prompt({
+    title: t("renameTitle"),
+    message: t("renameMessage", { name }),
+    defaultValue: file.replace(/\.[^.]+$/, ""),
+  });
+  return given?.trim() || null;
 }
 
+async function confirmBin({ name }) {
+  return app.extensionManager.dialog.confirm({
+    title: t("binTitle"),
+    message: t("binMessage", { name }),
+    type: "delete",
+  });
+}
+
+/** @returns {Panel} */
 export function registerPanel() {
   const panel = new Panel();
   app.extensionManager.registerSidebarTab({
@@ -145,4 +168,5 @@ export function registerPanel() {
     render: (place) => panel.open(place),
   });
   panel.refresh(); // for the badge
+  return panel;
 }

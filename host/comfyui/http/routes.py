@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from server import PromptServer
@@ -18,12 +18,13 @@ from ....concept.errors import ConceptFileError, JobError, UnknownConceptError, 
 from ....formats.importing import open_concept
 from ....inspection.any_card import read_any_card
 from ....inspection.card import ConceptCard, read_card, thumbnail
+from ....inspection.filing import bin_concept, rename_concept
 from ....inspection.library import list_concepts
 from ....inspection.report import inspect_concept
 from ....trainer.jobs.job import Job
 from ...http.api import ENDPOINTS, PREFIX, Endpoint, Lane
 from ..jobs.service import delete_job, device_memory, training_service
-from ..paths import concept_files, concept_path
+from ..paths import concept_files, concept_path, listed_concept_path
 from .answers import Handler, Values, answering, refusing
 from .workers import Workers
 
@@ -93,6 +94,18 @@ def _concept(sent: Values) -> dict[str, Any]:
     return {"name": sent["name"], **_card(sent["name"]).as_json()}
 
 
+def _rename(sent: Values) -> dict[str, Any]:
+    name, path = sent["name"], listed_concept_path(sent["name"])
+    renamed = str(PurePath(name).with_name(rename_concept(path, sent["to"]).name))
+    return {"name": renamed, **_card(renamed).as_json()}
+
+
+def _delete_concept(sent: Values) -> dict[str, Any]:
+    name, path = sent["name"], listed_concept_path(sent["name"])
+    binned = bin_concept(path).relative_to(path.parent)
+    return {"deleted": name, "bin": str(PurePath(name).parent / binned)}
+
+
 def _inspection(sent: Values) -> dict[str, Any]:
     name, path = sent["name"], concept_path(sent["name"])
     opened = open_concept(path)
@@ -120,6 +133,8 @@ HANDLERS: Mapping[str, Handler] = {
     "move_job": _move,
     "list_concepts": _concepts,
     "show_thumbnail": _thumbnail,
+    "rename_concept": _rename,
+    "delete_concept": _delete_concept,
     "inspect_concept": _inspection,
     "show_concept": _concept,
 }

@@ -9,11 +9,13 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
+import torch
+from torch import Tensor
 
 from ....concept.errors import ModelsGoneError
 from ....trainer.config import TrainConfig
@@ -22,7 +24,7 @@ from ....trainer.methods import METHODS
 from ...clip.pair import ClipTextEncoderPair
 from ...clip.text_encoder import ClipTextEncoder
 from ..models.text import text_encoder
-from ..models.unet import ComfyDenoiser, training_dtype
+from ..models.unet import ComfyDenoiser, denoiser_weights, training_dtype
 from .prompts import prompt_is_running, prompts_begun
 
 _POLL_S = 0.1
@@ -40,9 +42,22 @@ def copy_models(model: Any, clip: Any, config: TrainConfig) -> Models:
     """Of a MODEL and a CLIP, patches applied. Raises IncompatibleModelError for what cannot be
     trained.
     """
+    return Models(copy_unet(model, config), text_encoder(clip))
+
+
+def copy_unet(model: Any, config: TrainConfig) -> ComfyDenoiser:
+    return ComfyDenoiser(model, *_precision(config))
+
+
+def unet_weights(model: Any, config: TrainConfig) -> Iterator[tuple[str, Tensor]]:
+    """Those of `copy_unet`, without a copy of all: one at a time, to know a training again by."""
+    return denoiser_weights(model, *_precision(config))
+
+
+def _precision(config: TrainConfig) -> tuple[torch.dtype, bool]:
+    """What the UNet computes in, and whether weights that are loaded in 8 bits stay so."""
     dtype = training_dtype(comfy.model_management.get_torch_device())
-    keep_float8 = METHODS[config.method].leaves_network_frozen
-    return Models(ComfyDenoiser(model, dtype, keep_float8=keep_float8), text_encoder(clip))
+    return dtype, METHODS[config.method].leaves_network_frozen
 
 
 class _Loaded:

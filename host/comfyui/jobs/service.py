@@ -24,6 +24,7 @@ from ....trainer.jobs.folder import SAMPLE_EDGE, sample_picture
 from ....trainer.jobs.job import Job
 from ....trainer.jobs.service import TrainingService
 from ....trainer.jobs.snapshot import JobState, Snapshot
+from ....trainer.jobs.transitions import AT_WORK
 from ..paths import jobs_folder
 from .models import shared_copy
 from .prompts import waiting_nodes
@@ -51,7 +52,8 @@ def tell_node(node_id: str, job: Job) -> None:
     """
     server = getattr(PromptServer, "instance", None)
     if server and server.client_id:
-        server.send_sync(NODE_EVENT, {"node": node_id, "job": job.id}, server.client_id)
+        begun = {"node": node_id, "job": job.id, "prompt": server.last_prompt_id}
+        server.send_sync(NODE_EVENT, begun, server.client_id)
 
 
 def device_memory() -> dict[str, Any]:
@@ -123,10 +125,9 @@ def wait_for(job: Job, keep_on_interrupt: bool = False) -> Snapshot:
                 progress.update_absolute(snapshot.step, steps, preview)
         except comfy.model_management.InterruptProcessingException:
             if not keep_on_interrupt:
-                at_work = job.snapshot().state in (JobState.PREPARING, JobState.RUNNING)
                 training_service().stop(job.id)
-                if at_work:  # one that waits for its turn may have to wait for long
-                    job.wait()
+                while job.snapshot().state in AT_WORK:  # its turn may be long to wait for
+                    job.wait(_POLL_S)
             raise
     snapshot = job.snapshot()
     if snapshot.state is JobState.FAILED:

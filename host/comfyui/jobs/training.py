@@ -17,7 +17,6 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ....concept.concept import Concept
 from ....concept.errors import TrainingError
 from ....concept.file import read_concept, write_new_concept
-from ....concept.fit import check_text_width
 from ....concept.naming import write_new
 from ....concept.text import TextEncoder
 from ....merge.projection import project_on_own_words
@@ -28,16 +27,18 @@ from ....trainer.data.training_concept import TrainingConcept
 from ....trainer.events import Event
 from ....trainer.jobs.fingerprint import training_fingerprint
 from ....trainer.jobs.job import Job
-from ....trainer.jobs.snapshot import ACTIVE, JobState
+from ....trainer.jobs.snapshot import JobState
 from ....trainer.jobs.work import Work, never
 from ....trainer.learning.network_file import fold_in, write_network
 from ....trainer.loop import train
 from ....trainer.methods import METHODS
 from ....trainer.prepare import prepare
 from ....trainer.start import check_start
+from ..models.parts import check_models
+from ..models.text import text_encoder
 from ..models.unet import ComfyDenoiser, ComfyLatentEncoder
 from ..paths import cache_folder, concept_folder, network_folder
-from .models import Base, Models, copy_models, shared_copy
+from .models import Base, Models, copy_unet, shared_copy, unet_weights
 from .prompts import prompt_is_running
 from .service import training_service, wait_for
 
@@ -67,20 +68,20 @@ def start_training(
     in another process.
     """
     service = training_service()
-    models = copy_models(model, clip, config)
-    check_text_width(models.encoder.context_width, models.denoiser.family)
+    check_models(model, clip, vae)
+    encoder = text_encoder(clip)
+    networks = (unet_weights(model, config), vae.first_stage_model)
+    fingerprint = f"{name} {training_fingerprint(config, concepts, encoder, networks, start)}"
+    same = service.join(fingerprint, config.steps)
+    if same is None or not same.snapshot().ended:
+        models = Models(copy_unet(model, config), encoder)
+        base = Base(model, clip, config, models)  # a job that waits already may need it
+    if same:
+        log.info("the training job %s had the same to do: it is not begun again", same.id)
+        return same
     if start:  # before the time that encoding takes
         check_start(start, models.denoiser, config)
     latent_encoder = ComfyLatentEncoder(vae, model.model.latent_format.scale_factor)
-    base = Base(model, clip, config, models)  # a job that waits already may need it
-    networks = (models.denoiser.network, vae.first_stage_model)
-    fingerprint = (
-        f"{name} {training_fingerprint(config, concepts, models.encoder, networks, start)}"
-    )
-    same = service.find(fingerprint, config.steps)
-    if same and same.snapshot().state in (*ACTIVE, JobState.FINISHED):
-        log.info("the training job %s had the same to do: it is not begun again", same.id)
-        return same
     banks = _encoded(concepts, config, latent_encoder, models.encoder, start)
     _make_room(models.denoiser)
     training = _Training(name, concepts, banks, config, start, checkpoint_every_steps, base)

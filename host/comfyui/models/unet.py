@@ -9,7 +9,7 @@ patches in them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import comfy.latent_formats
@@ -25,20 +25,21 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.ldm.modules.diffusionmodules.util import timestep_embedding
 from torch import Tensor, nn
 
-from ....concept.errors import IncompatibleModelError
-from ....diffusion.protocols import Prediction
-from .weights import _UNET_PREFIX, _projections, cross_attention_unet, patched_weights, unet_family
+from ....diffusion.latents import check_moments
+from ....diffusion.parts import SIZE_WIDTH, check_autoencoder, check_network, check_noise
+from .parts import autoencoder_of, network_of, noise_of
+from .weights import (
+    _UNET_PREFIX,
+    _projections,
+    cross_attention_unet,
+    each_patched_weight,
+    unet_family,
+)
 
 _BLOCK = re.compile(r"(input_blocks\.\d+|middle_block|output_blocks\.\d+)\.\d+$")
 
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-
-_TIMESTEPS = 1000  # of every Stable Diffusion
-
-
-_SIZES, _SIZE_WIDTH = 6, 256  # SDXL reads six sizes of a picture, each as so many waves
 
 
 class ComfyDenoiser:
@@ -49,20 +50,10 @@ class ComfyDenoiser:
     """
 
     def __init__(self, model: Any, dtype: torch.dtype, keep_float8: bool = False) -> None:
-        network = cross_attention_unet(model)
-        self.family = unet_family(network)
-        pooled = self.family.pooled_width
-        beside = 0 if network.num_classes is None else model.model.adm_channels
-        needed = pooled + _SIZES * _SIZE_WIDTH if pooled else 0
-        if beside != needed or network.in_channels != 4:
-            raise IncompatibleModelError(
-                f"Training needs an ordinary text-to-image model; this one is "
-                f"{type(model.model).__name__} ({self.family.title}, {network.in_channels} input "
-                f"channels, {beside} numbers beside the text instead of {needed}). Load a "
-                f"checkpoint of SD 1.x, SD 2.x or SDXL that is not for inpainting."
-            )
+        check_network(network_of(model))
+        self.family = unet_family(cross_attention_unet(model))
         sampling = model.get_model_object("model_sampling")
-        self.prediction = _prediction(sampling)
+        self.prediction = check_noise(noise_of(model))
         self.device, self.dtype = torch.device("cpu"), dtype
         colours = model.model.latent_format
         self._rgb = torch.tensor(colours.latent_rgb_factors)
@@ -74,15 +65,8 @@ class ComfyDenoiser:
             self.blocks: Sequence[str] = [
                 path for path, _ in self.network.named_modules() if _BLOCK.match(path)
             ]
-            # The projections are trained from their own precision, everything else is cast.
-            exact = {f"{path}.weight" for path in self.projections.values()}
-
-            def dtype_of(name: str, weight: Tensor) -> torch.dtype:
-                small = keep_float8 and weight.dtype in _FLOAT8 and weight.ndim > 1
-                return weight.dtype if small or name in exact else dtype
-
-            weights = patched_weights(model, _UNET_PREFIX, dtype_of)
-            self.network.load_state_dict(weights, assign=True)
+            weights = denoiser_weights(model, dtype, keep_float8)
+            self.network.load_state_dict(dict(weights), assign=True)
             self.network.requires_grad_(False).train(False)
 
     def to(self, device: torch.device) -> None:
@@ -101,7 +85,7 @@ class ComfyDenoiser:
         beside = None
         if self.family.pooled_width:
             assert pooled is not None and sizes is not None, "this UNet reads both"
-            waves = timestep_embedding(sizes.flatten(), _SIZE_WIDTH).view(len(sizes), -1)
+            waves = timestep_embedding(sizes.flatten(), SIZE_WIDTH).view(len(sizes), -1)
             beside = torch.cat([pooled.to(waves), waves], 1).to(self.dtype)
         output = self.network(
             noisy_latents_bchw.to(self.dtype),
@@ -118,15 +102,28 @@ class ComfyDenoiser:
         return (images / 2 + 0.5).clamp(0, 1)
 
 
+def denoiser_weights(
+    model: Any, dtype: torch.dtype, keep_float8: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights of `ComfyDenoiser` by their names, each made when it is asked for.
+
+    Raises IncompatibleModelError where the model has no cross-attention.
+    """
+    # The projections are trained from their own precision, everything else is cast.
+    exact = {f"{path}.weight" for path in _projections(cross_attention_unet(model)).values()}
+
+    def dtype_of(name: str, weight: Tensor) -> torch.dtype:
+        small = keep_float8 and weight.dtype in _FLOAT8 and weight.ndim > 1
+        return weight.dtype if small or name in exact else dtype
+
+    return each_patched_weight(model, _UNET_PREFIX, dtype_of)
+
+
 class ComfyLatentEncoder:
     """A VAE's encoder as `diffusion.protocols.LatentEncoder`; for the prompt thread only."""
 
     def __init__(self, vae: Any, scale_factor: float) -> None:
-        if vae is None or not hasattr(vae.first_stage_model, "encoder"):
-            raise IncompatibleModelError(
-                "No VAE that can encode pictures was given. Connect the VAE of the checkpoint, or "
-                "a VAE Loader."
-            )
+        check_autoencoder(autoencoder_of(vae))
         self._vae, self._scale = vae, scale_factor
 
     def moments(self, image_chw: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,26 +135,15 @@ class ComfyLatentEncoder:
                 moments = model.quant_conv(moments)
             mean, log_variance = moments[0].float().cpu().chunk(2)
             deviation = (0.5 * log_variance.clamp(-30, 20)).exp()
-            return mean * self._scale, deviation * self._scale
+            mean, deviation = mean * self._scale, deviation * self._scale
+            check_moments(mean, deviation, model, "start ComfyUI with --fp32-vae")
+            return mean, deviation
 
 
 def training_dtype(device: torch.device) -> torch.dtype:
     """What frozen weights compute in: bfloat16 on a GPU that has it, else float32."""
     has_bf16 = device.type == "cuda" and comfy.model_management.should_use_bf16(device)
     return torch.bfloat16 if has_bf16 else torch.float32
-
-
-def _prediction(sampling: Any) -> Prediction:
-    kinds = comfy.model_sampling
-    discrete = isinstance(sampling, kinds.ModelSamplingDiscrete)
-    known = isinstance(sampling, kinds.EPS) and not isinstance(sampling, (kinds.EDM, kinds.X0))
-    if not discrete or not known or len(sampling.sigmas) != _TIMESTEPS:
-        names = " ".join(kind.__name__ for kind in type(sampling).__mro__[1:-1])
-        raise IncompatibleModelError(
-            f"The model samples by {names}; training needs one that predicts noise (epsilon) or "
-            f"velocity (v) at {_TIMESTEPS} discrete steps. Remove the sampling node before it."
-        )
-    return "v" if isinstance(sampling, kinds.V_PREDICTION) else "epsilon"
 
 
 class _Layers:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.latent_formats
@@ -22,6 +23,11 @@ from ....concept.layers import Family, family_of_width, is_cross_attention, is_p
 from ....formats.base import BaseModel
 
 _UNET_PREFIX = "diffusion_model."
+_SAMPLED = 4096
+"""Entries of each weight that a fingerprint looks at"""
+_MAY_BE_EMPTY = ("text_projection.weight", "logit_scale")
+"""Checkpoints of SD 1 and 2 have none: ComfyUI leaves there what the memory held, unread"""
+DtypeOf = Callable[[str, Tensor], torch.dtype]
 
 
 def cross_attention_unet(model: Any) -> UNetModel:
@@ -39,52 +45,97 @@ def cross_attention_unet(model: Any) -> UNetModel:
 def unet_family(network: UNetModel) -> Family:
     """The family of a UNet, from the width of the text features it reads."""
     path = next(iter(_projections(network).values()))
-    return family_of_width(network.get_submodule(path).weight.shape[1])
+    return family_of_width(network.get_submodule(path).in_features)  # weights may be packed
 
 
-def patched_weights(
+def each_patched_weight(
     patcher: Any,
     prefix: str,
-    dtype_of: Callable[[str, Tensor], torch.dtype] = lambda name, weight: weight.dtype,
-) -> dict[str, Tensor]:
-    """Copies of the weights below `prefix`, on the CPU, with the patches (LoRAs) applied.
+    dtype_of: DtypeOf = lambda name, weight: weight.dtype,
+) -> Iterator[tuple[str, Tensor]]:
+    """Copies of the weights below `prefix`, one after the other, on the CPU, with the patches
+    (LoRAs) applied.
 
     Numbers that are stored with a scale come as what they stand for. `dtype_of` says what a weight
     is cast to, at once: two copies of a whole model would be the peak of memory.
 
+    Raises IncompatibleModelError where they are quantised in a way that ComfyUI does not know.
+
     ComfyUI's `get_key_patches` gives the same, but not of a model whose state has keys beside its
     parameters, as scales are.
     """
-    weights = {}
     for key, _ in patcher.model.named_parameters():
-        if not key.startswith(prefix):
+        if key.startswith(prefix):
+            _check_computable(patcher.model, key)
+            name, copy = key.removeprefix(prefix), _patched(patcher, key)
+            yield name, copy.to(dtype_of(name, copy))
+
+
+def patched_weights(patcher: Any, prefix: str, *dtype_of: DtypeOf) -> dict[str, Tensor]:
+    """`each_patched_weight`, all at once."""
+    return dict(each_patched_weight(patcher, prefix, *dtype_of))
+
+
+def patched_fingerprint(patcher: Any) -> str:
+    """Of all weights of a UNet, text encoder or autoencoder with its patches, by some thousand
+    entries of each: equal in the next session, too.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in each_patched_weight(patcher, ""):
+        if name.endswith(_MAY_BE_EMPTY):
             continue
-        weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
-        if key in patcher.backup:
-            weight = patcher.backup[key].weight
-        if key in patcher.hook_backup:
-            weight = patcher.hook_backup[key][0]
-        copy = weight.detach().to("cpu", copy=True)
-        if convert is not None:
-            copy = convert(copy, inplace=True)
-        if key in patcher.patches:
-            changed = comfy.lora.calculate_weight(patcher.patches[key], copy.float(), key)
-            copy = changed.to(weight.dtype)
-        name = key.removeprefix(prefix)
-        weights[name] = copy.to(dtype_of(name, copy))
-    return weights
+        flat = weight.reshape(-1)
+        some = flat[:: max(1, len(flat) // _SAMPLED)].half()
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _patched(patcher: Any, key: str) -> Tensor:
+    weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+    if key in patcher.backup:
+        weight = patcher.backup[key].weight
+    if key in patcher.hook_backup:
+        weight = patcher.hook_backup[key][0]
+    copy: Tensor = weight.detach().to("cpu", copy=True)
+    if convert is not None:
+        copy = convert(copy, inplace=True)
+    if key in patcher.patches:
+        changed = comfy.lora.calculate_weight(patcher.patches[key], copy.float(), key)
+        copy = changed.to(weight.dtype)
+    return copy
+
+
+def _check_computable(model: nn.Module, key: str) -> None:
+    """Raises IncompatibleModelError for packed whole numbers, whose meaning another extension
+    knows, and for a matrix of another shape than its layer's.
+    """
+    path, _, name = key.rpartition(".")
+    layer, weight = model.get_submodule(path), model.get_parameter(key)
+    shape = [getattr(layer, size, None) for size in ("out_features", "in_features")]
+    odd = name == "weight" and None not in shape and list(weight.shape) != shape
+    if odd or not weight.is_floating_point():
+        stored = f"{str(weight.dtype).removeprefix('torch.')} {tuple(weight.shape)}"
+        raise IncompatibleModelError(
+            f"This model's weights are quantised, as in a GGUF file: {key} is stored as {stored}. "
+            f"They are rounded by more than a concept changes them, and cannot be computed with "
+            f"here. Load the same model from a .safetensors."
+        )
 
 
 def patched_projections(model: Any) -> dict[str, Tensor]:
-    """Copies of the key and value projections of a MODEL's UNet, by layer, patches applied."""
+    """Copies of the key and value projections of a MODEL's UNet, by layer, patches applied;
+    quantised ones as they are stored.
+    """
     return {
-        layer: patched_weights(model, f"{_UNET_PREFIX}{layer}.")["weight"]
+        layer: _patched(model, f"{_UNET_PREFIX}{layer}.weight")
         for layer in _projections(model.model.diffusion_model)
     }
 
 
 def base_model(model: Any) -> BaseModel:
-    """Copies of the cross-attention of a MODEL's UNet, patches applied."""
+    """Copies of the cross-attention of a MODEL's UNet, patches applied. Raises
+    IncompatibleModelError as `patched_weights` does.
+    """
     network = cross_attention_unet(model)
     layers = [path for path, _ in network.named_modules() if is_cross_attention(path)]
     return BaseModel({k: patched_weights(model, f"{_UNET_PREFIX}{k}.")["weight"] for k in layers})
