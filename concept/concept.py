@@ -137,8 +137,8 @@ class Concept:
         for name in (token.name for token in self.tokens):
             if name in names:
                 raise TokenError(
-                    f"Two concepts use the trigger word {name}; it can mean only one thing. Rename "
-                    "one of them (in ComfyUI Load Concept's new_trigger_word, on the command line "
+                    f"Two concepts use the trigger word {name}; it can mean only one thing. "
+                    "Rename one of them (in ComfyUI with Load Concept's new_trigger_word, with "
                     "--tokens of `custom-diffusion merge`), or train it with another trigger word."
                 )
             names.add(name)

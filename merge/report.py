@@ -9,9 +9,9 @@ from .rows import ConstraintRow
 
 LARGE_RESIDUAL = 0.1
 """A concept whose words are missed by more than this share deserves a warning."""
-_KEPT_EXACTLY = 1e-3
 SMALL_RESIDUAL = 0.01
 """Up to here nobody sees a difference."""
+_KEPT_EXACTLY = 1e-3
 LARGE_CHANGE = 5.0
 """A merge that changes the model this many times more than its largest concept deserves one too."""
 

@@ -66,31 +66,39 @@ class ConceptRegion(io.ComfyNode):
             node_id="ConceptRegion",
             display_name="Concept Region",
             category=CATEGORY,
-            description="A place in the picture for one concept. Paint a mask, or set a box in "
-            "shares of the picture: 0, 0, 0.5, 1 is the left half.",
+            description="A place in the picture for one concept. Paint a mask, or set a box: left "
+            "0, top 0, width 0.5, height 1 is the left half.",
             search_aliases=["regional prompt", "attention couple", "area", "mask concept"],
             inputs=[
-                Concept.Input("concept", tooltip="What is drawn in this place."),
+                Concept.Input("concept", tooltip="The concept to draw in this place."),
                 io.String.Input(
                     "prompt",
                     multiline=True,
                     default="",
-                    tooltip="What this place alone is told, with the concept's words. Empty takes "
-                    "the prompt of the whole picture, which is the best start.",
+                    tooltip="A prompt for this place only, with the concept's words. Start with it "
+                    "empty: then the prompt for the whole picture is used.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="White is the place. It may have any size. Without a mask the box "
-                    "counts.",
+                    tooltip="White is the place; any size works. Leave it unconnected to use the "
+                    "box.",
                 ),
                 *(
                     io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tip)
                     for name, default, tip in (
-                        ("left", 0.0, "Left edge of the box, in shares of the width."),
-                        ("top", 0.0, "Upper edge of the box, in shares of the height."),
-                        ("width", 0.5, "Width of the box, in shares of the picture's."),
-                        ("height", 1.0, "Height of the box, in shares of the picture's."),
+                        (
+                            "left",
+                            0.0,
+                            "Left edge of the box: 0 is the left of the picture, 1 the right.",
+                        ),
+                        (
+                            "top",
+                            0.0,
+                            "Upper edge of the box: 0 is the top of the picture, 1 the bottom.",
+                        ),
+                        ("width", 0.5, "Width of the box: 1 is the whole width of the picture."),
+                        ("height", 1.0, "Height of the box: 1 is the whole height of the picture."),
                     )
                 ),
                 io.Float.Input(
@@ -99,7 +107,8 @@ class ConceptRegion(io.ComfyNode):
                     min=-4.0,
                     max=4.0,
                     step=0.05,
-                    tooltip="How much of the concept. 1 is as it was taught.",
+                    tooltip="How much of the concept. 1 is as trained; lower it if it looks "
+                    "overdone.",
                 ),
                 io.Float.Input(
                     "feather",
@@ -107,8 +116,8 @@ class ConceptRegion(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="How wide the edge fades, in shares of the picture's shorter side. "
-                    "Make it wider when a seam shows.",
+                    tooltip="How wide the edge fades; 1 is the picture's shorter side. Raise it "
+                    "if you see a seam.",
                 ),
             ],
             outputs=[RegionSocket.Output("region")],
@@ -138,7 +147,9 @@ class ApplyRegions(io.ComfyNode):
             io.DynamicCombo.Option(
                 str(count),
                 [
-                    RegionSocket.Input(f"region_{n}", tooltip="From Concept Region.")
+                    RegionSocket.Input(
+                        f"region_{n}", tooltip="A place with its concept, from Concept Region."
+                    )
                     for n in range(1, count + 1)
                 ],
             )
@@ -148,21 +159,26 @@ class ApplyRegions(io.ComfyNode):
             node_id="ApplyRegions",
             display_name="Apply Regions",
             category=CATEGORY,
-            description="Draws each concept in its own place, in one pass: inside a region its "
-            "concept alone acts, outside of all regions the prompt for the whole picture. Nothing "
-            "is merged.",
+            description="Draws each concept in its own place, in one pass. Inside a region only "
+            "its concept acts; the rest follows the prompt for the whole picture. Nothing is "
+            "merged.",
             search_aliases=["regional prompt", "attention couple", "multi concept", "composition"],
             inputs=[
-                io.Model.Input("model", tooltip="Of the checkpoint that the concepts belong to."),
-                io.Clip.Input("clip", tooltip="Of the same checkpoint."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The checkpoint the concepts were trained on, or a close relative.",
+                ),
+                io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
                 io.String.Input(
                     "prompt",
                     multiline=True,
                     default="photo of a <new1> cat next to a <new2> dog",
-                    tooltip="The whole picture, with the words of all its concepts.",
+                    tooltip="The prompt for the whole picture, with the words of all its concepts.",
                 ),
                 io.DynamicCombo.Input(
-                    "regions", options=options, tooltip="How many places have a concept."
+                    "regions",
+                    options=options,
+                    tooltip="How many regions. The inputs below follow this number.",
                 ),
             ],
             outputs=[

@@ -55,8 +55,8 @@ class CustomDiffusionConcept(io.ComfyNode):
                     options=input_folders(),
                     default=NO_FOLDER,
                     tooltip="A folder of pictures in ComfyUI's input folder, used when no images "
-                    "are connected. The first line of cat1.txt or cat1.caption next to cat1.jpg is "
-                    "its caption, cat1.mask.png its mask.",
+                    "are connected. The first line of cat1.txt or cat1.caption next to cat1.jpg "
+                    "is its caption, cat1.mask.png its mask.",
                 ),
                 io.String.Input(
                     "class_noun",

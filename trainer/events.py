@@ -72,7 +72,7 @@ class WordsAlike:
 
     def text(self) -> str:
         return (
-            f"{self.one} and {self.other} of the concept to go on from are the same to the text "
+            f"{self.one} and {self.other} of the concept to extend are the same to the text "
             f"encoder, so a prompt cannot tell them apart: train one of them again under a new name"
         )
 

@@ -109,7 +109,7 @@ def test_words_that_are_one_are_told_of_before_the_first_step(models: DiffusersM
         told = [event.text() for event in events if isinstance(event, WordsAlike)]
         assert len(told) == notices
         assert not told or isinstance(events[0], WordsAlike)
-        assert not told or "<new1> and <other> of the concept to go on from" in told[0]
+        assert not told or "<new1> and <other> of the concept to extend" in told[0]
 
 
 @pytest.mark.parametrize("method", KEPT)
