@@ -180,7 +180,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used_and_that_is_said(
     assert count.learnt(job) == 8
     (note,) = job.snapshot().notes
     assert "000000006.safetensors" in note
-    assert note.endswith("So the training goes on from step 4.")
+    assert note.endswith("So the training resumes from step 4.")
     assert note in caplog.text
     assert job.losses() == [float(n) for n in range(1, 9)]
 
@@ -192,7 +192,7 @@ def test_when_all_checkpoints_are_damaged_it_begins_again_and_says_so(count: Cou
     job = count.run()
     assert count.learnt(job) == 8
     assert len(job.snapshot().notes) == 2
-    assert all(note.endswith("goes on from step 0.") for note in job.snapshot().notes)
+    assert all(note.endswith("resumes from step 0.") for note in job.snapshot().notes)
 
 
 def test_a_torn_line_of_metrics_costs_nothing(count: Counting) -> None:
@@ -302,7 +302,7 @@ def test_a_damaged_checkpoint_of_the_shorter_training_costs_the_steps_since_the_
     longer = count.run(steps=12)
     assert count.learnt(longer) == 12
     (note,) = longer.snapshot().notes
-    assert "goes on from step 6" in note
+    assert "resumes from step 6" in note
 
 
 def test_a_disk_that_fills_later_leaves_the_checkpoints_that_fitted(count: Counting) -> None:

@@ -127,9 +127,9 @@ def _whole_view(name: str, picture: Picture, config: TrainConfig) -> View:
     view = whole_view(picture, config.resolution, fit=config.fit)
     if view.mask.sum() < 1:
         raise DataError(
-            f"What the mask of {name} lets count is less than {LATENT_PIXELS} x {LATENT_PIXELS} "
-            f"pixels, or outside the middle square of the picture. Set fit to 'letterbox', or "
-            f"paint a larger mask."
+            f"The mask of {name} leaves less than {LATENT_PIXELS} x {LATENT_PIXELS} pixels to "
+            f"learn in the middle square of the picture. Set fit to 'letterbox', or paint a larger "
+            f"mask."
         )
     return view
 

@@ -47,7 +47,7 @@ class TrainingConcept:
             )
         if not self.class_noun.strip():
             raise DataError(
-                "The class noun is empty. Write the everyday word for the thing, 'cat' for a cat."
+                "The class noun is empty. Write the everyday word for the subject: cat, mug, chair."
             )
         for image in self.images:
             if self.token not in image.caption:

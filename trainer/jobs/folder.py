@@ -313,7 +313,7 @@ class JobFolder:
     def _unknown_outcome(self, reason: str) -> Outcome:
         path = self.path / OUTCOME
         why = (
-            f"{path} does not say how the job ended ({reason}). Queue the graph again to go on "
+            f"{path} does not say how the job ended ({reason}). Queue the graph again to resume "
             f"from the last checkpoint, or delete the job."
         )
         return Outcome("failed", error=text_that_fits(why))

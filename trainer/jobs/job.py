@@ -171,7 +171,7 @@ class Job:
                 raise JobError(
                     f"The training job {self.id} is {state.value} at step "
                     f"{self._snapshot.step} of {self._snapshot.steps}, and its models are not "
-                    f"loaded. Queue the graph again that it came from: it goes on from there."
+                    f"loaded. Queue the graph again that it came from: it resumes from there."
                 )
             self.folder.claim()
             self._work = work
@@ -264,7 +264,7 @@ class Job:
             self._losses = list(checkpoint.losses) if checkpoint else []
             self._update(step=len(self._losses))
         for problem in problems:
-            self._note(f"{problem} So the training goes on from step {len(self._losses)}.")
+            self._note(f"{problem} So the training resumes from step {len(self._losses)}.")
         self._pace.begin()
         with work.turn(lambda: self._should_leave(work)) as ready:
             if not ready:

@@ -72,7 +72,7 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
         if note.stat().st_size != len(wanted) or note.read_bytes() != wanted.encode():
             raise DataError(
                 f"{folder} holds pictures that were made with other settings ({note.name} there "
-                f"has them). Choose another folder, or the same settings to go on."
+                f"has them). Choose another folder, or use the same settings to resume."
             )
     elif folder.is_dir() and any(folder.iterdir()):
         raise DataError(

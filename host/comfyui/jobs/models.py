@@ -130,7 +130,7 @@ class Base:
                 break
         raise ModelsGoneError(
             "The model that this training was queued with is not loaded any more, so it waits. "
-            "Queue its graph again: it goes on from where it is."
+            "Queue its graph again: it resumes where it stopped."
         )
 
     def _key_of(self, models: Models) -> str:
