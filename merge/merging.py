@@ -75,11 +75,8 @@ def merge_concepts(
         factor = factor.with_rows(_null_features(encoder), null_weight)
     groups = group_rows(features)
     shared, mixing = shared_rows(rows, features, groups, strengths)
-    slack = None
-    if padding_weight > 0:
-        soft = [all(rows[i].soft for i in group) for group in groups]
-        slack = torch.tensor(soft) / (padding_weight * factor.captions)
     still = torch.tensor([all(rows[i].still for i in group) for group in groups])
+    slack = _slack(rows, groups, padding_weight * factor.captions)
     projector = constraint_projector(factor, shared, slack, still)
     mixing = mixing[:, ~still]
     on_progress(0.9)
@@ -115,6 +112,14 @@ def merge_concepts(
         alike=tuple(alike_tokens(tokens)),
     )
     return merged, report
+
+
+def _slack(
+    rows: Sequence[ConstraintRow], groups: Sequence[Sequence[int]], weight: float
+) -> Tensor | None:
+    """How far each group may be missed, (s,): one over the weight where all are soft, else 0."""
+    soft = [all(rows[i].soft for i in group) for group in groups]
+    return torch.tensor(soft) / weight if weight > 0 else None
 
 
 def merged_deltas(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -69,11 +69,8 @@ def train(
         raise ValueError(f"{len(training_concepts)} concepts need as many banks, not {len(banks)}")
     parallel.check(config.batch_size)
     learner = Learner(config, training_concepts, start, denoiser, text_encoder)
-    pairs = zip(training_concepts, banks, strict=True)
-    if unused := sum(len(one.regularization) for one, bank in pairs if not bank.regularization):
-        on_event(RegularizationLeftOut(unused))
-    for pair in alike_tokens(start.tokens if start else ()):
-        on_event(WordsAlike(*pair))
+    for notice in _notices(training_concepts, banks, start):
+        on_event(notice)
     losses: list[float] = []
     backward = Backward(
         denoiser,
@@ -124,6 +121,19 @@ def train(
         if checkpoint_every_steps and len(losses) % checkpoint_every_steps:
             on_event(learner.checkpoint(losses))
         return learner.concept(losses)
+
+
+def _notices(
+    training_concepts: Sequence[TrainingConcept],
+    banks: Sequence[LatentBank],
+    start: Concept | None,
+) -> Iterator[Event]:
+    """What is told before the first step."""
+    pairs = zip(training_concepts, banks, strict=True)
+    if unused := sum(len(one.regularization) for one, bank in pairs if not bank.regularization):
+        yield RegularizationLeftOut(unused)
+    for pair in alike_tokens(start.tokens if start else ()):
+        yield WordsAlike(*pair)
 
 
 def _leaf(features: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ frozen snapshots of it.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -22,26 +21,16 @@ from ...concept.errors import CustomDiffusionError, JobError, ModelsGoneError
 from ..events import Event, Notice, StepDone
 from .event_files import write_event
 from .folder import JobFolder
-from .records import Outcome
-from .snapshot import (
-    ACTIVE,
-    ENDED,
-    JobState,
-    Pace,
-    Snapshot,
-    failure,
-    not_now,
-    outcome_of,
-    snapshot_on_disk,
-)
+from .snapshot import ACTIVE, ENDED, JobState, failure, not_now, outcome_of
 from .transitions import AT_WORK, STANDING, Wish, next_state
+from .watched import WatchedJob
 from .work import Work
 
 log = logging.getLogger("custom_diffusion")
 _POLL_S = 0.05
 
 
-class Job:
+class Job(WatchedJob):
     """One training run. `TrainingService` makes jobs, runs them and passes wishes on to them."""
 
     def __init__(
@@ -51,76 +40,8 @@ class Job:
         on_change: Callable[[Job], None] = lambda job: None,
     ) -> None:
         """Without `work` the job is one that another process left, or runs: it can be looked at."""
-        self.folder = folder
-        self._work: Work | None = None
+        super().__init__(folder, work)
         self._on_change = on_change
-        self._lock = threading.RLock()
-        self._wish: Wish | None = None
-        """What a job that waits for its turn, or is at work, is to do"""
-        self._left_for: Wish | None = None
-        """Why the loop is left; it is not entered again in this turn"""
-        self._losses: list[float] = []
-        self._ended = threading.Event()
-        self._pace = Pace()
-        self._snapshot: Snapshot
-        self._outcome: Outcome | None = None
-        """As the folder had it when it was looked at last"""
-        self._look()
-        if work:
-            folder.claim()
-            self._work = work
-            self._snapshot = replace(self._snapshot, state=JobState.QUEUED)
-
-    @property
-    def id(self) -> str:
-        return self.folder.id
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether it can go on in this process: its models are here, or can be made again."""
-        with self._lock:
-            return self._work is not None and self._work.has_models()
-
-    @property
-    def runs_here(self) -> bool:
-        with self._lock:
-            return self._work is not None and self._snapshot.state in ACTIVE
-
-    def snapshot(self) -> Snapshot:
-        with self._lock:
-            if self._may_be_elsewhere():
-                self._look()
-            return self._snapshot
-
-    def _may_be_elsewhere(self) -> bool:
-        """Whether another process may have changed what is known of the job."""
-        if self.runs_here or not self.folder.path.is_dir():
-            return False
-        if self.folder.outcome() is not self._outcome:
-            return True
-        if self._work:  # paused: who queues it first has it
-            return self.folder.is_claimed() or self.folder.is_locked()
-        return not self._snapshot.ended
-
-    def _look(self) -> None:
-        """Knows of the job what its folder says."""
-        self._outcome, self._snapshot = self.folder.outcome(), snapshot_on_disk(self.folder)
-        self._work, self._wish, self._losses = None, None, []
-        if self._snapshot.ended:
-            self._ended.set()
-        else:
-            self._ended.clear()
-
-    def losses(self, after_step: int = 0) -> list[float]:
-        """Of the steps done after that one."""
-        with self._lock:
-            if self._work is None and not self._losses:
-                return self.folder.losses()[after_step:]
-            return self._losses[after_step:]
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Waits for the end; whether it was reached."""
-        return self._ended.wait(timeout_s)
 
     def pause(self) -> None:
         """Asks the job to write a checkpoint and let go of the device; returns at once.
