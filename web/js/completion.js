@@ -56,7 +56,10 @@ class Offer {
     this.element.setAttribute("role", "listbox");
     this.element.setAttribute("aria-label", t("offer"));
     this.element.hidden = true;
-    this.element.addEventListener("mousedown", (event) => event.preventDefault()); // keeps the focus
+    this.element.addEventListener("mousedown", (event) => {
+      event.preventDefault(); // the text box keeps the focus
+      event.stopPropagation(); // ComfyUI takes it away where anything else is pressed
+    });
     document.body.append(this.element);
     // On the way down: the list is asked before the canvas and its shortcuts.
     document.addEventListener("input", ({ target }) => this.#type(target), true);
