@@ -24,8 +24,8 @@ def add_to(commands: Any) -> None:
     taken = commands.add_parser("import", help="make a concept of another tool's file")
     taken.add_argument("file", type=Path, help="delta, LoRA or embedding, of any ending")
     taken.add_argument("--base", help="base model of whole weights: checkpoint or folder")
-    taken.add_argument("--class-noun", default="", help="the everyday word for the thing")
-    taken.add_argument("--token", help="another name of its one modifier token")
+    taken.add_argument("--class-noun", default="", help="the everyday word for the subject")
+    taken.add_argument("--token", help="another trigger word for it")
     taken.add_argument("--output", type=Path, default=Path("concept.safetensors"))
     taken.set_defaults(command=import_command)
 

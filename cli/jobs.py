@@ -32,7 +32,7 @@ def add_to(commands: Any) -> None:
         ("resume", steer_command, "go on before the jobs that wait"),
         ("stop", steer_command, "save what was learnt and end"),
         ("move", move_command, "give a job that waits another place among them, 0 for the next"),
-        ("start", start_command, "queue the graph of a job again: it goes on where it was"),
+        ("start", start_command, "queue the graph of a job again: it resumes where it was"),
         ("delete", delete_command, "remove a job; the concept that it saved stays"),
     ):
         action = actions.add_parser(name, help=told)

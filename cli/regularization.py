@@ -25,7 +25,7 @@ def add_to(commands: Any) -> None:
         "regularize",
         help="let the model draw a regularization set",
         description="Draws pictures of the bare class into a folder, for `train --regularization`. "
-        "Stop it at any time: the same command goes on. Photographs of the class work better.",
+        "Stop it at any time: the same command resumes. Photographs of the class work better.",
     )
     add_model_options(regularize)
     regularize.add_argument("--class-noun", required=True)
@@ -60,7 +60,7 @@ def add_to(commands: Any) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="its weights, open_clip_model.safetensors as a rule; nothing is downloaded",
+        help="its weights, usually open_clip_model.safetensors; nothing is downloaded",
     )
     find.add_argument("--index", type=Path, default=Path("caption-index"), metavar="FOLDER")
     find.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -52,7 +52,7 @@ def add_to(commands: Any) -> None:
         "--images", type=Path, nargs="+", required=True, help="folder of 4 to 20 pictures"
     )
     teach.add_argument(
-        "--class-noun", nargs="+", required=True, help="everyday word for the thing: cat"
+        "--class-noun", nargs="+", required=True, help="everyday word for the subject: cat"
     )
     teach.add_argument(
         "--token", nargs="+", help="its new word, default <new1>; '' teaches the class noun itself"
@@ -80,7 +80,7 @@ def add_to(commands: Any) -> None:
         type=Path,
         metavar="FOLDER",
         help="train as a job in this folder: checkpoints are written, Ctrl-C pauses, and the same "
-        "command goes on where it was interrupted or killed",
+        "command resumes where it was interrupted or killed",
     )
     teach.add_argument(
         "--whole",

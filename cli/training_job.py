@@ -65,7 +65,7 @@ def run_as_job(
         raise TrainingError(snapshot.error)
     if snapshot.state is JobState.PAUSED:
         print(
-            f"paused at step {snapshot.step} of {snapshot.steps}: the same command goes on from "
+            f"paused at step {snapshot.step} of {snapshot.steps}: the same command resumes from "
             f"there"
         )
     elif snapshot.concept_file:
