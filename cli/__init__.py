@@ -24,6 +24,7 @@ from . import (
     training,
 )
 from .models import check_device
+from .parsing import CommandParser, package_version
 
 INTERRUPTED = 130  # exit status after Ctrl-C
 
@@ -53,9 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="custom-diffusion", description="Teach Stable Diffusion concepts, and merge them."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
     commands = parser.add_subparsers(required=True)
     concepts = (merging, compression, inspection, exchange)
     for part in (demo, training, jobs, *concepts, sampling, regularization):

@@ -17,7 +17,11 @@ from .output import check_new, save
 
 
 def add_to(commands: Any) -> None:
-    small = commands.add_parser("compress", help="make a concept's file smaller by low rank")
+    small = commands.add_parser(
+        "compress",
+        help="make a concept's file smaller by low rank",
+        example="compress cat.safetensors --megabytes 3 --output small.safetensors",
+    )
     small.add_argument("file", type=Path)
     target = small.add_mutually_exclusive_group(required=True)
     target.add_argument("--rank", type=int, help="of every layer")

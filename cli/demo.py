@@ -11,9 +11,13 @@ from .models import need_miniature
 
 def add_to(commands: Any) -> None:
     demo = commands.add_parser(
-        "demo", help="the whole way on a small model that comes with this, in minutes"
+        "demo",
+        help="the whole way on a small model that comes with this, in minutes",
+        example="demo",
     )
-    demo.add_argument("--output", type=Path, default=Path("demo"), metavar="FOLDER")
+    demo.add_argument(
+        "--output", type=Path, default=Path("demo"), metavar="FOLDER", help="where it is saved"
+    )
     demo.set_defaults(command=demo_command)
 
 

@@ -21,15 +21,25 @@ CHECKPOINT = "checkpoint"  # a base model with the concept in its weights
 
 
 def add_to(commands: Any) -> None:
-    taken = commands.add_parser("import", help="make a concept of another tool's file")
+    taken = commands.add_parser(
+        "import",
+        help="make a concept of another tool's file",
+        example="import delta.bin --base sd15 --class-noun cat --output theirs.safetensors",
+    )
     taken.add_argument("file", type=Path, help="delta, LoRA or embedding, of any ending")
     taken.add_argument("--base", help="base model of whole weights: checkpoint or folder")
     taken.add_argument("--class-noun", default="", help="the everyday word for the subject")
     taken.add_argument("--token", help="another trigger word for it")
-    taken.add_argument("--output", type=Path, default=Path("concept.safetensors"))
+    taken.add_argument(
+        "--output", type=Path, default=Path("concept.safetensors"), help="where it is saved"
+    )
     taken.set_defaults(command=import_command)
 
-    given = commands.add_parser("export", help="write a concept as another tool's file")
+    given = commands.add_parser(
+        "export",
+        help="write a concept as another tool's file",
+        example="export cat.safetensors --format kohya-lora --output for-a1111",
+    )
     given.add_argument("concept", type=Path)
     given.add_argument("--format", choices=[*FORMATS, CHECKPOINT], required=True)
     given.add_argument("--base", help="for whole weights: checkpoint, or folder of diffusers")

@@ -23,14 +23,22 @@ from .models import base_model
 
 
 def add_to(commands: Any) -> None:
-    look = commands.add_parser("inspect", help="what a concept file holds")
+    look = commands.add_parser(
+        "inspect",
+        help="what a concept file holds",
+        example="inspect cat.safetensors",
+    )
     look.add_argument("file", type=Path)
     look.add_argument("--layers", action="store_true", help="a line for each layer too")
     look.add_argument("--base", help="say whether it fits: checkpoint, or folder")
     look.add_argument("--json", action="store_true", help="all of it, for a program")
     look.set_defaults(command=inspect_command)
 
-    many = commands.add_parser("list", help="the concept files of a folder, and other tools' files")
+    many = commands.add_parser(
+        "list",
+        help="the concept files of a folder, and other tools' files",
+        example="list models/custom_diffusion",
+    )
     many.add_argument("folder", type=Path)
     many.add_argument("--search", default="", metavar="TEXT", help="in file names and prompts")
     many.add_argument("--base", default="", choices=FAMILIES, help="family of the base model")

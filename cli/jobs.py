@@ -22,6 +22,7 @@ def add_to(commands: Any) -> None:
         description="WHERE is the address of a ComfyUI that runs, such as http://127.0.0.1:8188, "
         "or a folder of jobs: that of ComfyUI is output/custom_diffusion/jobs. What runs in a "
         "ComfyUI is paused, resumed and moved by its address.",
+        example="jobs list http://127.0.0.1:8188",
     )
     actions = jobs.add_subparsers(required=True)
     for name, command, told in (

@@ -16,7 +16,11 @@ from .output import check_new, save
 
 
 def add_to(commands: Any) -> None:
-    merge = commands.add_parser("merge", help="merge concepts by constrained least squares")
+    merge = commands.add_parser(
+        "merge",
+        help="merge concepts by constrained least squares",
+        example="merge cat.safetensors mug.safetensors --model sd15 --output both.safetensors",
+    )
     merge.add_argument("concepts", type=Path, nargs="+", metavar="CONCEPT")
     merge.add_argument("--model", required=True, help="base model; its text encoder is used")
     merge.add_argument("--strengths", type=float, nargs="+", help="one for each concept")
@@ -24,7 +28,9 @@ def add_to(commands: Any) -> None:
     merge.add_argument("--captions", type=Path, help="your own captions, one a line")
     merge.add_argument("--ridge", type=float, default=DEFAULT_RELATIVE_RIDGE)
     merge.add_argument("--cache", type=Path, help="folder that keeps the captions' factor")
-    merge.add_argument("--output", type=Path, default=Path("merged.safetensors"))
+    merge.add_argument(
+        "--output", type=Path, default=Path("merged.safetensors"), help="where it is saved"
+    )
     merge.set_defaults(command=merge_command)
 
 

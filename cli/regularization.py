@@ -18,6 +18,7 @@ from ..trainer.regularization.drawn import generated_set
 from ..trainer.regularization.retrieved import COUNT, LEAST_SIMILARITY, retrieve
 from .models import DEFAULTS, add_model_options, load, precision, recipe_for
 from .output import progress
+from .parsing import positive
 
 
 def add_to(commands: Any) -> None:
@@ -26,10 +27,11 @@ def add_to(commands: Any) -> None:
         help="let the model draw a regularization set",
         description="Draws pictures of the bare class into a folder, for `train --regularization`. "
         "Stop it at any time: the same command resumes. Photographs of the class work better.",
+        example="regularize --model sd15 --class-noun cat --output ordinary_cats",
     )
     add_model_options(regularize)
     regularize.add_argument("--class-noun", required=True)
-    regularize.add_argument("--count", type=int, default=200)
+    regularize.add_argument("--count", type=positive, default=200)
     regularize.add_argument(
         "--resolution", type=int, help=f"default {DEFAULTS.resolution}; take 1024 for SDXL"
     )
@@ -46,11 +48,13 @@ def add_to(commands: Any) -> None:
         "for `train --regularization`. The collection may be folders with .txt files, webdataset "
         "shards or parquet tables (img2dataset writes all of them), of any size: captions are "
         "read once.",
+        example="retrieve --collection laion --class-noun cat "
+        "--clip-weights open_clip_model.safetensors --output real_cats",
     )
     find.add_argument("--collection", type=Path, required=True, metavar="FOLDER")
     find.add_argument("--class-noun", required=True)
     find.add_argument("--prompt", help="default: 'photo of a' and the class noun")
-    find.add_argument("--count", type=int, default=COUNT)
+    find.add_argument("--count", type=positive, default=COUNT)
     find.add_argument("--similarity", type=float, default=LEAST_SIMILARITY, help="at least, 0..1")
     find.add_argument(
         "--clip", default=MODEL, choices=MODELS, metavar="MODEL", help=f"default {MODEL}"

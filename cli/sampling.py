@@ -12,10 +12,17 @@ from ..concept.file import read_concept
 from ..concept.fit import text_remark
 from ..concept.text import text_mark
 from .models import DEFAULTS, add_model_options, load, precision, recipe_for
+from .output import check_new
+from .parsing import positive
 
 
 def add_to(commands: Any) -> None:
-    draw = commands.add_parser("sample", help="draw pictures, with a concept or without")
+    draw = commands.add_parser(
+        "sample",
+        help="draw pictures, with a concept or without",
+        example="sample --model sd15 --route cat.safetensors mug.safetensors "
+        '--prompt "a <new1> cat beside a <new2> mug"',
+    )
     add_model_options(draw)
     draw.add_argument(
         "--prompt", required=True, help="of any length; weights as in ComfyUI, (cat:1.2)"
@@ -32,13 +39,25 @@ def add_to(commands: Any) -> None:
         help="concepts that act at their own words alone, several in one picture without a merge",
     )
     draw.add_argument("--strengths", type=float, nargs="+", help="one for each of --route")
-    draw.add_argument("--count", type=int, default=1)
+    draw.add_argument("--count", type=positive, default=1, help="pictures, side by side")
     draw.add_argument(
         "--resolution", type=int, help=f"default {DEFAULTS.resolution}; take 1024 for SDXL"
     )
     draw.add_argument("--seed", type=int, default=0)
-    draw.add_argument("--output", type=Path, default=Path("sample.png"))
+    draw.add_argument("--output", type=Path, default=Path("sample.png"), help="where it is saved")
     draw.set_defaults(command=sample_command)
+
+
+def check_picture(output: Path) -> None:
+    """Raises ConfigError for an ending that no picture has, and as `check_new`."""
+    from PIL import Image
+
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise ConfigError(
+            f"{output.name} has the ending {output.suffix or 'of nothing'!r}, which no kind of "
+            f"picture has. Take .png, .jpg or .webp."
+        )
+    check_new(output)
 
 
 def sample_command(options: argparse.Namespace) -> None:
@@ -46,6 +65,7 @@ def sample_command(options: argparse.Namespace) -> None:
     from ..host.diffusers.loading import load_network
     from ..host.diffusers.sampling import sample, side_by_side
 
+    check_picture(options.output)
     pipeline = load(options.model, options.device, precision(options.precision, options.device))
     if options.unet:
         load_network(pipeline, options.unet)

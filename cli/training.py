@@ -31,6 +31,7 @@ from ..trainer.prepare import prepare
 from ..trainer.start import check_start
 from .models import DEFAULTS, add_model_options, captions_for, load, precision, recipe_for
 from .output import check_new, progress, save, save_at_any_rate, stop_on_interrupt
+from .parsing import named
 from .settings import add_setting_options, chosen_settings
 from .torchrun import Team, team
 from .training_job import run_as_job
@@ -46,6 +47,8 @@ def add_to(commands: Any) -> None:
         description="Teaches a concept, or several together into one file: then give as many "
         "class nouns and tokens as folders. The defaults are Stable Diffusion's; the miniature has "
         "its own steps, batch, rate and resolution.",
+        example='train --model sd15 --images photos/cat --class-noun cat --token "<new1>" '
+        "--output cat.safetensors",
     )
     add_model_options(teach)
     teach.add_argument(
@@ -70,6 +73,7 @@ def add_to(commands: Any) -> None:
     teach.add_argument("--style", action="store_true", help="they are styles; class noun: art")
     teach.add_argument(
         "--method",
+        type=named(METHODS),
         choices=METHODS,
         default=DEFAULTS.method,
         help="; ".join(f"{name}: {method.description}" for name, method in METHODS.items()),
@@ -87,7 +91,9 @@ def add_to(commands: Any) -> None:
         action="store_true",
         help="save all of the change, not only what it does at the concept's own words",
     )
-    teach.add_argument("--output", type=Path, default=Path("concept.safetensors"))
+    teach.add_argument(
+        "--output", type=Path, default=Path("concept.safetensors"), help="where it is saved"
+    )
     teach.set_defaults(command=train_command)
 
 

@@ -1,0 +1,85 @@
+"""Command lines with slips: what was probably meant is named."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from custom_diffusion.cli import main, parser
+from custom_diffusion.cli.parsing import CommandParser
+from custom_diffusion.trainer.methods import METHODS
+
+TRAIN = "train --model m --images f --class-noun cat"
+
+
+def commands(of: argparse.ArgumentParser) -> Iterator[CommandParser]:
+    for action in of._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from action.choices.values()
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (f"{TRAIN} --stpes 5", "--stpes is unknown here. Did you mean --steps?"),
+        (f"{TRAIN} --learning_rate=1e-4", "Did you mean --learning-rate?"),
+        (f"{TRAIN} --quux 5", "--quux is unknown here. --help names everything that is known."),
+        (f"{TRAIN} --method dream-both", "Did you mean dreambooth?"),
+        ("tran --model m", "Did you mean train?"),
+        ("sample --model m --prompt p --count 0", "0 is given; 1 is the least"),
+        ("sample --model m --prompt p --routes a", "--route"),
+    ],
+)
+def test_a_slip_is_named(line: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(shlex.split(line))
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_need_no_blanks(method: str) -> None:
+    for written in (method, method.replace(" ", "-"), method.replace(" ", "_").upper()):
+        assert parser().parse_args([*TRAIN.split(), "--method", written]).method == method
+
+
+def test_every_command_has_an_example_that_is_right() -> None:
+    for command in commands(parser()):
+        assert command.example, command.prog
+        read = parser().parse_args(shlex.split(command.example))
+        assert callable(read.command)
+        assert command.example in command.format_help()
+
+
+def test_help_says_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "pictures, side by side (default: 1)" in told and "default: sample.png" in told
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"custom-diffusion {version('custom-diffusion')}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("sample.safetensors", "which no kind of picture has. Take .png"),
+        ("sample", "'of nothing'"),
+        ("there.png", "exists already"),
+    ],
+)
+def test_where_a_picture_cannot_go_is_told_before_a_model_is_read(
+    name: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "there.png").touch()
+    line = ["sample", "--model", "nowhere", "--prompt", "p", "--output", str(tmp_path / name)]
+    assert main(line) == 1
+    assert says in capsys.readouterr().err
