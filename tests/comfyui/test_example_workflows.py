@@ -185,3 +185,18 @@ def test_workflow_has_a_thumbnail(path: Path) -> None:
     assert thumbnail.stat().st_size < 60_000
     with Image.open(thumbnail) as image:
         assert image.format == "JPEG" and image.width >= 640
+
+
+@every_workflow
+def test_the_page_can_offer_the_checkpoint_where_it_is_missing(path: Path) -> None:
+    loaders = [
+        node
+        for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]
+        if node["type"] == "CheckpointLoaderSimple"
+    ]
+    assert loaders
+    for loader in loaders:
+        (model,) = loader["properties"]["models"]
+        assert model["name"] == loader["widgets_values"][0]
+        assert model["directory"] == "checkpoints"
+        assert model["url"].startswith("https://") and model["url"].endswith(f"/{model['name']}")
