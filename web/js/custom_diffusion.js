@@ -8,6 +8,7 @@ import { registerRuns, showRuns } from "./node_runs.js";
 import { workflowId } from "./nodes.js";
 import { registerNotices } from "./notices.js";
 import { registerPanel } from "./panel.js";
+import { offerUpload } from "./picture_upload.js";
 import { BEGIN_WITH, SETTINGS } from "./settings.js";
 import { registerTraining } from "./train_node.js";
 import { loadWords } from "./words.js";
@@ -62,6 +63,7 @@ app.registerExtension({
     if (!isOurs(node.comfyClass)) return;
     workflowId(); // a graph without one gets it before it runs
     showConcept(node);
+    offerUpload(node);
     for (const [name, setting] of Object.entries(BEGIN_WITH)) {
       const widget = node.widgets?.find((each) => each.name === name);
       if (widget) widget.value = app.extensionManager.setting.get(setting);
