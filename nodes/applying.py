@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..host.comfyui.apply import apply_concept, text_remarks
+from ..host.comfyui.apply import apply_concept, hook_concept, text_remarks
 from .types import CATEGORY, Concept, told
 
 
@@ -53,4 +53,40 @@ class ApplyKVDelta(io.ComfyNode):
         return io.NodeOutput(*applied, ui=told(warnings=text_remarks(clip, [concept])))
 
 
-NODES = [ApplyKVDelta]
+class CreateHookConcept(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CreateHookConcept",
+            display_name="Create Hook Concept",
+            category=CATEGORY,
+            description="A concept as hooks: ComfyUI's own nodes set them on a prompt, with a "
+            "mask, a range of steps or a schedule of strengths.",
+            search_aliases=["hook lora", "schedule concept", "mask concept"],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The checkpoint that you sample with. It is only looked at: connect it "
+                    "to the sampler itself.",
+                ),
+                io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
+                Concept.Input("concept", tooltip="From Load Concept or Custom Diffusion Train."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-4.0,
+                    max=4.0,
+                    step=0.05,
+                    tooltip="How much of the concept where the hooks are set. 1 is as trained.",
+                ),
+            ],
+            outputs=[io.Clip.Output(), io.Hooks.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, clip: Any, concept: Any, strength: float) -> io.NodeOutput:
+        hooked = hook_concept(model, clip, concept, strength)
+        return io.NodeOutput(*hooked, ui=told(warnings=text_remarks(clip, [concept])))
+
+
+NODES = [ApplyKVDelta, CreateHookConcept]

@@ -4,9 +4,10 @@ CLIP.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import comfy.hooks
 import comfy.lora
 
 from ...composition.features import plain
@@ -29,17 +30,39 @@ def apply_concept(model: Any, clip: Any, concept: Concept, strength: float) -> t
     check_models(model, clip, concept)
     if strength == 0:
         return model, clip
+    patched = model.clone()
+    patched.add_patches(_patches(concept), strength)
+    return patched, _knowing(clip, concept)
+
+
+def hook_concept(model: Any, clip: Any, concept: Concept, strength: float) -> tuple[Any, Any]:
+    """A clone of CLIP with the concept's words, and HOOKS that carry what the concept changes, for
+    the prompts that they are set on: ComfyUI masks, schedules and combines them.
+    """
+    check_models(model, clip, concept)
+    hook = comfy.hooks.WeightHook(strength_model=strength, strength_clip=0.0)
+    hook.weights, hook.weights_clip = _patches(concept), {}
+    hook.need_weight_init = False  # they are ComfyUI's own patches already
+    group = comfy.hooks.HookGroup()
+    group.add(hook)
+    return _knowing(clip, concept), group
+
+
+def _patches(concept: Concept) -> Mapping[str, Any]:
     keys = {
         f"diffusion_model.{layer}": f"diffusion_model.{layer}.weight" for layer in concept.deltas
     }
     tensors = {
         k: t for k, t in concept_tensors(concept).items() if k.startswith("diffusion_model.")
     }
-    patched = model.clone()
-    patched.add_patches(comfy.lora.load_lora(tensors, keys), strength)
+    patches: Mapping[str, Any] = comfy.lora.load_lora(tensors, keys)
+    return patches
+
+
+def _knowing(clip: Any, concept: Concept) -> Any:
     knowing = clip.clone()
     knowing.tokenizer = with_concept_tokens(clip.tokenizer, concept)
-    return patched, knowing
+    return knowing
 
 
 def text_remarks(clip: Any, concepts: Iterable[Concept]) -> list[str]:

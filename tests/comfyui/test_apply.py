@@ -12,6 +12,8 @@ from custom_diffusion.concept.errors import IncompatibleModelError, TokenError
 from custom_diffusion.concept.file import concept_tensors, read_concept, write_concept
 from safetensors.torch import save_file
 from support.made_concepts import made_concept
+from support.routed_samples import close, sample
+from support.routed_samples import encode as prompt
 
 PREFIX = "diffusion_model."
 
@@ -173,3 +175,27 @@ def test_every_tensor_of_the_file_is_known_to_the_stock_loader(
     tensors = {k: t for k, t in concept_tensors(made_concept(shapes)).items() if PREFIX in k}
     comfy.sd.load_lora_for_models(sd15.model, sd15.clip, tensors, 1.0, 1.0)
     assert "not loaded" not in caplog.text
+
+
+@pytest.mark.parametrize("strength", [1.0, -0.5])
+def test_hooks_on_both_prompts_draw_what_the_applied_concept_draws(
+    sd15: Any, shapes: Any, strength: float
+) -> None:
+    """At all times and without a mask."""
+    import comfy.hooks
+    from custom_diffusion.host.comfyui.apply import apply_concept, hook_concept
+
+    concept = made_concept(shapes)
+    texts = "a <new1> cat", "<new1>"
+    with torch.inference_mode():
+        model, knowing = apply_concept(sd15.model, sd15.clip, concept, strength)
+        wanted = sample(model, *(prompt(knowing, text) for text in texts))
+        knowing, hooks = hook_concept(sd15.model, sd15.clip, concept, strength)
+        hooked = [
+            comfy.hooks.set_hooks_for_conditioning(prompt(knowing, text), hooks) for text in texts
+        ]
+        ours = sample(sd15.model, *hooked)
+        base = sample(sd15.model, *(prompt(knowing, text) for text in texts))
+    close(ours, wanted, base)
+    one = [hooked[0], prompt(knowing, texts[1])]
+    assert not torch.allclose(sample(sd15.model, *one), wanted, atol=1e-3)  # they are where set
