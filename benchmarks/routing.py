@@ -1,8 +1,9 @@
-"""What a route costs a sampling step.
+"""What a route costs a sampling step, and what regions do.
 
 A step is ComfyUI's own prediction of both halves of guidance, with three routed concepts at six
 rows of 77, against the same step without; the network has the shapes of SD 1.5 or SDXL and random
-weights. COMFYUI_PATH is the folder of ComfyUI.
+weights. With `--regions` as many vertical strips of the picture have a prompt and a concept of
+their own beside that. COMFYUI_PATH is the folder of ComfyUI.
 """
 
 import os
@@ -14,6 +15,7 @@ import _pack  # noqa: F401  (puts the pack on the path)
 import torch
 from _measure import interleaved, options, peak_memory_gib, write_json
 from custom_diffusion.composition.features import mark
+from custom_diffusion.composition.regions import box, shared
 from custom_diffusion.composition.routing import Route
 from custom_diffusion.concept.concept import Concept, LowRankDelta
 from custom_diffusion.concept.layers import FAMILIES, is_projection
@@ -76,7 +78,7 @@ def random_concept(model: Any, family: str, number: int) -> Concept:
 
 
 def sampling(
-    model: Any, positive: torch.Tensor, pooled: int, edge: int, steps: int
+    model: Any, positive: torch.Tensor, pooled: int, edge: int, steps: int, **more: Any
 ) -> Callable[[], object]:
     """Steps of Euler's method with guidance, preparations of ComfyUI and of the route included."""
     import comfy.samplers
@@ -87,7 +89,7 @@ def sampling(
 
     def run() -> object:
         guider = comfy.samplers.CFGGuider(model)
-        guider.set_conds([[positive, dict(rest)]], [[negative, dict(rest)]])
+        guider.set_conds([[positive, {**rest, **more}]], [[negative, dict(rest)]])
         guider.set_cfg(7.0)
         sigmas = torch.linspace(14.0, 1.0, steps + 1)
         sampler = comfy.samplers.sampler_object("euler")
@@ -105,38 +107,54 @@ def main() -> None:
     parser.add_argument("--edge", type=int, help="of the latent; smaller ones show the cost more")
     parser.add_argument("--steps", type=int, default=1, help="of a sampling; prepared once")
     parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--regions", type=int, default=0, help="0 to 3")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     family = FAMILIES[arguments.family]
     model = random_model(family.name, torch.bfloat16 if arguments.bfloat16 else torch.float32)
+    from custom_diffusion.host.comfyui.regions import REGIONS, RegionalRouting
     from custom_diffusion.host.comfyui.routing import Routing
 
-    routing = Routing([Route(random_concept(model, family.name, n)) for n in ROWS])
+    routes = [Route(random_concept(model, family.name, n)) for n in ROWS]
+    strips = [
+        box(n / arguments.regions, 0, 1 / arguments.regions, 1) for n in range(arguments.regions)
+    ]
+    routing = RegionalRouting(routes, shared(strips)) if strips else Routing(routes)
     routed = routing.on(model)
     features = torch.randn(1, 77, family.context_width)
     own = {}
     for key, rows in zip(routing.concepts, ROWS.values(), strict=True):
         own[key] = torch.zeros_like(features)
         own[key][:, list(rows)] = features[:, list(rows)]
+    for key in list(own)[: len(strips)]:
+        routing.say("", mark(features.clone(), {key: own[key]}), key)
+    more = {REGIONS: routing.key} if strips else {}
     edge = arguments.edge or EDGE[family.name]
     times = interleaved(
         {
             "without": sampling(model, features, family.pooled_width, edge, arguments.steps),
             "with": sampling(
-                routed, mark(features.clone(), own), family.pooled_width, edge, arguments.steps
+                routed,
+                mark(features.clone(), own),
+                family.pooled_width,
+                edge,
+                arguments.steps,
+                **more,
             ),
         },
         arguments.rounds,
     )
-    more = times.ratio("with", "without") - 1
+    cost = times.ratio("with", "without") - 1
     for name, seconds in times.seconds.items():
         print(f"{name:8} median {times.median(name):.3f} s, n = {len(seconds)}")
     print(
-        f"a route costs {more:+.2%} of {arguments.steps} steps at {edge} x {edge}; "
-        f"{peak_memory_gib():.1f} GiB"
+        f"a route with {len(strips)} regions costs {cost:+.2%} of {arguments.steps} steps at "
+        f"{edge} x {edge}; {peak_memory_gib():.1f} GiB"
     )
-    write_json(arguments.json, {"family": family.name, "edge": edge, "more": more})
+    write_json(
+        arguments.json, {"family": family.name, "edge": edge, "regions": len(strips), "more": cost}
+    )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from ...composition.routing import Route, Router
 from ...concept.errors import IncompatibleModelError
 from .routing import Routing, check_routes, marking_clip
 
-_REGIONS = "custom_diffusion_regions"
+REGIONS = "custom_diffusion_regions"
 """In a conditioning: the key of the node whose regions it has"""
 
 
@@ -53,7 +53,7 @@ def apply_regions(
         features = knowing.encode_from_tokens(knowing.tokenize(said))
         routing.say(said, features, keys.get(id(region.route)))
     conditioning = knowing.encode_from_tokens_scheduled(knowing.tokenize(prompt))
-    placed = [[features, {**options, _REGIONS: routing.key}] for features, options in conditioning]
+    placed = [[features, {**options, REGIONS: routing.key}] for features, options in conditioning]
     return routing.on(model), knowing, placed, (*remarks, *routing.remarks())
 
 
@@ -120,7 +120,7 @@ class RegionalRouting(Routing):
     def sample(self, executor: Any, guider: Any, *args: Any, **kwargs: Any) -> Any:
         """As `Routing.sample`; raises where regions could not be seen."""
         conditions = [one for ones in guider.conds.values() for one in ones]
-        placed = [one for one in conditions if one.get(_REGIONS) == self.key]
+        placed = [one for one in conditions if one.get(REGIONS) == self.key]
         if not placed:
             raise IncompatibleModelError(
                 "No prompt of this sampling has the regions of its MODEL. Connect the CONDITIONING "
@@ -140,7 +140,7 @@ class RegionalRouting(Routing):
         return super().sample(executor, guider, *args, **kwargs)
 
     def beside_numbers(self, condition: Mapping[str, Any]) -> Mapping[str, Any]:
-        has = float(condition.get(_REGIONS) == self.key)
+        has = float(condition.get(REGIONS) == self.key)
         return {self._flag: comfy.conds.CONDRegular(torch.tensor([[has]]))}
 
     def hook(self, model: Any, router: Router, device: torch.device, dtype: torch.dtype) -> None:
