@@ -165,7 +165,10 @@ def _by_layer(file: _Sorted) -> dict[str, str]:
         if layer:
             modules[layer] = module
     if len(modules) > MOST_LAYERS:
-        raise ValueError(f"it changes {len(modules)} matrices; {MOST_LAYERS} are the most")
+        raise ValueError(
+            f"it changes {len(modules)} matrices, more than any model that takes concepts has "
+            f"({MOST_LAYERS})"
+        )
     return modules
 
 

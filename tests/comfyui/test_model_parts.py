@@ -22,7 +22,8 @@ def training(sd15: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     def copied(*_: Any) -> Any:
         raise AssertionError("models were copied before they were judged")
 
-    monkeypatch.setattr(module, "copy_models", copied)
+    for copies in ("copy_unet", "unet_weights", "text_encoder"):
+        monkeypatch.setattr(module, copies, copied)
     own = {"model": sd15.model, "clip": sd15.clip, "vae": sd15.vae}
 
     def start(**parts: Any) -> Any:

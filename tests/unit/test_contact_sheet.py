@@ -125,7 +125,7 @@ def test_a_sheet_refuses_what_the_run_would_refuse() -> None:
     outside.paste(255, (0, 0, 30, 160))  # left of the middle square
     taught = TrainingConcept((CaptionedImage(noise(0), "a <new1> cat", outside),), "cat", "<new1>")
     for refuse in (contact_sheet, lambda c, s: encode_views(c, SeenViews(), s)):
-        with pytest.raises(DataError, match="less than 8 x 8 pixels, or outside the middle square"):
+        with pytest.raises(DataError, match="less than 8 x 8 pixels to learn in the middle square"):
             refuse(taught, settings())
     contact_sheet(taught, settings(fit="letterbox"))
     long = TrainingConcept(

@@ -512,7 +512,9 @@ class TestBaseModel:
         lost = sorted(tmp_path.glob("*.safetensors"))[1]
         content = lost.read_bytes()
         lost.write_bytes(content[:100])
-        with pytest.raises(ConceptFileError, match=rf"{lost.name} cannot be read.*Copy it again"):
+        with pytest.raises(
+            ConceptFileError, match=rf"{lost.name} cannot be read.*copy or download it again"
+        ):
             read_base(tmp_path)
         lost.unlink()
         with pytest.raises(ConceptFileError, match=rf"index\.json.*{lost.name}.*Copy the missing"):

@@ -56,7 +56,8 @@ def test_a_name_that_is_too_long_is_an_error(
     Image.new("RGB", (64, 64)).save(Path(PICTURES, "a.png"))
     Path(PICTURES, "a.txt").write_text("<new1> cat")
     assert main(command) == 1
-    assert capsys.readouterr().err.startswith("error: ")
+    *notes, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and all(note.startswith("note: ") for note in notes)
     assert not os.path.exists(NEW)
 
 

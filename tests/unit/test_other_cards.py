@@ -64,7 +64,7 @@ def test_whole_weights_as_diffusers_writes_them(tmp_path: Path) -> None:
         ({"lora_unet_double_blocks_0_img_attn_proj.hada_w1_a": (3072, 4)}, "lora"),
         ({f"{BLOCK}.to_k.lora_down.weight": (4, 768)}, "lora"),  # one half: damaged
         ({"conditioner.weight": (10, 10), "model.weight": (3, 3)}, "unknown"),
-        ({"emb_params": (2, 4096)}, "unknown"),
+        ({"emb_params": (2, 4096)}, "embedding"),
     ],
 )
 def test_a_base_that_is_not_told_is_empty(
