@@ -175,6 +175,7 @@ def test_a_whole_unet_is_saved_loaded_and_drawn_with(
         assert main([*draw, *extra]) == 0
         pictures.append(path.read_bytes())
     assert pictures[0] != pictures[1]
+    path.unlink()
     assert main([*draw, "--unet", str(words)]) == 1
     assert "holds no UNet" in capsys.readouterr().err
 
