@@ -74,9 +74,7 @@ def _not_written(path: Path, error: OSError | SafetensorError, expected_bytes: i
     reason, number = str(error), None
     if isinstance(error, OSError):
         reason, number = error.strerror or reason, error.errno
-    elif found := re.search(
-        r"(?:os error|code:) (\d+)", reason
-    ):  # safetensors writes in another language
+    elif found := re.search(r"(?:os error|code:) (\d+)", reason):  # Rust's words, new and old
         number = int(found[1])
     file = next((p for p in path.parents if os.path.lexists(p) and not os.path.isdir(p)), None)
     if file:
