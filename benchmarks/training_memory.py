@@ -27,7 +27,7 @@ import _pack  # noqa: F401  (puts the pack on the path)
 import torch
 import torch.nn.functional as F
 from _measure import options, write_json
-from _models import text_config
+from _models import random_vae, text_config
 from custom_diffusion.host.clip.text_encoder import ClipTextEncoder
 from custom_diffusion.host.diffusers.denoiser import DiffusersDenoiser
 from custom_diffusion.host.open_clip.vocabulary import clip_tokenizer
@@ -174,7 +174,7 @@ class Counted:
             unet = UNet2DConditionModel(**shape.unet).eval().requires_grad_(False)
         torch.set_default_dtype(before)
         self._shape = shape
-        self._denoiser = DiffusersDenoiser(unet, DDPMScheduler(), vae=None)
+        self._denoiser = DiffusersDenoiser(unet, DDPMScheduler(), random_vae())
 
     def memory(self, config: TrainConfig, float8: bool) -> Memory:
         projections = METHODS[config.method].projections(self._denoiser, {}, config)

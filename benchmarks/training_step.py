@@ -74,7 +74,7 @@ class Bench:
         """`regularized`: as many pictures of the class as of the concept."""
         self._captions = list(islice(cycle(CAPTIONS), pictures))
         self._regularized = regularized
-        self._denoiser = DiffusersDenoiser(random_unet(dtype), DDPMScheduler(), vae=None)
+        self._denoiser = DiffusersDenoiser(random_unet(dtype), DDPMScheduler(), random_vae())
         self._text_encoder = random_text_encoder(dtype=dtype)
         self._edge = edge
         self._latents = torch.randn(pictures, 4, edge, edge)

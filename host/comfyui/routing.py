@@ -73,6 +73,7 @@ class Routing:
         # For good: a compiled network refers to the router that it was compiled with.
         self._routers: WeakKeyDictionary[Any, Router] = WeakKeyDictionary()
         self._changes: RowChanges | None = None
+        self._hooked: set[Router] = set()
         self.hooks = ExitStack()
 
     @property
@@ -133,7 +134,9 @@ class Routing:
     def _router(self, model: Any, device: torch.device, changes: RowChanges) -> Router:
         """Of a model that samples; hooked at its first prediction, when it is loaded."""
         router = self._routers.setdefault(model, Router())
-        if not router.changes.by_layer:
+        if router not in self._hooked:  # changes may be none: a concept may be words alone
+            self._hooked.add(router)
+            self.hooks.callback(self._hooked.discard, router)
             dtype = model.manual_cast_dtype or model.get_dtype()
             router.changes = changes.to(device, dtype)
             self.hooks.callback(setattr, router, "changes", RowChanges({}))

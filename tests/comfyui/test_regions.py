@@ -151,6 +151,19 @@ def test_a_concept_of_every_word_acts_at_every_word_of_its_region(sd15: Any, cat
     close(ours, wanted, sample(sd15.model, p, n))
 
 
+def test_a_concept_that_is_a_word_alone_has_a_region_once(sd15: Any, cat: Concept) -> None:
+    """At every step of a sampling."""
+    word = replace(cat, deltas={})
+    half = Region("a <new1> cat", 0.5 * LEFT, Route(word))
+    model, clip, positive = regional(sd15, "dogs", half)
+    ours = sample(model, positive, encode(clip, ""), steps=3)
+    plain = base_clip(sd15.clip, cat)
+    whole, own = (encode(plain, text) for text in ("dogs", "a <new1> cat"))
+    with mixed_by_hand(sd15.model, whole[0][0][0], [(own[0][0][0], 0.5 * LEFT)]):
+        wanted = sample(sd15.model, whole, encode(plain, ""), steps=3)
+    close(ours, wanted, sample(sd15.model, whole, encode(plain, ""), steps=3))
+
+
 def test_nothing_stays_on_the_model(sd15: Any, cat: Concept) -> None:
     prompts = [encode(sd15.clip, text) for text in ("a cat", "")]
     before = sample(sd15.model, *prompts)

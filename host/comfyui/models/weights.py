@@ -122,16 +122,6 @@ def _check_computable(model: nn.Module, key: str) -> None:
         )
 
 
-def patched_projections(model: Any) -> dict[str, Tensor]:
-    """Copies of the key and value projections of a MODEL's UNet, by layer, patches applied;
-    quantised ones as they are stored.
-    """
-    return {
-        layer: _patched(model, f"{_UNET_PREFIX}{layer}.weight")
-        for layer in _projections(model.model.diffusion_model)
-    }
-
-
 def base_model(model: Any) -> BaseModel:
     """Copies of the cross-attention of a MODEL's UNet, patches applied. Raises
     IncompatibleModelError as `patched_weights` does.
