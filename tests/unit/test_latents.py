@@ -161,7 +161,7 @@ def test_views_that_are_equal_to_the_bit_are_encoded_once(augment: bool) -> None
     )
     encoder = AveragingEncoder()
     bank = encode_views(taught, encoder, settings)
-    views = [view for _, view in instance_views(taught, settings)]
+    views = [view for _, view in instance_views(taught.images, len(bank.instances[0]), settings)]
     views += [regularization_view(image, settings) for image in taught.regularization]
     assert encoder.calls == len({view.image_chw.numpy().tobytes() for view in views}) < len(views)
     found = [view for one in bank.instances[:5] for view in one] + [*bank.regularization]
@@ -492,3 +492,12 @@ print(len(images), encoder.calls, peak_mb() - before, time.perf_counter() - star
     assert (pictures, calls) == (20, 40)
     assert megabytes < 30
     assert seconds < 10
+
+
+@pytest.mark.parametrize(("images", "each"), [(1, 16), (20, 16), (40, 8), (200, 2)])
+def test_of_many_images_there_are_fewer_views_of_each(images: int, each: int) -> None:
+    taught = replace(
+        concept(), images=tuple(CaptionedImage(picture(n % 256), CAPTION) for n in range(images))
+    )
+    views = encode_views(taught, AveragingEncoder(), config(views_per_image=16))
+    assert [len(of_one) for of_one in views.instances] == [each] * images

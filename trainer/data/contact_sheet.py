@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from itertools import islice
 
 from PIL import Image, ImageOps
@@ -32,8 +31,8 @@ def contact_sheet(concept: TrainingConcept, config: TrainConfig) -> Image.Image:
     that are shown.
     """
     pictures = concept.images[:_MOST_ROWS]
-    views = instance_views(replace(concept, images=pictures), config)
-    count = views_per_image(config)
+    count = views_per_image(config, len(concept.images))
+    views = instance_views(pictures, count, config)
     rows = []
     for captioned in pictures:
         words = f"{count} views"

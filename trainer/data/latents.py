@@ -23,6 +23,9 @@ from .training_concept import TrainingConcept
 T = TypeVar("T")
 MOST_ELONGATED = 4
 """Sides of a picture that fits into a letterbox: beyond, almost all of a view would be grey."""
+_MOST_VIEWS = 320
+"""Of all images: twenty, the most that are asked for, have sixteen each"""
+_FEWEST_VIEWS = 2
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def encode_views(
     A picture is opened when its turn comes and let go after it; views that are equal to the bit are
     encoded once, and share what came of it.
     """
-    per_image = views_per_image(config)
+    per_image = views_per_image(config, len(concept.images))
     total = len(concept.images) * per_image + len(concept.regularization)
     done = 0
     seen: dict[bytes, tuple[Tensor, Tensor]] = {}
@@ -73,7 +76,7 @@ def encode_views(
         on_progress(done := done + 1, total)
         return EncodedView(*seen[key], view.mask, prompt, view.sizes)
 
-    views = [encode(prompt, view) for prompt, view in instance_views(concept, config)]
+    views = [encode(*view) for view in instance_views(concept.images, per_image, config)]
     instances = [
         tuple(views[start : start + per_image]) for start in range(0, len(views), per_image)
     ]
@@ -91,13 +94,17 @@ def _repeated(items: Sequence[T], images: Sequence[CaptionedImage]) -> tuple[T, 
     return tuple(item for item, image in pairs for _ in range(image.repeats))
 
 
-def instance_views(concept: TrainingConcept, config: TrainConfig) -> Iterator[tuple[str, View]]:
-    """All views of a run with their prompts, image by image. They depend on `config.seed` alone."""
+def instance_views(
+    images: Sequence[CaptionedImage], per_image: int, config: TrainConfig
+) -> Iterator[tuple[str, View]]:
+    """The first `per_image` views of each with their prompts, image by image. They depend on
+    `config.seed` alone.
+    """
     rng = random.Random(config.seed)
-    for captioned in concept.images:
+    for captioned in images:
         picture = captioned.open()
         _whole_view(captioned.name, picture, config)  # raises where nothing of it counts
-        for index in range(views_per_image(config)):
+        for index in range(per_image):
             flip = config.flip and index % 2 == 1  # every other view
             if config.augment:
                 view = random_view(picture, config.resolution, rng, flip, config.fit)
@@ -106,9 +113,12 @@ def instance_views(concept: TrainingConcept, config: TrainConfig) -> Iterator[tu
             yield f"{view.prefix} {captioned.caption}".strip(), view
 
 
-def views_per_image(config: TrainConfig) -> int:
+def views_per_image(config: TrainConfig, images: int) -> int:
+    """How many views a run makes of each of so many images: fewer of each where there are many, so
+    that latents of hundreds of photographs do not fill the memory.
+    """
     if config.augment:
-        return config.views_per_image
+        return min(config.views_per_image, max(_FEWEST_VIEWS, _MOST_VIEWS // images))
     return 2 if config.flip else 1
 
 
