@@ -66,15 +66,17 @@ def encode_views(
     per_image = views_per_image(config, len(concept.images))
     total = len(concept.images) * per_image + len(concept.regularization)
     done = 0
+    means, deviations, masks = (_Block(total) for _ in range(3))
     seen: dict[bytes, tuple[Tensor, Tensor]] = {}
 
     def encode(prompt: str, view: View) -> EncodedView:
         nonlocal done
         key = hashlib.sha256(view.image_chw.contiguous().numpy().data).digest()
         if key not in seen:
-            seen[key] = encoder.moments(view.image_chw)
+            mean, deviation = encoder.moments(view.image_chw)
+            seen[key] = means.keep(mean), deviations.keep(deviation)
         on_progress(done := done + 1, total)
-        return EncodedView(*seen[key], view.mask, prompt, view.sizes)
+        return EncodedView(*seen[key], masks.keep(view.mask), prompt, view.sizes)
 
     views = [encode(*view) for view in instance_views(concept.images, per_image, config)]
     instances = [
@@ -87,6 +89,25 @@ def encode_views(
     return LatentBank(
         _repeated(instances, concept.images), _repeated(regularization, concept.regularization)
     )
+
+
+class _Block:
+    """Tensors of one shape, side by side. Each for itself they would lie between the photographs
+    that come and go, and the memory of those could not be used again.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._block: Tensor | None = None
+        self._kept = 0
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A copy in the block."""
+        if self._block is None:
+            self._block = tensor.new_empty(self._most, *tensor.shape)
+        kept = self._block[self._kept].copy_(tensor)
+        self._kept += 1
+        return kept
 
 
 def _repeated(items: Sequence[T], images: Sequence[CaptionedImage]) -> tuple[T, ...]:
