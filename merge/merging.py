@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..concept.concept import Concept, Delta, LowRankDelta, ModifierToken, alike_tokens
+from ..concept.concept import Concept, ModifierToken, alike_tokens
+from ..concept.delta import Delta, LowRankDelta
 from ..concept.errors import IncompatibleModelError, MergeError
 from ..concept.fit import TEXT_MARK
 from ..concept.layers import Family, is_projection, sort_layers
@@ -179,14 +180,7 @@ def _largest_residual(mapped: Tensor, asked: Tensor, strength: float) -> float:
 
 def _norm(concept: Concept) -> float:
     """Frobenius norm over all layers."""
-    total = 0.0
-    for delta in concept.deltas.values():
-        if isinstance(delta, LowRankDelta):
-            up, down = delta.up.double(), delta.down.double()
-            total += float(((up.T @ up) * (down @ down.T)).sum())
-        else:
-            total += float(delta.weight.float().square().sum())
-    return math.sqrt(total)
+    return math.sqrt(sum(delta.squared_norm() for delta in concept.deltas.values()))
 
 
 def check_mergeable(

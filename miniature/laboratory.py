@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..composition.routing import Route
-from ..concept.concept import Concept, DenseDelta
+from ..concept.concept import Concept
+from ..concept.delta import DenseDelta
 from ..concept.prompts import subject
 from ..concept.text import TextEncoder
 from ..host.diffusers.lending import DiffusersModels, borrowed_models, text_encoder

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...composition.regions import Region
 from ...composition.routing import Route
 from ...concept.concept import Concept
-from ...concept.fit import check_fit
+from ...concept.fit import check_fit, check_weight_patches
 from ...concept.layers import family_of_width, is_cross_attention, layer_from_diffusers
 from ...diffusion.latents import LATENT_PIXELS
 from ...diffusion.sampling import ddim_sample
@@ -38,6 +38,7 @@ def applied_concept(
     }
     layers = {layer_from_diffusers(path): path for path in own}
     if concept is not None:
+        check_weight_patches(concept)
         family = family_of_width(unet.config.cross_attention_dim)
         check_fit(
             concept, family, {layer: tuple(own[path].shape) for layer, path in layers.items()}

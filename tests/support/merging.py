@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from custom_diffusion.concept.concept import Concept, LowRankDelta
+from custom_diffusion.concept.concept import Concept
+from custom_diffusion.concept.delta import LowRankDelta
 from custom_diffusion.merge.captions import regularization_captions
 from custom_diffusion.merge.merging import merge_concepts
 from custom_diffusion.merge.report import MergeReport

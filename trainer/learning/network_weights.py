@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ...concept.concept import Delta, DenseDelta
+from ...concept.delta import Delta, DenseDelta
 from ...diffusion.protocols import Denoiser
 
 

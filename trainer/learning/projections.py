@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...concept.concept import Delta, DenseDelta, LowRankDelta, hash_projections
+from ...concept.concept import hash_projections
+from ...concept.delta import Delta, DenseDelta, LowRankDelta
 from ...concept.errors import ConfigError
 from ...concept.layers import sort_layers
 from ...diffusion.protocols import Denoiser
@@ -267,13 +268,14 @@ class _Slot(nn.Module):
 
 def low_rank_factors(delta: Delta, layer: str, rank: int) -> LowRankDelta:
     """The factors that learn on. Raises ConfigError where there are none of so low a rank."""
-    if not isinstance(delta, LowRankDelta) or delta.rank > rank:
-        given = f"rank {delta.rank}" if isinstance(delta, LowRankDelta) else "no low rank"
+    factors = delta.factors
+    if factors is None or factors.rank > rank:
+        given = "no low rank" if factors is None else f"rank {factors.rank}"
         raise ConfigError(
             f"The concept to extend is of {given} in {layer}; the low-rank method would continue "
             f"at rank {rank}. Set a rank as high, or choose the method 'custom diffusion'."
         )
-    return delta
+    return factors
 
 
 def _set_submodule(network: nn.Module, path: str, module: nn.Module) -> None:
