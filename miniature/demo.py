@@ -21,6 +21,7 @@ from ..host.diffusers.sampling import sample
 from ..merge.merging import merge_concepts
 from ..merge.projection import project_on_own_words
 from ..pictures.sheet import Row, lay_out
+from ..pictures.tensors import to_picture
 from ..trainer.data.folders import load_folder
 from ..trainer.data.training_concept import instance_caption
 from ..trainer.events import Event, StepDone
@@ -29,7 +30,6 @@ from ..trainer.prepare import prepare
 from .laboratory import Subject, pair_of_subjects
 from .model import CONFIG, GUIDANCE, PICTURE_EDGE, SAMPLING_STEPS, miniature_pipeline
 from .world import class_caption, world_captions
-from .world_sheet import images
 
 log = logging.getLogger("custom_diffusion")
 
@@ -123,7 +123,7 @@ def _sheet(
                 steps=SAMPLING_STEPS,
                 guidance=GUIDANCE,
             )
-            rows.append(Row(title, " | ".join(prompts), images(images_bhwc.permute(0, 3, 1, 2))))
+            rows.append(Row(title, " | ".join(prompts), [*map(to_picture, images_bhwc)]))
             advance(number)
     return lay_out(rows)
 

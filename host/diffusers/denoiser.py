@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...concept.layers import family_of_width, is_projection, layer_from_diffusers
 from ...diffusion.latents import check_moments
 from ...diffusion.parts import check_autoencoder, check_network, check_noise
+from ...pictures.tensors import of_network
 from .parts import autoencoder_of, network_of, scheduler_noise
 
 _BLOCK = re.compile(r"\.(resnets|attentions)\.\d+$")
@@ -62,7 +63,7 @@ class DiffusersDenoiser:
     def preview(self, latents_bchw: Tensor) -> Tensor:
         latents = latents_bchw.to(self._vae.dtype) / self._vae.config.scaling_factor
         images = self._vae.decode(latents).sample.float()
-        return (images.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)  # type: ignore[no-any-return]
+        return of_network(images).clamp(0, 1)
 
 
 class DiffusersLatentEncoder:

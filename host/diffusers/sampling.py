@@ -17,6 +17,7 @@ from ...concept.fit import check_fit, check_weight_patches
 from ...concept.layers import family_of_width, is_cross_attention, layer_from_diffusers
 from ...diffusion.latents import LATENT_PIXELS
 from ...diffusion.sampling import ddim_sample
+from ...pictures.tensors import to_picture
 from ..clip.chunks import Encoder, as_long_as, encode_prompts
 from .lending import borrowed_models, text_encoder
 from .routing import regional, route, routing
@@ -126,5 +127,4 @@ def _every_route(routes: Sequence[Route], regions: Sequence[Sequence[Region]]) -
 
 def side_by_side(images_bhwc: Tensor) -> Image.Image:
     """Pictures in 0..1 as one."""
-    row = torch.cat(list(images_bhwc), dim=1)
-    return Image.fromarray((row * 255).round().byte().numpy())
+    return to_picture(torch.cat(list(images_bhwc), dim=1))
