@@ -25,8 +25,8 @@ from ..pictures.tensors import to_picture
 from ..trainer.data.folders import load_folder
 from ..trainer.data.training_concept import instance_caption
 from ..trainer.events import Event, StepDone
-from ..trainer.loop import train
-from ..trainer.prepare import prepare
+from ..trainer.request import TrainingRequest
+from ..trainer.teach import teach
 from .laboratory import Subject, pair_of_subjects
 from .model import CONFIG, GUIDANCE, PICTURE_EDGE, SAMPLING_STEPS, miniature_pipeline
 from .world import class_caption, world_captions
@@ -75,15 +75,18 @@ def _teach(pipeline: Any, subject: Subject, folder: Path) -> Concept:
     caption = instance_caption(subject.token, subject.look.shape)
     concept = replace(subject.training, images=load_folder(pictures, caption), regularization=())
     with borrowed_models(pipeline) as models:
-        bank = prepare(concept, CONFIG, models.latent_encoder, models.text_encoder)
         with _bar(f"teaching {subject.words}", CONFIG.steps) as advance:
 
             def show(event: Event) -> None:
                 if isinstance(event, StepDone):
                     advance(event.step)
 
-            taught = train(
-                CONFIG, [concept], [bank], models.denoiser, models.text_encoder, on_event=show
+            taught = teach(
+                TrainingRequest(CONFIG, [concept]),
+                models.denoiser,
+                models.text_encoder,
+                models.latent_encoder,
+                show,
             )
         return project_on_own_words(taught, models.text_encoder, captions=world_captions())[0]
 

@@ -22,8 +22,8 @@ from ..pictures.tensors import channels_first, channels_last, to_picture
 from ..trainer.config import TrainConfig
 from ..trainer.data.captioned import CaptionedImage
 from ..trainer.data.training_concept import TrainingConcept
-from ..trainer.loop import train
-from ..trainer.prepare import prepare
+from ..trainer.request import TrainingRequest
+from ..trainer.teach import teach
 from .concepts import (
     REGULARIZATION_IMAGES,
     class_pictures,
@@ -266,18 +266,8 @@ def _train(
     models: DiffusersModels,
     start: Concept | None = None,
 ) -> Concept:
-    banks = [
-        prepare(one.training, config, models.latent_encoder, models.text_encoder, start=start)
-        for one in subjects
-    ]
-    return train(
-        config,
-        [one.training for one in subjects],
-        banks,
-        models.denoiser,
-        models.text_encoder,
-        start=start,
-    )
+    request = TrainingRequest(config, [one.training for one in subjects], start)
+    return teach(request, models.denoiser, models.text_encoder, models.latent_encoder)
 
 
 def _rate(flags: Tensor) -> float:
