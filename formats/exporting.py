@@ -103,7 +103,7 @@ def export_concept(
     return targets
 
 
-def bake(concept: Concept, checkpoint: Path, path: Path) -> list[str]:
+def bake(concept: Concept, model_file: Path, path: Path) -> list[str]:
     """Writes a checkpoint, or a UNet of diffusers, with the concept in its weights.
 
     Returns the tokens, which a checkpoint has no place for: export them as embeddings. Reads and
@@ -111,17 +111,17 @@ def bake(concept: Concept, checkpoint: Path, path: Path) -> list[str]:
     where layers or shapes differ.
     """
     check_weight_patches(concept)
-    weights = read_cross_attention(checkpoint)
+    weights = read_cross_attention(model_file)
     base = BaseModel.of(weights.items())
     names = {layer_of(name.removesuffix(".weight")): name for name in weights}
     check_fit(concept, base.family, {k: tuple(w.shape) for k, w in base.weights.items()})
     if path.exists():
         raise ConceptFileError(f"{path} exists already. Choose another name, or move it.")
-    header = read_header(checkpoint)
+    header = read_header(model_file)
 
     def write(temporary: Path) -> None:
         """A copy with other bytes where the concept changes it: nothing else has to be read."""
-        shutil.copyfile(checkpoint, temporary)
+        shutil.copyfile(model_file, temporary)
         with open(temporary, "r+b") as file:
             for layer, delta in concept.deltas.items():
                 weight = weights[names[layer]]

@@ -26,7 +26,7 @@ class DiffusersDenoiser:
         check_network(network)
         check_autoencoder(autoencoder_of(vae))
         self.family = family_of_width(network.context_width)
-        self.prediction = check_noise(scheduler_noise(scheduler))
+        self.prediction_type = check_noise(scheduler_noise(scheduler))
         self.projections: Mapping[str, str] = {
             layer_from_diffusers(path): path for path, _ in _projections(unet)
         }

@@ -110,7 +110,7 @@ def sample(
             text,
             nothing,
             models.denoiser.alphas_cumprod,
-            models.denoiser.prediction,
+            models.denoiser.prediction_type,
             steps,
             guidance,
         )

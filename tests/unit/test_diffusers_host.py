@@ -170,7 +170,7 @@ def test_the_denoiser_is_the_pipeline_seen_through_the_protocol(
 ) -> None:
     with borrowed_models(pipeline) as models, borrowed_models(v_pipeline) as v_models:
         denoiser = models.denoiser
-        assert (denoiser.prediction, v_models.denoiser.prediction) == ("epsilon", "v")
+        assert (denoiser.prediction_type, v_models.denoiser.prediction_type) == ("epsilon", "v")
         assert denoiser.family is FAMILIES["sd15"]
         assert torch.equal(denoiser.alphas_cumprod, pipeline.scheduler.alphas_cumprod)
         assert (denoiser.dtype, denoiser.device) == (torch.float32, torch.device("cpu"))

@@ -23,7 +23,7 @@ from torch.nn import functional
 from ...diffusion.latents import LATENT_PIXELS
 from ...diffusion.protocols import Sizes
 from ...pictures.tensors import for_network, to_tensor
-from ..config import Fit
+from ..config import Framing
 from .captioned import GREY, Picture
 
 SMALL_PREFIXES = ("very small", "far away")
@@ -46,13 +46,13 @@ class View:
     """Where it comes from. A picture that is smaller than the view counts as not cropped."""
 
 
-def whole_view(picture: Picture, size: int, flip: bool = False, fit: Fit = "crop") -> View:
+def whole_view(picture: Picture, size: int, flip: bool = False, fit: Framing = "crop") -> View:
     """The picture as it is, scaled to (size, size)."""
     return _view(picture, size, (0, 0, size), flip, fit)
 
 
 def random_view(
-    picture: Picture, size: int, rng: random.Random, flip: bool = False, fit: Fit = "crop"
+    picture: Picture, size: int, rng: random.Random, flip: bool = False, fit: Framing = "crop"
 ) -> View:
     """A randomly resized view with its prefix and mask."""
     edge = _random_edge(size, rng)
@@ -82,7 +82,7 @@ def _view(
     size: int,
     square: tuple[int, int, int],
     flip: bool,
-    fit: Fit,
+    fit: Framing,
     prefix: str = "",
 ) -> View:
     """The picture in a square (left, top, edge) that may be smaller or larger than the view."""

@@ -94,12 +94,12 @@ class KeyValueProjections(ABC):
         pooled: Tensor | None = None,
         sizes: Tensor | None = None,
         *,
-        keep: Tensor | None = None,
+        passing: Tensor | None = None,
         own: Tensor | None = None,
     ) -> Tensor:
         """The network's prediction with these projections, while they are installed.
 
-        `keep` (b, n) is one where gradients of keys and values may pass, zero where they are cut.
+        `passing` (b, n) is one where gradients of keys and values pass, zero where they are cut.
         `own` (b, n) is one where keys and values change at all: K_j = W₀ c_j + m_j ΔW c_j (spliced
         training, after LatexBlend, Jin et al., CVPR 2025). Without it they change everywhere.
         """
@@ -110,8 +110,8 @@ class KeyValueProjections(ABC):
             rows = own.nonzero(as_tuple=True)
             unchanged = torch.cat([F.linear(context, w.to(context)) for w in self._weights], -1)
             keys_values = unchanged.index_put(rows, self._keys_values(context[rows]))
-        if keep is not None and keys_values.requires_grad:
-            passing = keep[:, :, None].to(keys_values)
+        if passing is not None and keys_values.requires_grad:
+            passing = passing[:, :, None].to(keys_values)
             keys_values.register_hook(lambda gradient: gradient * passing)
         for slot, part in zip(
             self._slots.values(), keys_values.split(self._sizes, -1), strict=True

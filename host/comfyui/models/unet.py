@@ -54,7 +54,7 @@ class ComfyDenoiser:
         check_network(network_of(model))
         self.family = unet_family(cross_attention_unet(model))
         sampling = model.get_model_object("model_sampling")
-        self.prediction = check_noise(noise_of(model))
+        self.prediction_type = check_noise(noise_of(model))
         self.device, self.dtype = torch.device("cpu"), dtype
         colours = model.model.latent_format
         self._rgb = torch.tensor(colours.latent_rgb_factors)
