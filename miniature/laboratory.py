@@ -264,9 +264,9 @@ def _train(
     subjects: Sequence[Subject],
     config: TrainConfig,
     models: DiffusersModels,
-    start: Concept | None = None,
+    earlier: Concept | None = None,
 ) -> Concept:
-    request = TrainingRequest(config, [one.training for one in subjects], start)
+    request = TrainingRequest(config, [one.training for one in subjects], earlier)
     return teach(request, models.denoiser, models.text_encoder, models.latent_encoder)
 
 

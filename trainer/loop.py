@@ -45,7 +45,7 @@ def train(
     denoiser: Denoiser,
     text_encoder: TextEncoder,
     *,
-    start: Concept | None = None,
+    earlier: Concept | None = None,
     checkpoint: Checkpoint | None = None,
     checkpoint_every_steps: int = 0,
     replica: Replica = Replica(),  # noqa: B008
@@ -55,7 +55,7 @@ def train(
     """Teaches concepts together and returns what was learnt as one concept.
 
     `banks` hold the latents of each; `config.method` says which parts of the model learn.
-    `start` is a concept of the same model to go on from: all of it is in the result, and the
+    `earlier` is a concept of the same model to go on from: all of it is in the result, and the
     tokens that are taught again learn on.
     `checkpoint` is what a run with the same arguments left: this one goes on as that would have,
     to the bit. With `checkpoint_every_steps` there is one as often, and one at the end.
@@ -68,8 +68,8 @@ def train(
     if len(training_concepts) != len(banks):
         raise ValueError(f"{len(training_concepts)} concepts need as many banks, not {len(banks)}")
     replica.check(config.batch_size)
-    learner = Learner(config, training_concepts, start, denoiser, text_encoder)
-    for notice in _notices(training_concepts, banks, start):
+    learner = Learner(config, training_concepts, earlier, denoiser, text_encoder)
+    for notice in _notices(training_concepts, banks, earlier):
         on_event(notice)
     losses: list[float] = []
     backward = Backward(
@@ -126,13 +126,13 @@ def train(
 def _notices(
     training_concepts: Sequence[TrainingConcept],
     banks: Sequence[LatentBank],
-    start: Concept | None,
+    earlier: Concept | None,
 ) -> Iterator[Event]:
     """What is told before the first step."""
     pairs = zip(training_concepts, banks, strict=True)
     if unused := sum(len(one.regularization) for one, bank in pairs if not bank.regularization):
         yield RegularizationLeftOut(unused)
-    for pair in alike_tokens(start.tokens if start else ()):
+    for pair in alike_tokens(earlier.tokens if earlier else ()):
         yield WordsAlike(*pair)
 
 

@@ -17,5 +17,5 @@ class TrainingRequest:
     config: TrainConfig
     concepts: Sequence[TrainingConcept]
     """Taught together, into one file"""
-    start: Concept | None = None
+    earlier: Concept | None = None
     """A concept of the same model to go on from"""

@@ -10,11 +10,11 @@ from functools import partial
 from ..concept.concept import Concept
 from ..concept.text import TextEncoder
 from ..diffusion.protocols import Denoiser, LatentEncoder
+from .earlier import check_earlier
 from .events import Event
 from .loop import train
 from .prepare import prepare
 from .request import TrainingRequest
-from .start import check_start
 
 Progress = Callable[[int, int], None]
 """Called with how many views are encoded, and of how many"""
@@ -32,8 +32,8 @@ def prepared(
 
     Raises ConfigError, DataError, TokenError or IncompatibleModelError before any time is spent.
     """
-    if request.start:
-        check_start(request.start, denoiser, request.config)
+    if request.earlier:
+        check_earlier(request.earlier, denoiser, request.config)
     count = len(request.concepts)
     banks = [
         prepare(
@@ -42,11 +42,11 @@ def prepared(
             latent_encoder,
             text_encoder,
             _part(on_progress, index, count),
-            start=request.start,
+            earlier=request.earlier,
         )
         for index, concept in enumerate(request.concepts)
     ]
-    return partial(train, request.config, request.concepts, banks, start=request.start)
+    return partial(train, request.config, request.concepts, banks, earlier=request.earlier)
 
 
 def _part(on_progress: Progress, before: int, count: int) -> Progress:

@@ -47,11 +47,11 @@ INSIDE_TRAINER = {
     "learning": {"config", "data"},
     "methods": {"config", "learning"},
     "jobs": {"config", "data", "checkpoint", "events", "request"},
-    "start": {"config", "learning", "methods"},
+    "earlier": {"config", "learning", "methods"},
     "prepare": {"config", "data", "learning", "methods"},
-    "learner": {"config", "checkpoint", "events", "data", "learning", "methods", "start"},
+    "learner": {"config", "checkpoint", "events", "data", "learning", "methods", "earlier"},
     "loop": {"config", "checkpoint", "events", "economy", "data", "learning", "learner"},
-    "teach": {"events", "loop", "prepare", "request", "start"},
+    "teach": {"events", "loop", "prepare", "request", "earlier"},
 }
 """Rooms of the trainer, and files at its door → the others they may import. Nothing there knows
 jobs: a run has no idea that it is one.

@@ -47,8 +47,8 @@ def training_fingerprint(
                 for source in (image.source, image.mask):
                     digest.update(_content(source))
     _update_with_models(digest, encoder, networks)
-    start = concept_tensors(request.start) if request.start else {}
-    for name, tensor in sorted(start.items()):
+    earlier = concept_tensors(request.earlier) if request.earlier else {}
+    for name, tensor in sorted(earlier.items()):
         _update(digest, name, tensor)
     return digest.hexdigest()
 

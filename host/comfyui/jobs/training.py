@@ -108,10 +108,10 @@ def start_training(
 
 def _description(request: TrainingRequest, origin: Origin) -> dict[str, Any]:
     """What the job's folder says of it."""
-    concepts, start = request.concepts, request.start
+    concepts, earlier = request.concepts, request.earlier
     return {
         "concepts": [{"token": c.token, "class_noun": c.class_noun} for c in concepts],
-        "start": start.describe() if start else None,
+        "start": earlier.describe() if earlier else None,
         "config": request.config.as_json(),
         "graph": graph_until(origin.prompt, origin.node_id),
         "node": origin.node_id,
