@@ -31,18 +31,13 @@ def merge(
     encoder: RecurrentTextEncoder | None = None,
     captions: Sequence[str] = CAPTIONS,
     cache: Path | None = None,
-    padding_weight: float = 0.0,
-    null_weight: float = 0.0,
 ) -> tuple[Concept, MergeReport]:
-    """A merge without soft rows where none are asked for, whatever the defaults are."""
     return merge_concepts(
         concepts,
         encoder or RecurrentTextEncoder(WIDTH),
         strengths=strengths,
         captions=captions,
         relative_ridge=RIDGE,
-        padding_weight=padding_weight,
-        null_weight=null_weight,
         cache_folder=cache,
     )
 
@@ -71,22 +66,6 @@ def constrained_features(concept: Concept, encoder: RecurrentTextEncoder) -> Ten
         start = ids.index(encoder.tokenize_words(token.name)[0])
         rows.append(encoder.encode(encoder.pad([ids]))[0, start : len(ids)])
     return torch.cat(rows).double()
-
-
-def padding_features(concept: Concept, encoder: RecurrentTextEncoder) -> Tensor:
-    """Mean of what follows the end of text, of both prompts (2, d); float64."""
-    rows = []
-    for prompt in prompts_of(concept):
-        ids = encoder.tokenize(prompt)
-        rows.append(encoder.encode(encoder.pad([ids]))[0, len(ids) :].mean(0))
-    return torch.stack(rows).double()
-
-
-def null_features() -> Tensor:
-    """Start and end of the empty prompt, and the mean of what follows (3, d); float64."""
-    encoder = RecurrentTextEncoder(WIDTH)
-    (features,) = encoder.encode(encoder.pad([encoder.tokenize("")])).double()
-    return torch.cat([features[:2], features[2:].mean(0, keepdim=True)])
 
 
 def caption_rows(captions: Sequence[str] = CAPTIONS) -> Tensor:
