@@ -24,13 +24,13 @@ from custom_diffusion.diffusion.latents import LATENT_PIXELS
 from custom_diffusion.diffusion.protocols import whole_picture
 from custom_diffusion.host.clip.text_encoder import ClipTextEncoder
 from custom_diffusion.host.diffusers.denoiser import DiffusersDenoiser, DiffusersLatentEncoder
-from custom_diffusion.trainer import loop
 from custom_diffusion.trainer.config import TrainConfig
 from custom_diffusion.trainer.data.captioned import CaptionedImage
 from custom_diffusion.trainer.data.latents import EncodedView, LatentBank
 from custom_diffusion.trainer.data.training_concept import TrainingConcept
 from custom_diffusion.trainer.events import Event, StepDone
 from custom_diffusion.trainer.learning.projections import DenseProjections
+from custom_diffusion.trainer.learning.prompt_features import PromptText
 from custom_diffusion.trainer.loop import train
 from diffusers import DDPMScheduler
 from PIL import Image
@@ -104,7 +104,7 @@ class Bench:
         clock = Stopwatch()
         with (
             clock.on(ClipTextEncoder, "encode_with_pooled", "text encoder, forward"),
-            clock.on(loop, "_pass_on", "text encoder, backward"),
+            clock.on(PromptText, "pass_on", "text encoder, backward"),
             clock.on(DenseProjections, "_keys_values", "keys and values, forward"),
             clock.on(self._denoiser, "predict", "UNet, forward"),
             clock.on(Tensor, "backward", "UNet, keys and values, backward"),

@@ -82,6 +82,11 @@ class Learner:
         self._text_mark = text_mark(text_encoder)
         self._base_hash = self.projections.base_hash  # of the network's own keys and values
 
+    @property
+    def prompt(self) -> str:
+        """Draws what the first concept teaches."""
+        return self._training_concepts[0].prompt
+
     @contextmanager
     def learning(self) -> Iterator[None]:
         """While the context lasts the network uses what learns; afterwards its own again."""

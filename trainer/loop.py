@@ -87,24 +87,22 @@ def train(
         if checkpoint:
             losses = checkpoint.restore(learner.optimizer)
         while len(losses) < config.steps and not should_stop():
-            # Data: latents, noise, timesteps; text, once for all samples, as leaves.
+            # Data: latents, noise, timesteps; text, once for all samples.
             rng, generator = step_randomness(config.seed, len(losses))
             batch = batch_of_step(banks, config, len(losses), rng, generator)
-            text, passing, own = learner.prompts.encode(batch.prompts)
-            context = _leaf(text.context)
-            pooled = None if text.pooled is None else _leaf(text.pooled)
-            samples = samples_of(batch, generator, context, pooled, passing, own, denoiser, config)
+            text = learner.prompts.encode(batch.prompts)
+            leaves = text.as_leaves()
+            samples = samples_of(batch, generator, leaves, denoiser, config)
 
             # Gradients: of the UNet, then through the leaves of the text encoder.
-            leaves = [leaf for leaf in (context, pooled) if leaf is not None]
             loss = backward(
                 partial(loss_of, learner.projections),
                 replica.part(samples),
-                [*learner.parameters, *leaves],
+                [*learner.parameters, *leaves.tensors()],
             )
-            _pass_on(leaves, [features for features in text if features is not None])
+            text.pass_on(leaves)
             loss = replica.add_up(loss, learner.parameters)
-            _check_finite(loss, len(losses) + 1, config, denoiser, context)
+            _check_finite(loss, len(losses) + 1, config, denoiser, samples.context)
 
             # Update, and report.
             learner.step()
@@ -113,8 +111,7 @@ def train(
             if len(losses) % _DRIFT_EVERY_STEPS == 0 and (drift := learner.drift()):
                 on_event(WordsMoved(drift))
             if config.preview_every_steps and len(losses) % config.preview_every_steps == 0:
-                picture = _preview(config, training_concepts[0], learner, denoiser, batch)
-                on_event(PreviewDrawn(len(losses), picture))
+                on_event(PreviewDrawn(len(losses), _preview(config, learner, denoiser, batch)))
             if checkpoint_every_steps and len(losses) % checkpoint_every_steps == 0:
                 on_event(learner.checkpoint(losses))
 
@@ -136,35 +133,12 @@ def _notices(
         yield WordsAlike(*pair)
 
 
-def _leaf(features: Tensor) -> Tensor:
-    """The same numbers, as a tensor that gradients stop at."""
-    return features.detach().requires_grad_(features.requires_grad)
-
-
-def _pass_on(leaves: Sequence[Tensor], features: Sequence[Tensor]) -> None:
-    """Gradients that the leaves have taken, to what they were made from."""
-    reached = [
-        (made_from, leaf.grad)
-        for leaf, made_from in zip(leaves, features, strict=True)
-        if leaf.grad is not None
-    ]
-    if reached:
-        made_from, gradients = zip(*reached, strict=True)
-        torch.autograd.backward(made_from, gradients)
-
-
-def _preview(
-    config: TrainConfig,
-    training_concept: TrainingConcept,
-    learner: Learner,
-    denoiser: Denoiser,
-    batch: Batch,
-) -> Tensor:
+def _preview(config: TrainConfig, learner: Learner, denoiser: Denoiser, batch: Batch) -> Tensor:
     """A sample from the same noise every time, so that previews of one run can be compared."""
     fixed = torch.Generator().manual_seed(config.seed)
     noise = torch.randn(batch.latents_bchw[:1].shape, generator=fixed)
     with torch.no_grad():
-        text, _, own = learner.prompts.encode([training_concept.prompt])
+        text, _, own = learner.prompts.encode([learner.prompt])
         nothing, _, not_own = learner.prompts.encode([""])
         both = None if own is None or not_own is None else torch.cat([own, not_own])
         latents = ddim_sample(

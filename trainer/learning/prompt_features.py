@@ -22,6 +22,27 @@ class PromptText(NamedTuple):
     own: Tensor | None
     """One where keys and values change at all (b, n); None where all do"""
 
+    def as_leaves(self) -> PromptText:
+        """The same numbers, as tensors that gradients stop at."""
+        context, pooled = self.features
+        leaves = TextFeatures(_leaf(context), None if pooled is None else _leaf(pooled))
+        return self._replace(features=leaves)
+
+    def tensors(self) -> list[Tensor]:
+        """Its features, those that there are."""
+        return [features for features in self.features if features is not None]
+
+    def pass_on(self, leaves: PromptText) -> None:
+        """Gradients that the leaves of this have taken, to what it was made from."""
+        reached = [
+            (made_from, leaf.grad)
+            for leaf, made_from in zip(leaves.tensors(), self.tensors(), strict=True)
+            if leaf.grad is not None
+        ]
+        if reached:
+            made_from, gradients = zip(*reached, strict=True)
+            torch.autograd.backward(made_from, gradients)
+
 
 class PromptFeatures:
     """Features of prompts: with a new token at every step, without one once."""
@@ -97,6 +118,10 @@ class PromptFeatures:
             for row, prompt in zip(passing, prompts, strict=True):
                 row[len(self._encoder.tokenize(prompt)) :] = 0
         return passing
+
+
+def _leaf(features: Tensor) -> Tensor:
+    return features.detach().requires_grad_(features.requires_grad)
 
 
 def _passing(numbers: Tensor, to: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from ..config import TrainConfig
 from ..data.latents import Batch
 from .objective import sample_losses, sample_weights
 from .projections import KeyValueProjections
+from .prompt_features import PromptText
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,7 @@ class Samples:
 def samples_of(
     batch: Batch,
     generator: torch.Generator,
-    context: Tensor,
-    pooled: Tensor | None,
-    passing: Tensor | None,
-    own: Tensor | None,
+    text: PromptText,
     denoiser: Denoiser,
     config: TrainConfig,
 ) -> Samples:
@@ -67,11 +65,11 @@ def samples_of(
     return Samples(
         noisy_latents_bchw=noisy,
         timesteps=timesteps,
-        context=context,
-        pooled=pooled,
+        context=text.features.context,
+        pooled=text.features.pooled,
         sizes=sizes,
-        passing=passing,
-        own=own,
+        passing=text.passing,
+        own=text.own,
         target_bchw=target(latents, noise, timesteps, schedule, prediction_type),
         masks_bhw=masks,
         weights=sample_weights(len(noisy), batch.prior, config.prior_weight).to(noisy),
