@@ -18,7 +18,7 @@ from ..concept.prompts import subject
 from ..concept.text import TextEncoder
 from ..host.diffusers.lending import DiffusersModels, borrowed_models, text_encoder
 from ..host.diffusers.sampling import sample
-from ..pictures.tensors import channels_first, channels_last, to_picture
+from ..pictures.tensors import to_chw, to_hwc, to_picture
 from ..trainer.config import TrainConfig
 from ..trainer.data.captioned import CaptionedImage
 from ..trainer.data.training_concept import TrainingConcept
@@ -129,7 +129,7 @@ class Laboratory:
         """A regularization set drawn by the model itself."""
         caption = class_caption(shape)
         drawn = self.draw([caption] * (REGULARIZATION_IMAGES // 2), None, seed)
-        pictures = map(to_picture, channels_last(drawn))
+        pictures = map(to_picture, to_hwc(drawn))
         return tuple(CaptionedImage(picture, caption) for picture in pictures)
 
     def draw(
@@ -151,7 +151,7 @@ class Laboratory:
             steps=SAMPLING_STEPS,
             guidance=GUIDANCE,
         )
-        return channels_first(images_bhwc)
+        return to_chw(images_bhwc)
 
     def score(
         self,

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..pictures.sheet import Row, lay_out
-from ..pictures.tensors import channels_last, to_picture
+from ..pictures.tensors import to_hwc, to_picture
 from .concepts import concept_look, concept_pictures, concept_style
 from .drawing import draw
 from .model import PICTURE_EDGE
@@ -33,7 +33,7 @@ def world_sheet(columns: int = 8) -> Image.Image:
 
 
 def images(pictures_bchw: Tensor) -> list[Image.Image]:
-    return [*map(to_picture, channels_last(pictures_bchw))]
+    return [*map(to_picture, to_hwc(pictures_bchw))]
 
 
 if __name__ == "__main__":

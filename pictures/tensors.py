@@ -24,20 +24,20 @@ def to_picture(image: Tensor) -> Image.Image:
 
 def for_network(picture: Image.Image) -> Tensor:
     """Colours as a network looks at them, (3, h, w) in -1..1, float32."""
-    return channels_first(_numbers(picture)) / 127.5 - 1
+    return to_chw(_numbers(picture)) / 127.5 - 1
 
 
 def of_network(images: Tensor) -> Tensor:
     """(..., 3, h, w) in -1..1 → (..., h, w, 3) in 0..1, where nothing lies beyond."""
-    return channels_last(images) / 2 + 0.5
+    return to_hwc(images) / 2 + 0.5
 
 
-def channels_first(images: Tensor) -> Tensor:
+def to_chw(images: Tensor) -> Tensor:
     """(..., h, w, channels) → (..., channels, h, w)"""
     return images.movedim(-1, -3)
 
 
-def channels_last(images: Tensor) -> Tensor:
+def to_hwc(images: Tensor) -> Tensor:
     """(..., channels, h, w) → (..., h, w, channels)"""
     return images.movedim(-3, -1)
 

@@ -19,9 +19,7 @@ from .config import TrainConfig
 from .data.latents import Batch, LatentBank, batch_of_step, step_randomness
 from .data.training_concept import TrainingConcept
 from .economy.backward import Backward
-from .economy.casts import casting_each_pass
-from .economy.frozen_layers import keeping_less
-from .economy.layout import fastest_for
+from .economy.economical import economical
 from .economy.processes import Replica
 from .events import (
     Event,
@@ -78,12 +76,7 @@ def train(
         config.gradient_checkpointing,
         on_less=lambda *now: on_event(MemoryShort(len(losses) + 1, *now)),
     )
-    with (
-        fastest_for(denoiser, config.resolution),
-        learner.learning(),
-        casting_each_pass(denoiser),
-        keeping_less(denoiser.network),
-    ):
+    with learner.learning(), economical(denoiser, config.resolution):
         if checkpoint:
             losses = checkpoint.restore(learner.optimizer)
         while len(losses) < config.steps and not should_stop():

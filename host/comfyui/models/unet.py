@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ....diffusion.latents import check_moments
 from ....diffusion.parts import SIZE_WIDTH, check_autoencoder, check_network, check_noise
-from ....pictures.tensors import channels_last
+from ....pictures.tensors import to_hwc
 from .parts import autoencoder_of, network_of, noise_of
 from .weights import (
     _UNET_PREFIX,
@@ -99,7 +99,7 @@ class ComfyDenoiser:
 
     def preview(self, latents_bchw: Tensor) -> Tensor:
         rgb, bias = self._rgb.to(latents_bchw.device), self._rgb_bias.to(latents_bchw.device)
-        images = channels_last(latents_bchw.float()) @ rgb + bias
+        images = to_hwc(latents_bchw.float()) @ rgb + bias
         return (images / 2 + 0.5).clamp(0, 1)
 
 
