@@ -533,7 +533,8 @@ def test_a_denoiser_is_all_that_the_loop_needs_of_a_model(models: DiffusersModel
 
     class Bare:
         def __init__(self, denoiser: DiffusersDenoiser) -> None:
-            for name in ("family", "prediction", "alphas_cumprod", "device", "dtype", "network"):
+            names = ("family", "prediction_type", "alphas_cumprod", "device", "dtype", "network")
+            for name in names:
                 setattr(self, name, getattr(denoiser, name))
             self.projections = dict(reversed(list(denoiser.projections.items())))
             self.predict: Callable[..., Tensor] = denoiser.predict
