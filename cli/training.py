@@ -35,6 +35,9 @@ from .settings import add_setting_options, chosen_settings
 from .torchrun import Team, team
 from .training_job import run_as_job
 
+_BAR_AFTER_S = 0.1
+"""Not at once: what is wrong with the request is told without a bar before it"""
+
 if TYPE_CHECKING:
     from ..host.diffusers.denoiser import DiffusersDenoiser
 
@@ -131,7 +134,8 @@ def _train(options: argparse.Namespace, request: TrainingRequest, together: Team
         else:
             models.text_encoder.to(models.denoiser.device, models.denoiser.dtype)
         denoiser, encoder = models.denoiser, models.text_encoder
-        with tqdm(desc="encoding pictures", unit="view", disable=not together.leads) as bar:
+        encoding = {"desc": "encoding pictures", "unit": "view", "disable": not together.leads}
+        with tqdm(**encoding, delay=_BAR_AFTER_S) as bar:
             run = prepared(request, denoiser, encoder, models.latent_encoder, progress(bar))
         run = partial(run, denoiser, encoder)
         if not together.leads:
