@@ -22,7 +22,7 @@ from .marking import Words
 from .models.text import encoder_names
 from .tokenizer import known_tokens
 
-_WATCHED = "custom_diffusion_watched"
+WATCHED = "custom_diffusion_watched"
 """In a conditioning: the key of the node that watches it"""
 
 
@@ -41,7 +41,7 @@ def watch_attention(
     recorder = AttentionRecorder(_watched(clip, prompt, words))
     watch = Watch(recorder)
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
-    marked = [[features, {**more, _WATCHED: watch.key}] for features, more in conditioning]
+    marked = [[features, {**more, WATCHED: watch.key}] for features, more in conditioning]
     return watch.on(model), marked, recorder
 
 
@@ -88,7 +88,7 @@ class Watch:
 
     def __init__(self, recorder: AttentionRecorder) -> None:
         self.recorder = recorder
-        self.key = f"{_WATCHED}_{uuid.uuid4().hex}"
+        self.key = f"{WATCHED}_{uuid.uuid4().hex}"
         self._hooks = ExitStack()
         self._hooked: set[int] = set()
         self._sigmas: Tensor = torch.zeros(0)
@@ -115,7 +115,7 @@ class Watch:
                 self.recorder.rows = ()
 
     def _flagged(self, condition: Any) -> Any:
-        flag = torch.tensor([[float(condition.get(_WATCHED) == self.key)]])
+        flag = torch.tensor([[float(condition.get(WATCHED) == self.key)]])
         given = {**condition["model_conds"], self.key: comfy.conds.CONDRegular(flag)}
         return {**condition, "model_conds": given}
 
