@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "composition": {"concept", "diffusion"},
     "attention": {"concept", "diffusion", "pictures"},
     "formats": {"concept"},
-    "inspection": {"concept", "compression", "formats"},
+    "inspection": {"concept", "compression", "formats", "pictures"},
     "trainer": {"concept", "diffusion", "pictures"},
     "host": {*LOW, "trainer"},
     "nodes": {*LOW, "trainer", "host"},
