@@ -16,7 +16,8 @@ import _pack  # noqa: F401  (puts the pack on the path)
 import torch
 from _measure import interleaved, options, write_json
 from custom_diffusion.compression.ranks import compress
-from custom_diffusion.concept.concept import Concept, Delta, DenseDelta, LowRankDelta
+from custom_diffusion.concept.concept import Concept
+from custom_diffusion.concept.delta import Delta, DenseDelta, LowRankDelta
 from custom_diffusion.concept.layers import FAMILIES
 from torch import Tensor
 

@@ -17,7 +17,8 @@ import numpy as np
 import scipy.linalg
 import torch
 from _measure import interleaved, options, write_json
-from custom_diffusion.concept.concept import Concept, Delta, DenseDelta, LowRankDelta
+from custom_diffusion.concept.concept import Concept
+from custom_diffusion.concept.delta import Delta, DenseDelta, LowRankDelta
 from custom_diffusion.concept.layers import FAMILIES
 from custom_diffusion.merge.merging import DEFAULT_RELATIVE_RIDGE, merged_deltas
 from custom_diffusion.merge.projector import CaptionFactor, caption_factor, constraint_projector

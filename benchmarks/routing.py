@@ -19,7 +19,8 @@ from custom_diffusion.attention.maps import AttentionRecorder, WatchedWord
 from custom_diffusion.composition.features import mark
 from custom_diffusion.composition.regions import box, shared
 from custom_diffusion.composition.routing import Route
-from custom_diffusion.concept.concept import Concept, LowRankDelta
+from custom_diffusion.concept.concept import Concept
+from custom_diffusion.concept.delta import LowRankDelta
 from custom_diffusion.concept.layers import FAMILIES, is_projection
 
 sys.path.append(os.environ["COMFYUI_PATH"])

@@ -32,7 +32,7 @@ from custom_diffusion.host.clip.text_encoder import ClipTextEncoder
 from custom_diffusion.host.diffusers.denoiser import DiffusersDenoiser
 from custom_diffusion.host.open_clip.vocabulary import clip_tokenizer
 from custom_diffusion.trainer.config import TrainConfig
-from custom_diffusion.trainer.economy.backward import checkpointed
+from custom_diffusion.trainer.economy.backward import recomputed
 from custom_diffusion.trainer.economy.frozen_layers import keeping_less
 from custom_diffusion.trainer.learning.projections import KeyValueProjections
 from custom_diffusion.trainer.learning.prompt_features import PromptFeatures
@@ -214,7 +214,7 @@ class Counted:
             mock.patch.object(F, "scaled_dot_product_attention", _fused_attention),
             projections.installed(),
             keeping_less(network),
-            checkpointed(network, blocks),
+            recomputed(network, blocks),
             Living([*network.parameters(), *_tensors(projections)]) as living,
         ):
             for _ in range(2):  # parts of a batch: the second meets the gradients of the first

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ..concept.concept import Concept
-from ..trainer.economy.processes import DataParallel
+from ..trainer.economy.processes import Replica
 from .models import check_device
 
 _CPU = torch.device("cpu")
@@ -24,15 +24,15 @@ _CPU = torch.device("cpu")
 class Team:
     """The processes that torchrun started; without it, one that leads nobody."""
 
-    def __init__(self, parallel: DataParallel, device: str) -> None:
+    def __init__(self, replica: Replica, device: str) -> None:
         self.device = device
         """Of this process"""
-        self._parallel = parallel
+        self._replica = replica
         self._led = False
 
     @property
     def leads(self) -> bool:
-        return self._parallel.rank == 0
+        return self._replica.rank == 0
 
     def train(
         self, run: Callable[..., Concept], *, should_stop: Callable[[], bool], **given: Any
@@ -61,11 +61,11 @@ class Team:
         self, run: Callable[..., Concept], should_stop: Callable[[], bool], given: dict[str, Any]
     ) -> Concept:
         return run(
-            parallel=self._parallel, should_stop=lambda: self._parallel.any(should_stop()), **given
+            replica=self._replica, should_stop=lambda: self._replica.any(should_stop()), **given
         )
 
     def _from_leader(self, given: dict[str, Any] | None) -> dict[str, Any] | None:
-        if self._parallel.size == 1:
+        if self._replica.size == 1:
             return given
         box = [given]
         dist.broadcast_object_list(box, src=0, device=_CPU)
@@ -76,7 +76,7 @@ class Team:
 def team(device: str) -> Iterator[Team]:
     """While the context lasts the processes can train together. `device` is cpu or cuda."""
     if not dist.is_available() or not dist.is_torchelastic_launched():
-        yield Team(DataParallel(), device)
+        yield Team(Replica(), device)
         return
     on_gpu = device.startswith("cuda")
     if on_gpu:
@@ -85,7 +85,7 @@ def team(device: str) -> Iterator[Team]:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
-        together = Team(DataParallel(dist.get_rank(), dist.get_world_size()), device)
+        together = Team(Replica(dist.get_rank(), dist.get_world_size()), device)
         yield together
         together.dismiss()
     finally:

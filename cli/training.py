@@ -25,10 +25,9 @@ from ..trainer.data.training_concept import TrainingConcept, instance_caption
 from ..trainer.events import Event, Notice, StepDone
 from ..trainer.jobs.fingerprint import training_fingerprint
 from ..trainer.learning.network_file import fold_in, write_network
-from ..trainer.loop import train
 from ..trainer.methods import METHODS
-from ..trainer.prepare import prepare
-from ..trainer.start import check_start
+from ..trainer.request import TrainingRequest
+from ..trainer.teach import prepared
 from .models import DEFAULTS, add_model_options, captions_for, load, precision, recipe_for
 from .output import check_new, progress, save, save_at_any_rate, stop_on_interrupt
 from .parsing import named
@@ -104,10 +103,11 @@ def train_command(options: argparse.Namespace) -> None:
     config = training_config(options)
     concepts = _training_concepts(options)
     start = read_concept(options.start) if options.start else None
+    request = TrainingRequest(config, concepts, start)
     with team(options.device) as together:
         if together.leads:
             _show_advice(options, concepts)
-        _train(options, config, concepts, start, together)
+        _train(options, request, together)
 
 
 def _show_advice(options: argparse.Namespace, concepts: list[TrainingConcept]) -> None:
@@ -120,47 +120,29 @@ def _show_advice(options: argparse.Namespace, concepts: list[TrainingConcept]) -
             print(f"note: {sentence}", file=sys.stderr)
 
 
-def _train(
-    options: argparse.Namespace,
-    config: TrainConfig,
-    concepts: list[TrainingConcept],
-    start: Concept | None,
-    together: Team,
-) -> None:
+def _train(options: argparse.Namespace, request: TrainingRequest, together: Team) -> None:
     from ..host.diffusers.lending import borrowed_models
 
+    config = request.config
     pipeline = load(options.model, together.device, precision(options.precision, together.device))
     with borrowed_models(pipeline) as models:
         if config.text_encoder_on_cpu:
             models.text_encoder.to(torch.device("cpu"))
         else:
             models.text_encoder.to(models.denoiser.device, models.denoiser.dtype)
-        if start:  # before the time that encoding takes
-            check_start(start, models.denoiser, config)
+        denoiser, encoder = models.denoiser, models.text_encoder
         with tqdm(desc="encoding pictures", unit="view", disable=not together.leads) as bar:
-            banks = [
-                prepare(
-                    one,
-                    config,
-                    models.latent_encoder,
-                    models.text_encoder,
-                    progress(bar),
-                    start=start,
-                )
-                for one in concepts
-            ]
-        run = partial(
-            train, config, concepts, banks, models.denoiser, models.text_encoder, start=start
-        )
+            run = prepared(request, denoiser, encoder, models.latent_encoder, progress(bar))
+        run = partial(run, denoiser, encoder)
         if not together.leads:
             together.follow(run)
             return
         run = partial(together.train, run)
-        finish = partial(_finished, options, models.denoiser, models.text_encoder)
-        save_result = partial(_save, options, models.denoiser)
+        finish = partial(_finished, options, denoiser, encoder)
+        save_result = partial(_save, options, denoiser)
         if options.jobs:
             networks = (pipeline.unet, pipeline.vae)
-            same = training_fingerprint(config, concepts, models.text_encoder, networks, start)
+            same = training_fingerprint(request, encoder, networks)
             fingerprint = f"{options.output} {same}"
 
             def keep(result: Concept) -> Path:

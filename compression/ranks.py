@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..concept.concept import Concept, Delta, DenseDelta, LowRankDelta
+from ..concept.concept import Concept
+from ..concept.delta import Delta, DenseDelta, LowRankDelta
 from ..concept.errors import ConfigError
 from ..concept.file import concept_tensors
 from .spectrum import Components, components
@@ -148,7 +149,7 @@ class _Choices:
     @staticmethod
     def of(parts: Components) -> _Choices:
         out, width = parts.delta.shape
-        whole = min(_numbers(parts.delta), out * width)
+        whole = min(parts.delta.numbers, out * width)
         smaller = min(len(parts.values), (whole - 1) // (out + width))
         energies = parts.values.square().flip(0).cumsum(0).flip(0).tolist()
         lost = [*energies, 0.0][: smaller + 1]
@@ -325,19 +326,14 @@ def _cut(
 
 def _smaller_form(delta: Delta) -> Delta:
     out, width = delta.shape
-    return DenseDelta(delta.dense()) if _numbers(delta) > out * width else delta
-
-
-def _numbers(delta: Delta) -> int:
-    out, width = delta.shape
-    return delta.rank * (out + width) if isinstance(delta, LowRankDelta) else out * width
+    return DenseDelta(delta.dense()) if delta.numbers > out * width else delta
 
 
 def _file_bytes(concept: Concept) -> int:
     """At most so large is the concept's file in half precision; some kilobytes less, as a rule."""
     tensors = concept_tensors(concept)
     numbers = sum(tensor.numel() for tensor in tensors.values())
-    alphas = sum(isinstance(delta, LowRankDelta) for delta in concept.deltas.values())
+    alphas = sum(not tensor.ndim for tensor in tensors.values())
     entries = sum(len(name.encode()) + _ENTRY_BYTES for name in tensors)
     words = [[token.name, token.class_noun, token.initializer] for token in concept.tokens]
     said = json.dumps([json.dumps(dict(concept.provenance)), concept.constraint_prompts, words * 2])

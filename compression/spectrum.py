@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..concept.concept import Concept, Delta, LowRankDelta
+from ..concept.concept import Concept
+from ..concept.delta import Delta, LowRankDelta
 
 _GRAM_BLOCKS = 4
 _TINY = torch.finfo(torch.float32).tiny
@@ -35,8 +36,8 @@ class Components:
         A part's size is shared by its two factors, so that neither is small in half precision.
         """
         basis, transposed = self.basis[:, :rank], False
-        if isinstance(self.delta, LowRankDelta):
-            across = (basis.T @ self.delta.up.to(basis)) @ self.delta.down.to(basis)
+        if (factors := self.delta.factors) is not None:
+            across = (basis.T @ factors.up.to(basis)) @ factors.down.to(basis)
         else:
             wide, transposed = _wide(self.delta)
             energies = self.values.square()
@@ -60,9 +61,9 @@ def components(delta: Delta) -> Components:
     where it leaves so little that this would be seen. Factors are decomposed in float64 through
     their triangular parts, and exactly.
     """
-    if isinstance(delta, LowRankDelta):
-        outer, triangle = torch.linalg.qr(delta.up.double())
-        inner = triangle @ torch.linalg.qr(delta.down.double().T).R.T
+    if (factors := delta.factors) is not None:
+        outer, triangle = torch.linalg.qr(factors.up.double())
+        inner = triangle @ torch.linalg.qr(factors.down.double().T).R.T
         left, values, _ = torch.linalg.svd(inner, full_matrices=False)
         basis = outer @ left
     else:
@@ -82,8 +83,8 @@ def singular_values(delta: Delta) -> Tensor:
     Of the smaller Gram matrix, which is several times as fast as an SVD of the whole matrix; of
     factors through their triangular parts, without building the matrix.
     """
-    if isinstance(delta, LowRankDelta):
-        up, down = delta.up.double(), delta.down.double()
+    if (factors := delta.factors) is not None:
+        up, down = factors.up.double(), factors.down.double()
         inner = torch.linalg.qr(up).R @ torch.linalg.qr(down.T).R.T
         values: Tensor = torch.linalg.svdvals(inner)
         return values

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .concept import Concept, Delta, LowRankDelta
+from .concept import Concept
+from .delta import Delta
 from .layers import MOST_LAYERS, MOST_NUMBERS, WIDEST, is_projection
 
 MOST_VECTORS = 1000
@@ -83,7 +84,7 @@ def _check_delta(layer: str, delta: Delta) -> None:
     for name, tensor in delta.tensors().items():
         if name != "alpha":
             check_matrix(f"{layer}.{name}", tensor)
-    if isinstance(delta, LowRankDelta):
-        norms = [float(factor.double().norm()) for factor in (delta.up, delta.down)]
+    if (factors := delta.factors) is not None:
+        norms = [float(factor.double().norm()) for factor in (factors.up, factors.down)]
         if not norms[0] * norms[1] <= _LARGEST:
             raise ValueError(f"{layer}: its factors stand for values that are not finite")

@@ -5,7 +5,6 @@ one.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -14,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .delta import Delta
 from .errors import TokenError
 from .layers import FAMILIES, Family, sort_layers
 from .prompts import check_modifier_token
@@ -21,78 +21,6 @@ from .prompts import check_modifier_token
 SAME_WORD_DISTANCE = 1e-2
 """Words whose vectors are closer than this, relative to their length, are one word"""
 
-
-@dataclass(frozen=True)
-class DenseDelta:
-    """The change of one projection, `weight` (out, in)."""
-
-    weight: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
-
-    def dense(self) -> Tensor:
-        return self.weight
-
-    def map_rows(self, rows: Tensor) -> Tensor:
-        """rows (s, in) → (s, out): what the change adds to the projection of each row."""
-        return rows @ self.weight.to(rows.dtype).T
-
-    def to(self, dtype: torch.dtype) -> DenseDelta:
-        return DenseDelta(self.weight.to(dtype))
-
-    def scaled(self, factor: float) -> DenseDelta:
-        """In float32."""
-        return DenseDelta(self.weight.float() * factor)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Named as stock LoRA loaders read them."""
-        return {"diff": self.weight}
-
-
-@dataclass(frozen=True)
-class LowRankDelta:
-    """The change of one projection as `up` (out, rank) times `down` (rank, in)."""
-
-    up: Tensor
-    down: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.up.shape[0], self.down.shape[1]
-
-    @property
-    def rank(self) -> int:
-        return self.up.shape[1]
-
-    def dense(self) -> Tensor:
-        return self.up.float() @ self.down.float()
-
-    def map_rows(self, rows: Tensor) -> Tensor:
-        """rows (s, in) → (s, out), without building the dense matrix."""
-        return (rows @ self.down.to(rows.dtype).T) @ self.up.to(rows.dtype).T
-
-    def to(self, dtype: torch.dtype) -> LowRankDelta:
-        return LowRankDelta(self.up.to(dtype), self.down.to(dtype))
-
-    def scaled(self, factor: float) -> LowRankDelta:
-        """In float32, a root of the factor on either side: in half precision all of it on one
-        could be too large or too small for the type.
-        """
-        root = math.sqrt(abs(factor))
-        return LowRankDelta(self.up.float() * math.copysign(root, factor), self.down.float() * root)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Named as stock LoRA loaders read them; alpha = rank makes their scale exactly one."""
-        return {
-            "lora_up.weight": self.up,
-            "lora_down.weight": self.down,
-            "alpha": torch.tensor(float(self.rank)),
-        }
-
-
-Delta = DenseDelta | LowRankDelta
 
 Scope = Literal["every word", "own words"]
 """The words of a prompt through which a concept was taught: all of them, or its own alone, V* and

@@ -3,7 +3,6 @@
 docs/concept-format.md describes it for other tools. Reading never unpickles.
 """
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from .atomic import write_atomically
 from .checks import check_concept, check_sizes
-from .concept import Concept, Delta, DenseDelta, LowRankDelta, ModifierToken
+from .concept import Concept, ModifierToken
+from .delta import PARTS, Delta, delta_of, shape_of
 from .errors import ConceptFileError, CustomDiffusionError
 from .header import ConceptHeader, damage, metadata_of
 from .layers import is_cross_attention
@@ -22,7 +22,6 @@ from .naming import write_new
 from .tensors import at_least_half, read_header, read_tensors
 
 _WEIGHT_PREFIX = "diffusion_model."
-_DELTA_PARTS = ("diff", "lora_up.weight", "lora_down.weight", "alpha")
 _EMBEDDING_PREFIX = "bundle_emb."
 _SINGLE_ENCODER_SUFFIX = "string_to_param.*"
 
@@ -103,15 +102,25 @@ def concept_of(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
 
 def concept_tensors(concept: Concept) -> dict[str, Tensor]:
     """The tensors of the file, under the names that stock LoRA and embedding loaders read."""
-    tensors = {
+    return {**delta_tensors(concept), **embedding_tensors(concept)}
+
+
+def delta_tensors(concept: Concept) -> dict[str, Tensor]:
+    """Those of what it changes in the UNet."""
+    return {
         f"{_WEIGHT_PREFIX}{layer}.{name}": tensor
         for layer in concept.layers
         for name, tensor in concept.deltas[layer].tensors().items()
     }
-    for token in concept.tokens:
-        for encoder, embedding in token.embeddings.items():
-            tensors[_embedding_key(token.name, encoder, len(token.embeddings))] = embedding
-    return tensors
+
+
+def embedding_tensors(concept: Concept) -> dict[str, Tensor]:
+    """Those of its words."""
+    return {
+        _embedding_key(token.name, encoder, len(token.embeddings)): embedding
+        for token in concept.tokens
+        for encoder, embedding in token.embeddings.items()
+    }
 
 
 def _embedding_key(token: str, encoder: str, encoders: int) -> str:
@@ -123,40 +132,17 @@ def _is_ours(name: str) -> bool:
 
 
 def _deltas(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
-    groups: dict[str, dict[str, Tensor]] = {}
+    layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith(_WEIGHT_PREFIX):
             path = key.removeprefix(_WEIGHT_PREFIX)
-            name = next((name for name in _DELTA_PARTS if path.endswith(f".{name}")), "")
-            layer = path.removesuffix(f".{name}")
-            groups.setdefault(layer, {})[name] = tensor
-    check_sizes({layer: _shape(parts) for layer, parts in groups.items()})
-    return {layer: _delta(layer, parts) for layer, parts in groups.items()}
-
-
-def _shape(parts: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Of the matrix that they stand for; that of their own where they are no matrices."""
-    up, down = parts.get("lora_up.weight"), parts.get("lora_down.weight")
-    if up is not None and down is not None and up.ndim == down.ndim == 2:
-        return len(up), down.shape[1]
-    return tuple(next(iter(parts.values())).shape)
-
-
-def _delta(layer: str, parts: Mapping[str, Tensor]) -> Delta:
-    if not is_cross_attention(layer):
-        raise ValueError(f"{layer} is no matrix of a cross-attention layer")
-    if parts.keys() == {"diff"}:
-        return DenseDelta(parts["diff"])
-    if parts.keys() != {*_DELTA_PARTS} - {"diff"}:
-        raise ValueError(f"{layer} has {sorted(parts)}, needed 'diff' or up, down and alpha")
-    up, down = parts["lora_up.weight"], parts["lora_down.weight"]
-    if up.ndim != 2 or down.ndim != 2 or up.shape[1] != len(down) or not len(down):
-        raise ValueError(f"{layer}: up {tuple(up.shape)} and down {tuple(down.shape)} do not chain")
-    delta = LowRankDelta(up, down)
-    scale = float(parts["alpha"]) / delta.rank
-    if not math.isfinite(scale):
-        raise ValueError(f"{layer}.alpha is not finite")
-    return delta if scale == 1.0 else delta.scaled(scale)
+            part = next((part for part in PARTS if path.endswith(f".{part}")), "")
+            layers.setdefault(path.removesuffix(f".{part}"), {})[part] = tensor
+    check_sizes({layer: shape_of(parts) for layer, parts in layers.items()})
+    for layer in layers:
+        if not is_cross_attention(layer):
+            raise ValueError(f"{layer} is no matrix of a cross-attention layer")
+    return {layer: delta_of(layer, parts) for layer, parts in layers.items()}
 
 
 def _tokens(tensors: Mapping[str, Tensor], header: ConceptHeader) -> tuple[ModifierToken, ...]:

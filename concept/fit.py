@@ -79,6 +79,17 @@ def check_fit(concept: Concept, family: Family, shapes: Mapping[str, tuple[int, 
     )
 
 
+def check_weight_patches(concept: Concept) -> None:
+    """Raises IncompatibleModelError where a part of it cannot be added to a model's weights."""
+    beyond = [layer for layer, delta in concept.deltas.items() if not delta.is_weight_patch]
+    if beyond:
+        raise IncompatibleModelError(
+            f"The concept {concept.describe()} changes {len(beyond)} layers otherwise than by "
+            f"their weights ({beyond[0]} for one), so it cannot be added to a model or saved as "
+            f"weights. Use Route Concepts, which asks it row by row."
+        )
+
+
 def text_remark(concept: Concept, mark: Sequence[float]) -> str:
     """What may show in pictures because a text encoder, known by its `text_mark`, is not the one
     that the concept was made with; empty where it is, or where the concept does not remember.

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .protocols import Prediction
+from .protocols import PredictionType
 
 
 def add_noise(
@@ -18,21 +18,25 @@ def target(
     noise: Tensor,
     timesteps: Tensor,
     alphas_cumprod: Tensor,
-    prediction: Prediction,
+    prediction_type: PredictionType,
 ) -> Tensor:
     """What the network should predict: ε, or v = √ᾱ_t ε − √(1 − ᾱ_t) x_0."""
-    if prediction == "epsilon":
+    if prediction_type == "epsilon":
         return noise
     signal, sigma = _signal_and_noise(timesteps, alphas_cumprod, latents_bchw)
     return signal * noise - sigma * latents_bchw
 
 
 def denoised(
-    noisy: Tensor, output: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, prediction: Prediction
+    noisy: Tensor,
+    output: Tensor,
+    timesteps: Tensor,
+    alphas_cumprod: Tensor,
+    prediction_type: PredictionType,
 ) -> tuple[Tensor, Tensor]:
     """The x_0 and ε that a network's output stands for; the inverse of `target`."""
     signal, sigma = _signal_and_noise(timesteps, alphas_cumprod, noisy)
-    if prediction == "epsilon":
+    if prediction_type == "epsilon":
         return (noisy - sigma * output) / signal, output
     return signal * noisy - sigma * output, sigma * noisy + signal * output
 

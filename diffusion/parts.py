@@ -10,7 +10,7 @@ from ..concept.errors import IncompatibleModelError
 from ..concept.fit import check_text_width
 from ..concept.layers import family_of_width
 from .latents import LATENT_PIXELS
-from .protocols import Prediction
+from .protocols import PredictionType
 
 LATENT_CHANNELS = 4
 """Of every Stable Diffusion 1.x, 2.x and XL"""
@@ -21,7 +21,7 @@ LEAST_SIGNAL = 1e-6
 """The ᾱ that has to be left at the end of a schedule for a network that predicts noise: a picture
 is noise minus prediction, divided by √ᾱ. Stable Diffusion's is 5e-3.
 """
-_PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v"}
+_PREDICTIONS: dict[str, PredictionType] = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def check_network(network: Network) -> None:
         )
 
 
-def check_noise(noise: Noise) -> Prediction:
+def check_noise(noise: Noise) -> PredictionType:
     """What the network predicts. Raises IncompatibleModelError for a model that is neither trained
     on noise nor on velocity at a table of noise levels, and for one that cannot be drawn from.
     """
@@ -129,7 +129,7 @@ def check_autoencoder(autoencoder: Autoencoder) -> None:
 
 def check_parts(
     network: Network, noise: Noise, autoencoder: Autoencoder, text_width: int
-) -> Prediction:
+) -> PredictionType:
     """What the network predicts, of parts that go together.
 
     `text_width` is that of all text encoders' features side by side. Raises IncompatibleModelError

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..concept.layers import Family
 
-Prediction = Literal["epsilon", "v"]
+PredictionType = Literal["epsilon", "v"]
 Sizes = tuple[int, int, int, int, int, int]
 """Where a training picture comes from, in pixels: height and width of the original; top and left of
 the crop, after it was resized; height and width of what is seen."""
@@ -23,7 +23,7 @@ class Denoiser(Protocol):
     """A latent diffusion UNet with cross-attention, its weights frozen."""
 
     family: Family
-    prediction: Prediction
+    prediction_type: PredictionType
     """What the network predicts: the noise, or the velocity."""
     alphas_cumprod: Tensor
     """The noise schedule ᾱ_t (T,), float32, on the CPU."""
@@ -34,7 +34,7 @@ class Denoiser(Protocol):
     projections: Mapping[str, str]
     """Layer name (`concept.layers`) → path of its linear module inside `network`."""
     blocks: Sequence[str]
-    """Paths of its residual and transformer blocks, which checkpointing computes twice."""
+    """Paths of its residual and transformer blocks, which gradient checkpointing computes twice."""
 
     def predict(
         self,

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..concept.text import TextFeatures
 from .latents import LATENT_PIXELS
 from .noise import denoised
-from .protocols import Prediction, whole_picture
+from .protocols import PredictionType, whole_picture
 
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], Tensor]
 """(latents, timesteps, context, pooled, sizes) → the network's output"""
@@ -21,7 +21,7 @@ def ddim_sample(
     text: TextFeatures,
     nothing: TextFeatures,
     alphas_cumprod: Tensor,
-    prediction: Prediction,
+    prediction_type: PredictionType,
     steps: int = 20,
     guidance: float = 6.0,
 ) -> Tensor:
@@ -44,7 +44,7 @@ def ddim_sample(
         guided, unguided = output.chunk(2)
         output = unguided + guidance * (guided - unguided)
         clean, noise = denoised(
-            latents, output, timesteps[: len(latents)], alphas_cumprod, prediction
+            latents, output, timesteps[: len(latents)], alphas_cumprod, prediction_type
         )
         alpha = alphas_cumprod[following].to(latents)
         latents = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise

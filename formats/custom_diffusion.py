@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..concept.checks import MOST_WORDS
-from ..concept.concept import Delta, DenseDelta, LowRankDelta
+from ..concept.delta import Delta, DenseDelta, LowRankDelta
 from ..concept.errors import ConceptFileError
 from ..concept.layers import FAMILIES, is_projection
 from ..concept.plain import plain_text, read_json

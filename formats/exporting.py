@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..concept.atomic import write_atomically
-from ..concept.concept import Concept, DenseDelta, LowRankDelta, ModifierToken
+from ..concept.concept import Concept, ModifierToken
+from ..concept.delta import LowRankDelta
 from ..concept.errors import ConceptFileError, IncompatibleModelError
-from ..concept.file import concept_tensors
-from ..concept.fit import check_fit
+from ..concept.file import delta_tensors
+from ..concept.fit import check_fit, check_weight_patches
 from ..concept.layers import is_projection, layer_to_diffusers
 from ..concept.tensors import read_header
 from .base import BaseModel, read_cross_attention
@@ -63,10 +64,9 @@ def export_concept(
     and embeddings; where whole matrices are written, all is float32.
     Raises ConceptFileError, and IncompatibleModelError where the base is another.
     """
+    check_weight_patches(concept)
     chosen = FORMATS[kind]
-    if chosen.needs_low_rank and not all(
-        isinstance(delta, LowRankDelta) for delta in concept.deltas.values()
-    ):
+    if chosen.needs_low_rank and any(d.factors is None for d in concept.deltas.values()):
         raise ConceptFileError(
             f"{chosen.title} holds factors only, and this concept is dense: {concept.describe()}. "
             f"Compress it first (--rank, or CompressConcept)."
@@ -103,24 +103,25 @@ def export_concept(
     return targets
 
 
-def bake(concept: Concept, checkpoint: Path, path: Path) -> list[str]:
+def bake(concept: Concept, model_file: Path, path: Path) -> list[str]:
     """Writes a checkpoint, or a UNet of diffusers, with the concept in its weights.
 
     Returns the tokens, which a checkpoint has no place for: export them as embeddings. Reads and
     writes .safetensors, keeps every other byte. Raises ConceptFileError, and IncompatibleModelError
     where layers or shapes differ.
     """
-    weights = read_cross_attention(checkpoint)
+    check_weight_patches(concept)
+    weights = read_cross_attention(model_file)
     base = BaseModel.of(weights.items())
     names = {layer_of(name.removesuffix(".weight")): name for name in weights}
     check_fit(concept, base.family, {k: tuple(w.shape) for k, w in base.weights.items()})
     if path.exists():
         raise ConceptFileError(f"{path} exists already. Choose another name, or move it.")
-    header = read_header(checkpoint)
+    header = read_header(model_file)
 
     def write(temporary: Path) -> None:
         """A copy with other bytes where the concept changes it: nothing else has to be read."""
-        shutil.copyfile(checkpoint, temporary)
+        shutil.copyfile(model_file, temporary)
         with open(temporary, "r+b") as file:
             for layer, delta in concept.deltas.items():
                 weight = weights[names[layer]]
@@ -133,7 +134,7 @@ def bake(concept: Concept, checkpoint: Path, path: Path) -> list[str]:
 
 
 def _comfyui_lora(concept: Concept, _base: Tensors) -> list[File]:
-    tensors = {k: t for k, t in concept_tensors(concept).items() if not k.startswith("bundle_emb.")}
+    tensors = delta_tensors(concept)
     return [(".safetensors", tensors, {})] if tensors else []
 
 
@@ -145,15 +146,15 @@ def _kohya_lora(concept: Concept, _base: Tensors) -> list[File]:
     larger or smaller instead: diffusers takes one layer's alpha for all.
     """
     original = concept.family.name == "sdxl"
-    ranks = Counter(d.rank for d in concept.deltas.values() if isinstance(d, LowRankDelta))
+    ranks = Counter(d.rank for d in concept.deltas.values() if d.rank is not None)
     alpha = max(ranks, key=lambda rank: (ranks[rank], rank), default=1)
     tensors: dict[str, Tensor] = {}
     for layer, delta in concept.deltas.items():
         name = kohya_name(layer, diffusers_blocks=not original)
         parts = delta.tensors()
-        if isinstance(delta, LowRankDelta):
-            if delta.rank != alpha:
-                parts = delta.scaled(delta.rank / alpha).to(delta.up.dtype).tensors()
+        if (factors := delta.factors) is not None:
+            if factors.rank != alpha:
+                parts = factors.scaled(factors.rank / alpha).to(factors.up.dtype).tensors()
             parts["alpha"] = torch.tensor(float(alpha))
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     return [(".safetensors", tensors, {"ss_network_module": "networks.lora"})] if tensors else []
@@ -164,9 +165,9 @@ def _diffusers_lora(concept: Concept, _base: Tensors) -> list[File]:
     diffusers 0.42 only where all ranks are the same: smaller ones are filled up with zeros.
     """
     tensors = {}
-    rank = max((d.rank for d in concept.deltas.values() if isinstance(d, LowRankDelta)), default=0)
-    for layer, delta in concept.deltas.items():
-        assert isinstance(delta, LowRankDelta)
+    deltas = _factors(concept)
+    rank = max((delta.rank for delta in deltas.values()), default=0)
+    for layer, delta in deltas.items():
         path, missing = f"unet.{layer_to_diffusers(layer)}", rank - delta.rank
         tensors[f"{path}.lora_A.weight"] = functional.pad(delta.down, (0, 0, 0, missing))
         tensors[f"{path}.lora_B.weight"] = functional.pad(delta.up, (0, missing))
@@ -203,13 +204,10 @@ def _adobe(concept: Concept, base: Tensors) -> list[File]:
 
 
 def _adobe_compressed(concept: Concept, _base: Tensors) -> list[File]:
-    unet = {}
-    for layer, delta in concept.deltas.items():
-        assert isinstance(delta, LowRankDelta)
-        unet[f"{layer_to_diffusers(layer)}.weight"] = {
-            "u": delta.up.float(),
-            "v": delta.down.float(),
-        }
+    unet = {
+        f"{layer_to_diffusers(layer)}.weight": {"u": delta.up.float(), "v": delta.down.float()}
+        for layer, delta in _factors(concept).items()
+    }
     return [(".bin", {"unet": unet, "modifier_token": _adobe_words(concept)}, None)]
 
 
@@ -232,12 +230,12 @@ def _a1111_delta(concept: Concept, _base: Tensors) -> list[File]:
     entries, tensors = {}, {}
     for layer, delta in concept.deltas.items():
         name = f"model.diffusion_model.{layer}.weight"
-        if isinstance(delta, DenseDelta):
+        if (factors := delta.factors) is None:
             entries[name] = "delta"
-            tensors[name] = delta.weight
+            tensors[name] = delta.dense()
         else:
             entries[name] = "delta_factors"
-            tensors[f"{name}.US"], tensors[f"{name}.Vh"] = delta.up, delta.down
+            tensors[f"{name}.US"], tensors[f"{name}.Vh"] = factors.up, factors.down
     header = {"json": json.dumps({"meta": {"version": "0.2.0"}, "entries": entries})}
     return [(".safetensors", tensors, header)] if tensors else []
 
@@ -256,6 +254,12 @@ FORMATS: Mapping[str, Format] = {
     "a1111-delta": Format("A delta for A1111's extension", _a1111_delta),
 }
 """By the name that the command line and the node offer."""
+
+
+def _factors(concept: Concept) -> dict[str, LowRankDelta]:
+    """By layer; all of a concept that `needs_low_rank` has let pass."""
+    factors = {layer: delta.factors for layer, delta in concept.deltas.items()}
+    return {layer: both for layer, both in factors.items() if both is not None}
 
 
 def _whole(concept: Concept, base: Tensors) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..concept.concept import Delta
+from ..concept.delta import Delta
 from ..concept.plain import plain_text
 from .relative import Relative
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..concept.checks import check_concept, check_sizes
-from ..concept.concept import Concept, Delta, DenseDelta, ModifierToken
+from ..concept.concept import Concept, ModifierToken
+from ..concept.delta import Delta, DenseDelta
 from ..concept.errors import ConceptFileError, CustomDiffusionError, IncompatibleModelError
 from ..concept.file import concept_of
 from ..concept.header import FORMAT, ConceptHeader
@@ -91,7 +92,7 @@ def open_concept(path: Path, base: BaseModel | None = None, class_noun: str = ""
         raise IncompatibleModelError(f"{path.name}, {found.title}: {error}") from error
     except (CustomDiffusionError, ValueError, RuntimeError) as error:
         raise ConceptFileError(f"{path.name}, {found.title}: {error}") from error
-    if concept.deltas and all(_is_nothing(delta) for delta in concept.deltas.values()):
+    if concept.deltas and all(delta.is_zero() for delta in concept.deltas.values()):
         found.notes.append("its changes are all 0, so it does nothing to a model")
     provenance: dict[str, Any] = {
         "imported_from": plain_text(path.name, len(path.name)),
@@ -107,12 +108,6 @@ def open_concept(path: Path, base: BaseModel | None = None, class_noun: str = ""
         )
     concept = replace(concept, provenance=provenance)
     return Opened(concept, found.title, tuple(found.notes), tuple(facts))
-
-
-def _is_nothing(delta: Delta) -> bool:
-    if isinstance(delta, DenseDelta):
-        return not delta.weight.any()
-    return not (delta.up.any() and delta.down.any())
 
 
 def companions(path: Path) -> list[Path]:

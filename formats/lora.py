@@ -9,11 +9,18 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..concept.checks import check_sizes
-from ..concept.concept import DenseDelta, LowRankDelta
 from ..concept.layers import MOST_LAYERS
 from .content import Content, container, tensors_of
 from .found import Found
-from .modules import Scale, flattened, made_shape, read_module, split_name
+from .modules import (
+    Scale,
+    check_floats,
+    flattened,
+    made_shape,
+    read_delta,
+    read_relative,
+    split_name,
+)
 from .names import layer_of
 from .peft import peft_scale
 
@@ -133,13 +140,13 @@ def _take_modules(found: Found, file: _Sorted, scale: Scale | None) -> None:
         if parts[module].keys() == {"bias"}:
             continue
         try:
-            change = read_module(module, parts[module], scale)
+            check_floats(parts[module])
+            if relative := read_relative(module, parts[module], scale):
+                found.relative[layer] = relative
+            else:
+                found.deltas[layer] = read_delta(module, parts[module], scale)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ValueError(f"{module}: {error}") from error
-        if isinstance(change, DenseDelta | LowRankDelta):
-            found.deltas[layer] = change
-        else:
-            found.relative[layer] = change
         found.used.update(file.names[module])
     biases = [
         name

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..concept.concept import Delta, DenseDelta, LowRankDelta
+from ..concept.delta import Delta, DenseDelta, LowRankDelta
 from .relative import Decomposed, Generalized, Relative, Scaled, Turned
 
 Parts = Mapping[str, Tensor]
@@ -84,34 +84,41 @@ def made_shape(parts: Parts) -> tuple[int, int] | None:
     return first[0] * second[0], first[1] * second[1]
 
 
-def read_module(name: str, parts: Parts, scale: Scale | None) -> Delta | Relative:
-    """What the parts of a module stand for; without `scale` its own alpha says how strong it is.
-    Biases are left out. Raises ValueError.
-    """
-    kinds = parts.keys() - _BESIDE
-    for part in kinds:
+def check_floats(parts: Parts) -> None:
+    """Raises ValueError where a module is made of other numbers."""
+    for part in parts.keys() - _BESIDE:
         if not parts[part].is_floating_point():
             raise ValueError(f"its {part} is {parts[part].dtype}; floats are needed")
-    known: Delta | Relative
-    if kinds == {"weight"} and "on_input" in parts:
-        known = Scaled(parts["weight"].flatten(), bool(parts["on_input"].item()))
-    elif kinds == {"ia3_l"} and parts["ia3_l"].ndim == 2 and 1 in parts["ia3_l"].shape:
-        factors = parts["ia3_l"].float()  # PEFT's: of columns (1, in), or of rows (out, 1)
-        known = Scaled(factors.flatten() - 1, of_columns=len(factors) == 1)
-    elif kinds == {"oft_blocks"} and parts["oft_blocks"].ndim == 3:
-        known = _turned(name, parts)
-    elif kinds == _GENERALIZED:
-        known = _generalized(name, parts, scale)
-    else:
-        known = _delta(name, parts, scale)
+
+
+def read_relative(name: str, parts: Parts, scale: Scale | None) -> Relative | None:
+    """What the parts of a module do to the base model's matrix; None where they are a change by
+    themselves, `read_delta`'s. Raises ValueError.
+    """
+    known = _turned_or_scaled(name, parts, scale)
     if "magnitude" not in parts:
         return known
-    if not isinstance(known, DenseDelta | LowRankDelta):
+    if known is not None:
         raise ValueError(f"it has magnitudes beside {known.kind}, which no tool writes")
-    return Decomposed(known, parts["magnitude"])
+    return Decomposed(read_delta(name, parts, scale), parts["magnitude"])
 
 
-def _delta(name: str, parts: Parts, scale: Scale | None) -> Delta:
+def _turned_or_scaled(name: str, parts: Parts, scale: Scale | None) -> Relative | None:
+    kinds = parts.keys() - _BESIDE
+    if kinds == {"weight"} and "on_input" in parts:
+        return Scaled(parts["weight"].flatten(), bool(parts["on_input"].item()))
+    if kinds == {"ia3_l"} and parts["ia3_l"].ndim == 2 and 1 in parts["ia3_l"].shape:
+        factors = parts["ia3_l"].float()  # PEFT's: of columns (1, in), or of rows (out, 1)
+        return Scaled(factors.flatten() - 1, of_columns=len(factors) == 1)
+    if kinds == {"oft_blocks"} and parts["oft_blocks"].ndim == 3:
+        return _turned(name, parts)
+    return _generalized(name, parts, scale) if kinds == _GENERALIZED else None
+
+
+def read_delta(name: str, parts: Parts, scale: Scale | None) -> Delta:
+    """The change that the parts of a module stand for; without `scale` its own alpha says how
+    strong it is. Biases are left out. Raises ValueError.
+    """
     kinds = parts.keys() - _BESIDE
     if kinds == {"up", "down"}:
         up, down = parts["up"], parts["down"]

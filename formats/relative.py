@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..concept.concept import Delta
+from ..concept.delta import Delta
 
 
 class Relative(Protocol):

@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from ..compression.spectrum import spectra
-from ..concept.concept import Concept, Delta, LowRankDelta, ModifierToken
+from ..concept.concept import Concept, ModifierToken
+from ..concept.delta import Delta
 from ..concept.fit import Fit
 from ..concept.plain import plain_text
 
@@ -221,8 +222,8 @@ def _layer_row(layer: str, delta: Delta, values: Tensor) -> LayerRow:
     return LayerRow(
         layer=layer,
         shape=delta.shape,
-        rank=delta.rank if isinstance(delta, LowRankDelta) else None,
-        numbers=sum(tensor.numel() for tensor in delta.tensors().values() if tensor.ndim),
+        rank=delta.rank,
+        numbers=delta.numbers,
         norm=float(values.norm()),
         components=tuple(_reaching(values, share) for share in SHARES),
     )

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..concept.concept import Concept, Delta, LowRankDelta, ModifierToken, alike_tokens
+from ..concept.concept import Concept, ModifierToken, alike_tokens
+from ..concept.delta import Delta, LowRankDelta
 from ..concept.errors import IncompatibleModelError, MergeError
 from ..concept.fit import TEXT_MARK
 from ..concept.layers import Family, is_projection, sort_layers
@@ -29,8 +30,6 @@ from .rows import (
 )
 
 DEFAULT_RELATIVE_RIDGE = 1e-4
-DEFAULT_PADDING_WEIGHT = 0.0
-DEFAULT_NULL_WEIGHT = 0.0
 
 
 def merge_concepts(
@@ -40,8 +39,6 @@ def merge_concepts(
     strengths: Sequence[float] | None = None,
     captions: Sequence[str] | None = None,
     relative_ridge: float = DEFAULT_RELATIVE_RIDGE,
-    padding_weight: float = DEFAULT_PADDING_WEIGHT,
-    null_weight: float = DEFAULT_NULL_WEIGHT,
     cache_folder: Path | None = None,
     on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> tuple[Concept, MergeReport]:
@@ -50,9 +47,7 @@ def merge_concepts(
     The result is again a concept, exactly low rank, with every modifier token of its parents. The
     order of the concepts does not matter. `strengths` scale what each concept asks for (1 when not
     given); `captions` replace our own regularization captions; their factor is kept in
-    `cache_folder`. What follows the end of a concept's prompts is kept too, softly, with
-    `padding_weight`, and what the empty prompt reads stays as it is with `null_weight`; a weight of
-    1 counts as much as all captions together, and 0 leaves both to themselves.
+    `cache_folder`.
 
     Raises MergeError, IncompatibleModelError or TokenError; inputs are never changed.
     """
@@ -66,18 +61,14 @@ def merge_concepts(
         )
 
     words = encoder.with_tokens(replace(concepts[0], tokens=tokens).embeddings())
-    rows, features = constraint_features(concepts, words, padding=padding_weight > 0)
+    rows, features = constraint_features(concepts, words)
     factor = cached_caption_factor(
         encoder, captions, relative_ridge, cache_folder, lambda part: on_progress(0.9 * part)
     )
-
-    if null_weight > 0:
-        factor = factor.with_rows(_null_features(encoder), null_weight)
     groups = group_rows(features)
     shared, mixing = shared_rows(rows, features, groups, strengths)
     still = torch.tensor([all(rows[i].still for i in group) for group in groups])
-    slack = _slack(rows, groups, padding_weight * factor.captions)
-    projector = constraint_projector(factor, shared, slack, still)
+    projector = constraint_projector(factor, shared, still)
     mixing = mixing[:, ~still]
     on_progress(0.9)
 
@@ -114,14 +105,6 @@ def merge_concepts(
     return merged, report
 
 
-def _slack(
-    rows: Sequence[ConstraintRow], groups: Sequence[Sequence[int]], weight: float
-) -> Tensor | None:
-    """How far each group may be missed, (s,): one over the weight where all are soft, else 0."""
-    soft = [all(rows[i].soft for i in group) for group in groups]
-    return torch.tensor(soft) / weight if weight > 0 else None
-
-
 def merged_deltas(
     concepts: Sequence[Concept],
     strengths: Sequence[float],
@@ -146,8 +129,7 @@ def merged_deltas(
         words = features[own].float()
         asked = torch.cat([_asked(concept, layer, words, sizes[layer]) for layer in layers], dim=1)
         up.addmm_(asked.T, (mixing[own] @ projector.left).float())
-        hard = [not rows[i].soft for i in own]
-        parts.append((words[hard], asked[hard]))
+        parts.append((words, asked))
     residuals = [
         _largest_residual((words @ down.T) @ up.T, asked, strength)
         for (words, asked), strength in zip(parts, strengths, strict=True)
@@ -156,13 +138,6 @@ def merged_deltas(
     return {
         layer: LowRankDelta(part, down) for layer, part in zip(layers, ups, strict=True)
     }, residuals
-
-
-@torch.no_grad()
-def _null_features(encoder: TextEncoder) -> Tensor:
-    """Start and end of text of the empty prompt, and the mean of what follows (3, d)."""
-    (features,) = encoder.encode(encoder.pad([encoder.tokenize("")]))
-    return torch.stack([features[0], features[1], features[2:].mean(0)]).cpu()
 
 
 def _asked(concept: Concept, layer: str, words: Tensor, size: int) -> Tensor:
@@ -179,14 +154,7 @@ def _largest_residual(mapped: Tensor, asked: Tensor, strength: float) -> float:
 
 def _norm(concept: Concept) -> float:
     """Frobenius norm over all layers."""
-    total = 0.0
-    for delta in concept.deltas.values():
-        if isinstance(delta, LowRankDelta):
-            up, down = delta.up.double(), delta.down.double()
-            total += float(((up.T @ up) * (down @ down.T)).sum())
-        else:
-            total += float(delta.weight.float().square().sum())
-    return math.sqrt(total)
+    return math.sqrt(sum(delta.squared_norm() for delta in concept.deltas.values()))
 
 
 def check_mergeable(

@@ -35,12 +35,6 @@ class CaptionFactor:
     upper: Tensor
     captions: int
 
-    def with_rows(self, rows: Tensor, weight: float) -> CaptionFactor:
-        """The factor with more rows (n, d), each of which weighs as `weight` times all captions."""
-        scale = math.sqrt(weight * self.captions)
-        stacked = torch.cat([self.upper, scale * rows.to(self.upper)])
-        return CaptionFactor(torch.linalg.qr(stacked, mode="r").R.contiguous(), self.captions)
-
 
 def caption_factor(features: Tensor, captions: int, relative_ridge: float) -> CaptionFactor:
     """Factorises caption features (n, d) in float64.
@@ -106,38 +100,28 @@ class Projector:
 
 
 def constraint_projector(
-    factor: CaptionFactor,
-    constraints: Tensor,
-    slack: Tensor | None = None,
-    still: Tensor | None = None,
+    factor: CaptionFactor, constraints: Tensor, still: Tensor | None = None
 ) -> Projector:
     """P for constraint rows (s, d): exact when they can be told apart, damped when they nearly
     coincide.
 
-    `slack` (s,) is 0 for a row that must be met and 1 / ω for one whose squared error counts ω
-    times a caption's: P = (C G⁻¹ Cᵀ + Ω⁻¹)⁻¹ C G⁻¹. `still` (s,) marks constraints at which nothing
-    may change: they shape P, and its rows for them, which 0 would be multiplied by, are left out.
+    `still` (s,) marks constraints at which nothing may change: they shape P, and its rows for them,
+    which 0 would be multiplied by, are left out.
     """
     c = constraints.to(torch.float64)
     z = torch.linalg.solve_triangular(factor.upper, c, upper=True, left=False)
-    scale = torch.ones_like(z[:, :1])
-    if slack is not None:  # a row with much slack must not pass for a badly conditioned one
-        slack = slack.to(z)
-        scale = (1 + slack / z.square().sum(1)).rsqrt()[:, None]
-        z = scale * torch.cat([z, slack.sqrt().diag()], dim=1)
     u, singular, vh = torch.linalg.svd(z, full_matrices=False)
     smallest = float(singular[-1]) if len(singular) == len(c) else 0.0
     condition = float(singular[0]) / smallest if smallest > 0 else float("inf")
     damped = condition > EXACT_CONDITION_LIMIT
     mu = DAMPING if damped else 0.0
     inverse = singular / (singular.square() + mu * singular[0].square())
-    vh = vh[:, : c.shape[1]]
-    p = scale * ((u * inverse) @ torch.linalg.solve_triangular(factor.upper, vh.T, upper=True).T)
+    p = (u * inverse) @ torch.linalg.solve_triangular(factor.upper, vh.T, upper=True).T
     if still is not None:
         p, c = p[~still], c[~still]
     q, r = torch.linalg.qr(p.T)
     rows, left = q.T, r.T
-    if not damped and slack is None:
+    if not damped:
         # The rows are kept in float32: meet the constraints with them as rounded.
         rows = rows.float().double()
         left = torch.linalg.inv(rows @ c.T)

@@ -58,12 +58,10 @@ class MergeReport:
 
     def _details(self) -> tuple[str, str]:
         exact = "damped" if self.damped else "exact"
-        soft, still = sum(row.soft for row in self.rows), sum(row.still for row in self.rows)
-        softly = f" and {soft} rows of padding, softly" if soft else ""
+        still = sum(row.still for row in self.rows)
         staying = f"; {still} rows of bare class nouns stay" if still else ""
         return (
-            f"{len(self.rows) - soft - still} constraint rows{softly}, {self.shared_rows} "
-            f"different{staying}; "
+            f"{len(self.rows) - still} constraint rows, {self.shared_rows} different{staying}; "
             f"{exact} (condition {self.condition:.3g}); {self.captions} regularization captions",
             f"change of the model: {self.change:.2f} times its largest concept's",
         )

@@ -32,8 +32,6 @@ class ConstraintRow:
     concept: int
     prompt: str
     position: int
-    soft: bool = False
-    """The mean of what follows the end of text: kept as well as the rest allows."""
     still: bool = False
     """A word of the bare class noun, which must stay as the base model has it."""
 
@@ -48,13 +46,11 @@ def concept_prompts(concept: Concept) -> tuple[str, ...]:
 
 
 def constraint_features(
-    concepts: Sequence[Concept], encoder: TextEncoder, padding: bool = False
+    concepts: Sequence[Concept], encoder: TextEncoder
 ) -> tuple[list[ConstraintRow], Tensor]:
     """Constraint rows and their features C (s, d): V*, class noun and end of each prompt; of a
     concept that means nothing at other words, V* and class noun, and the bare class noun as a row
     that stays: `cat` lies near `<new1> cat`, and no regularization picture held it in training.
-
-    With `padding` also a soft row for what the model reads after the end of the prompt.
     """
     prompts = [
         (index, prompt)
@@ -68,11 +64,6 @@ def constraint_features(
         for position in _positions(concepts[index], prompt, ids, encoder):
             rows.append(ConstraintRow(index, prompt, position))
             features.append(prompt_features[position])
-        if padding and len(ids) < encoder.context_length:
-            with torch.no_grad():
-                (whole,) = encoder.encode(encoder.pad([ids]))
-            rows.append(ConstraintRow(index, prompt, len(ids), soft=True))
-            features.append(whole[len(ids) :].mean(0))
     for row, row_features in _bare_nouns(concepts, encoder):
         rows.append(row)
         features.append(row_features)
@@ -174,11 +165,7 @@ def conflicts(
     largest error on its own words, they ask for one thing: there is nothing to tell.
     """
     involved = {
-        frozenset(
-            (rows[i].concept, rows[i].prompt)
-            for i in group
-            if not rows[i].soft and not rows[i].still
-        )
+        frozenset((rows[i].concept, rows[i].prompt) for i in group if not rows[i].still)
         for group in groups
     }
     for members in sorted(involved, key=sorted):

@@ -30,15 +30,12 @@ _TEMPLATES = (
     "photo of a {} beside a square",
 )
 CUTS: tuple[GradientCut, ...] = ("none", "start", "start and padding")
-_NOTHING: dict[str, Any] = {"padding_weight": 0.0, "null_weight": 0.0}
+ADDED = "deltas added"
 ROWS: dict[str, dict[str, Any]] = {
-    "V*, class, end": _NOTHING,
-    "and padding": {**_NOTHING, "padding_weight": 1.0},
-    "and 8 templates": {**_NOTHING, "templates": _TEMPLATES},
-    "and null rows": {**_NOTHING, "null_weight": 1.0},
-    "ridge 1e-2": {**_NOTHING, "relative_ridge": 1e-2},
-    "and padding, null rows": {"padding_weight": 1.0, "null_weight": 1.0},
-    "deltas added": {},
+    "V*, class, end": {},
+    "and 8 templates": {"templates": _TEMPLATES},
+    "ridge 1e-2": {"relative_ridge": 1e-2},
+    ADDED: {},
 }
 
 
@@ -71,7 +68,10 @@ def run_cell(number: int, seed: int) -> list[tuple[str, str, Kept]]:
         concepts = [lab.teach([one], config) for one in pair]
         before = _alone(lab, pair, concepts, seed)
         for name, variant in ROWS.items():
-            merged, change = _merged(lab, concepts, variant)
+            if name == ADDED:
+                merged, change = added(concepts), 1.0
+            else:
+                merged, change = _merged(lab, concepts, **variant)
             score = lab.score(pair, merged, seed)
             alone = _alone(lab, pair, [merged, merged], seed)
             assert score.both_present is not None and score.bleed is not None
@@ -96,12 +96,8 @@ def _alone(
 
 
 def _merged(
-    lab: Laboratory, concepts: Sequence[Concept], options: dict[str, Any]
+    lab: Laboratory, concepts: Sequence[Concept], templates: Sequence[str] = (), **options: Any
 ) -> tuple[Concept, float]:
-    if not options:
-        return added(concepts), 1.0
-    options = dict(options)
-    templates = options.pop("templates", None)
     if templates:
         concepts = [
             replace(

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import random
 
-from PIL import Image
 from torch import Tensor
 
+from ..pictures.tensors import channels_last, to_picture
 from ..trainer.data.captioned import CaptionedImage
 from ..trainer.data.training_concept import TrainingConcept, instance_caption
 from .drawing import draw
@@ -66,9 +66,9 @@ def training_concept(
 ) -> TrainingConcept:
     """What a user would bring: a few pictures of the concept, and the word for its class."""
     caption = instance_caption(token, look.shape)
-    pictures = concept_pictures(look, INSTANCE_IMAGES, seed)
+    pictures = map(to_picture, channels_last(concept_pictures(look, INSTANCE_IMAGES, seed)))
     return TrainingConcept(
-        images=tuple(CaptionedImage(to_image(picture), caption) for picture in pictures),
+        images=tuple(CaptionedImage(picture, caption) for picture in pictures),
         class_noun=look.shape,
         token=token,
         regularization=regularization,
@@ -82,11 +82,6 @@ def class_pictures(shape: str, count: int, seed: int) -> tuple[CaptionedImage, .
     scenes = [random_scene(rng, [look]) for look in looks]
     captions = [random_caption(scene, rng) for scene in scenes]
     return tuple(
-        CaptionedImage(to_image(draw([scene], PICTURE_EDGE // 2)[0]), caption)
+        CaptionedImage(to_picture(channels_last(draw([scene], PICTURE_EDGE // 2)[0])), caption)
         for scene, caption in zip(scenes, captions, strict=True)
     )
-
-
-def to_image(picture_chw: Tensor) -> Image.Image:
-    """(3, h, w) in 0..1 → a picture."""
-    return Image.fromarray((picture_chw.permute(1, 2, 0) * 255).round().byte().numpy())

@@ -21,15 +21,15 @@ from ..host.diffusers.sampling import sample
 from ..merge.merging import merge_concepts
 from ..merge.projection import project_on_own_words
 from ..pictures.sheet import Row, lay_out
+from ..pictures.tensors import to_picture
 from ..trainer.data.folders import load_folder
 from ..trainer.data.training_concept import instance_caption
 from ..trainer.events import Event, StepDone
-from ..trainer.loop import train
-from ..trainer.prepare import prepare
+from ..trainer.request import TrainingRequest
+from ..trainer.teach import teach
 from .laboratory import Subject, pair_of_subjects
 from .model import CONFIG, GUIDANCE, PICTURE_EDGE, SAMPLING_STEPS, miniature_pipeline
 from .world import class_caption, world_captions
-from .world_sheet import images
 
 log = logging.getLogger("custom_diffusion")
 
@@ -75,15 +75,18 @@ def _teach(pipeline: Any, subject: Subject, folder: Path) -> Concept:
     caption = instance_caption(subject.token, subject.look.shape)
     concept = replace(subject.training, images=load_folder(pictures, caption), regularization=())
     with borrowed_models(pipeline) as models:
-        bank = prepare(concept, CONFIG, models.latent_encoder, models.text_encoder)
         with _bar(f"teaching {subject.words}", CONFIG.steps) as advance:
 
             def show(event: Event) -> None:
                 if isinstance(event, StepDone):
                     advance(event.step)
 
-            taught = train(
-                CONFIG, [concept], [bank], models.denoiser, models.text_encoder, on_event=show
+            taught = teach(
+                TrainingRequest(CONFIG, [concept]),
+                models.denoiser,
+                models.text_encoder,
+                models.latent_encoder,
+                show,
             )
         return project_on_own_words(taught, models.text_encoder, captions=world_captions())[0]
 
@@ -123,7 +126,7 @@ def _sheet(
                 steps=SAMPLING_STEPS,
                 guidance=GUIDANCE,
             )
-            rows.append(Row(title, " | ".join(prompts), images(images_bhwc.permute(0, 3, 1, 2))))
+            rows.append(Row(title, " | ".join(prompts), [*map(to_picture, images_bhwc)]))
             advance(number)
     return lay_out(rows)
 

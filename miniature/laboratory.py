@@ -12,21 +12,22 @@ import torch
 from torch import Tensor
 
 from ..composition.routing import Route
-from ..concept.concept import Concept, DenseDelta
+from ..concept.concept import Concept
+from ..concept.delta import DenseDelta
 from ..concept.prompts import subject
 from ..concept.text import TextEncoder
 from ..host.diffusers.lending import DiffusersModels, borrowed_models, text_encoder
 from ..host.diffusers.sampling import sample
+from ..pictures.tensors import channels_first, channels_last, to_picture
 from ..trainer.config import TrainConfig
 from ..trainer.data.captioned import CaptionedImage
 from ..trainer.data.training_concept import TrainingConcept
-from ..trainer.loop import train
-from ..trainer.prepare import prepare
+from ..trainer.request import TrainingRequest
+from ..trainer.teach import teach
 from .concepts import (
     REGULARIZATION_IMAGES,
     class_pictures,
     concept_look,
-    to_image,
     training_concept,
 )
 from .judge import (
@@ -127,8 +128,9 @@ class Laboratory:
     def generated_class(self, shape: str, seed: int) -> tuple[CaptionedImage, ...]:
         """A regularization set drawn by the model itself."""
         caption = class_caption(shape)
-        pictures = self.draw([caption] * (REGULARIZATION_IMAGES // 2), None, seed)
-        return tuple(CaptionedImage(to_image(picture), caption) for picture in pictures)
+        drawn = self.draw([caption] * (REGULARIZATION_IMAGES // 2), None, seed)
+        pictures = map(to_picture, channels_last(drawn))
+        return tuple(CaptionedImage(picture, caption) for picture in pictures)
 
     def draw(
         self,
@@ -149,7 +151,7 @@ class Laboratory:
             steps=SAMPLING_STEPS,
             guidance=GUIDANCE,
         )
-        return images_bhwc.permute(0, 3, 1, 2)
+        return channels_first(images_bhwc)
 
     def score(
         self,
@@ -262,20 +264,10 @@ def _train(
     subjects: Sequence[Subject],
     config: TrainConfig,
     models: DiffusersModels,
-    start: Concept | None = None,
+    earlier: Concept | None = None,
 ) -> Concept:
-    banks = [
-        prepare(one.training, config, models.latent_encoder, models.text_encoder, start=start)
-        for one in subjects
-    ]
-    return train(
-        config,
-        [one.training for one in subjects],
-        banks,
-        models.denoiser,
-        models.text_encoder,
-        start=start,
-    )
+    request = TrainingRequest(config, [one.training for one in subjects], earlier)
+    return teach(request, models.denoiser, models.text_encoder, models.latent_encoder)
 
 
 def _rate(flags: Tensor) -> float:

@@ -9,7 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..pictures.sheet import Row, lay_out
-from .concepts import concept_look, concept_pictures, concept_style, to_image
+from ..pictures.tensors import channels_last, to_picture
+from .concepts import concept_look, concept_pictures, concept_style
 from .drawing import draw
 from .model import PICTURE_EDGE
 from .world import captioned_scene, random_scene
@@ -32,7 +33,7 @@ def world_sheet(columns: int = 8) -> Image.Image:
 
 
 def images(pictures_bchw: Tensor) -> list[Image.Image]:
-    return [to_image(picture) for picture in pictures_bchw]
+    return [*map(to_picture, channels_last(pictures_bchw))]
 
 
 if __name__ == "__main__":

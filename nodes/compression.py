@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import numpy as np
-import torch
 from comfy_api.latest import io
 
 from ..compression.ranks import compress
 from ..compression.spectrum_plot import spectrum_plot
 from ..host.comfyui.inputs import project_in_comfyui
+from ..pictures.tensors import to_tensor
 from .types import CATEGORY, Concept, told, without_leftovers
 
 
@@ -102,8 +101,7 @@ class CompressConcept(io.ComfyNode):
             compressed, report = compress(concept, **value)
             picture = spectrum_plot(concept, report.spectra, report.ranks())
             said = told(*report.summary())
-        image_bhwc = torch.from_numpy(np.array(picture)).float()[None] / 255
-        return io.NodeOutput(compressed, image_bhwc, ui=said)
+        return io.NodeOutput(compressed, to_tensor(picture)[None], ui=said)
 
 
 NODES = [CompressConcept]

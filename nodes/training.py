@@ -5,9 +5,10 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..host.comfyui.jobs.service import jobs_to_go_on_with, tell_node
-from ..host.comfyui.jobs.training import start_training, training_outputs
+from ..host.comfyui.jobs.training import Origin, start_training, training_outputs
 from ..trainer.config import TrainConfig
 from ..trainer.methods import METHODS
+from ..trainer.request import TrainingRequest
 from .training_inputs import method_inputs, setting_inputs
 from .types import CATEGORY, Concept, TrainingConcept, without_leftovers
 
@@ -148,19 +149,14 @@ class CustomDiffusionTrain(io.ComfyNode):
         **settings: Any,
     ) -> io.NodeOutput:
         node_id = str(cls.hidden.unique_id)
+        request = TrainingRequest(TrainConfig(**method, **settings), list(concepts.values()), start)
         job = start_training(
             name,
-            model,
-            clip,
-            vae,
-            list(concepts.values()),
-            TrainConfig(**method, **settings),
-            start,
+            request,
+            Origin(model, clip, vae, cls.hidden.prompt or {}, node_id),
             checkpoint_every_steps=checkpoint_every_steps,
             share_device=share_device,
             keep_best=keep_best,
-            prompt=cls.hidden.prompt or {},
-            node_id=node_id,
         )
         tell_node(node_id, job)
         return io.NodeOutput(*training_outputs(job, wait, keep_on_interrupt))

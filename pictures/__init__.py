@@ -1,1 +1,1 @@
-"""Pictures: opened from strangers' files, laid out in sheets, drawn as plots."""
+"""Pictures: opened from strangers' files, made of tensors, laid out in sheets, drawn as plots."""

@@ -20,7 +20,7 @@ MethodName = Literal[
 """What learns: `trainer/methods/` has a file for each."""
 OptimizerName = Literal["adamw", "adamw 8-bit"]
 GradientCut = Literal["none", "start", "start and padding", "own words"]
-Fit = Literal["crop", "letterbox"]
+Framing = Literal["crop", "letterbox"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class TrainConfig:
     flip: bool = setting(
         True, "Mirrors half of the pictures. Turn it off for writing, logos and faces.", "views"
     )
-    fit: Fit = setting(
+    fit: Framing = setting(
         "crop",
         "For pictures that are not square. crop cuts out the middle; letterbox keeps all of the "
         "picture, between grey bars that are not learnt.",

@@ -18,13 +18,13 @@ from ..diffusion.protocols import Denoiser
 from .checkpoint import Checkpoint
 from .config import TrainConfig
 from .data.training_concept import TrainingConcept
+from .earlier import check_earlier
 from .events import CheckpointDue
 from .learning.network_weights import NetworkWeights
 from .learning.optimizer import make_optimizer
 from .learning.prompt_features import PromptFeatures
 from .learning.tokens import drift, words_to_teach
 from .methods import METHODS, gradient_cut
-from .start import check_start
 
 _FINAL_LOSSES = 20
 
@@ -36,35 +36,37 @@ class Learner:
         self,
         config: TrainConfig,
         training_concepts: Sequence[TrainingConcept],
-        start: Concept | None,
+        earlier: Concept | None,
         denoiser: Denoiser,
         text_encoder: TextEncoder,
     ) -> None:
         """Raises ConfigError and IncompatibleModelError for what cannot be learnt on this model."""
         self._config, self._training_concepts = config, training_concepts
         self._family = denoiser.family
-        self._start = start = start or Concept(denoiser.family, {})
+        self._earlier = earlier = earlier or Concept(denoiser.family, {})
         self._method = method = METHODS[config.method]
         further_layers = method.further_layers(denoiser)
-        check_start(start, denoiser, config)
-        cut = gradient_cut(config, start)
+        check_earlier(earlier, denoiser, config)
+        cut = gradient_cut(config, earlier)
         self._scope: Scope = "own words" if cut == "own words" else "every word"
-        words = words_to_teach(training_concepts, start, text_encoder, denoiser.device)
+        words = words_to_teach(training_concepts, earlier, text_encoder, denoiser.device)
         self._words = words
         self._began = {
             name: {token: row.detach().clone() for token, row in rows.items()}
             for name, rows in words.items()
         }
         self._learning_words = words if method.learns_words else {}
-        known = {name: {**r, **words.get(name, {})} for name, r in start.embeddings().items()}
+        known = {name: {**r, **words.get(name, {})} for name, r in earlier.embeddings().items()}
         self.prompts = PromptFeatures(
             text_encoder.with_tokens(known),
             self._learning_words,
             cut,
             [(concept.token, concept.class_noun) for concept in training_concepts],
         )
-        self.projections = method.projections(denoiser, start.deltas, config)
-        self._network = NetworkWeights(denoiser, start.deltas, further_layers, method.whole_network)
+        self.projections = method.projections(denoiser, earlier.deltas, config)
+        self._network = NetworkWeights(
+            denoiser, earlier.deltas, further_layers, method.whole_network
+        )
         rows = [row for tokens in self._learning_words.values() for row in tokens.values()]
         self.parameters: list[Tensor] = [
             *self.projections.parameters(),
@@ -98,8 +100,9 @@ class Learner:
 
     def concept(self, losses: Sequence[float]) -> Concept:
         """What is learnt after these steps, with all that the run went on from."""
-        start = self._start
+        earlier = self._earlier
         concepts = self._training_concepts
+        goes_on = bool(earlier.tokens or earlier.deltas)
         taught = {concept.token: self._token(concept) for concept in concepts if concept.token}
         prompts = [
             prompt
@@ -109,11 +112,11 @@ class Learner:
         return Concept(
             family=self._family,
             deltas={**self.projections.deltas(), **self._network.deltas()},
-            tokens=tuple(({token.name: token for token in start.tokens} | taught).values()),
+            tokens=tuple(({token.name: token for token in earlier.tokens} | taught).values()),
             base_hash=self._base_hash,
-            constraint_prompts=tuple(dict.fromkeys([*start.constraint_prompts, *prompts])),
+            constraint_prompts=tuple(dict.fromkeys([*earlier.constraint_prompts, *prompts])),
             provenance={
-                **({"went_on_from": start.describe()} if start.tokens or start.deltas else {}),
+                **({"went_on_from": earlier.describe()} if goes_on else {}),
                 "method": self._config.method,
                 "steps": len(losses),
                 "final_losses": list(losses[-_FINAL_LOSSES:]),

@@ -22,7 +22,7 @@ from .economy.backward import Backward
 from .economy.casts import casting_each_pass
 from .economy.frozen_layers import keeping_less
 from .economy.layout import fastest_for
-from .economy.processes import DataParallel
+from .economy.processes import Replica
 from .events import (
     Event,
     MemoryShort,
@@ -45,21 +45,21 @@ def train(
     denoiser: Denoiser,
     text_encoder: TextEncoder,
     *,
-    start: Concept | None = None,
+    earlier: Concept | None = None,
     checkpoint: Checkpoint | None = None,
     checkpoint_every_steps: int = 0,
-    parallel: DataParallel = DataParallel(),  # noqa: B008
+    replica: Replica = Replica(),  # noqa: B008
     should_stop: Callable[[], bool] = lambda: False,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Concept:
     """Teaches concepts together and returns what was learnt as one concept.
 
     `banks` hold the latents of each; `config.method` says which parts of the model learn.
-    `start` is a concept of the same model to go on from: all of it is in the result, and the
+    `earlier` is a concept of the same model to go on from: all of it is in the result, and the
     tokens that are taught again learn on.
     `checkpoint` is what a run with the same arguments left: this one goes on as that would have,
     to the bit. With `checkpoint_every_steps` there is one as often, and one at the end.
-    `parallel` is this process's place among several that call this with the same arguments.
+    `replica` is this process's place among several that call this with the same arguments.
     `should_stop` is asked before every step; stopping returns what was learnt so far. The models
     are only borrowed: afterwards, however it ends, they are as before, except for what a method
     learns beyond keys, values and words: that stays in the denoiser's network. Random numbers come
@@ -67,9 +67,9 @@ def train(
     """
     if len(training_concepts) != len(banks):
         raise ValueError(f"{len(training_concepts)} concepts need as many banks, not {len(banks)}")
-    parallel.check(config.batch_size)
-    learner = Learner(config, training_concepts, start, denoiser, text_encoder)
-    for notice in _notices(training_concepts, banks, start):
+    replica.check(config.batch_size)
+    learner = Learner(config, training_concepts, earlier, denoiser, text_encoder)
+    for notice in _notices(training_concepts, banks, earlier):
         on_event(notice)
     losses: list[float] = []
     backward = Backward(
@@ -90,20 +90,20 @@ def train(
             # Data: latents, noise, timesteps; text, once for all samples, as leaves.
             rng, generator = step_randomness(config.seed, len(losses))
             batch = batch_of_step(banks, config, len(losses), rng, generator)
-            text, keep, own = learner.prompts.encode(batch.prompts)
+            text, passing, own = learner.prompts.encode(batch.prompts)
             context = _leaf(text.context)
             pooled = None if text.pooled is None else _leaf(text.pooled)
-            samples = samples_of(batch, generator, context, pooled, keep, own, denoiser, config)
+            samples = samples_of(batch, generator, context, pooled, passing, own, denoiser, config)
 
             # Gradients: of the UNet, then through the leaves of the text encoder.
             leaves = [leaf for leaf in (context, pooled) if leaf is not None]
             loss = backward(
                 partial(loss_of, learner.projections),
-                parallel.part(samples),
+                replica.part(samples),
                 [*learner.parameters, *leaves],
             )
             _pass_on(leaves, [features for features in text if features is not None])
-            loss = parallel.add_up(loss, learner.parameters)
+            loss = replica.add_up(loss, learner.parameters)
             _check_finite(loss, len(losses) + 1, config, denoiser, context)
 
             # Update, and report.
@@ -126,13 +126,13 @@ def train(
 def _notices(
     training_concepts: Sequence[TrainingConcept],
     banks: Sequence[LatentBank],
-    start: Concept | None,
+    earlier: Concept | None,
 ) -> Iterator[Event]:
     """What is told before the first step."""
     pairs = zip(training_concepts, banks, strict=True)
     if unused := sum(len(one.regularization) for one, bank in pairs if not bank.regularization):
         yield RegularizationLeftOut(unused)
-    for pair in alike_tokens(start.tokens if start else ()):
+    for pair in alike_tokens(earlier.tokens if earlier else ()):
         yield WordsAlike(*pair)
 
 
@@ -173,7 +173,7 @@ def _preview(
             text,
             nothing,
             denoiser.alphas_cumprod,
-            denoiser.prediction,
+            denoiser.prediction_type,
         )
         return denoiser.preview(latents)[0].float().cpu()
 

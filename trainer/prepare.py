@@ -26,14 +26,15 @@ def prepare(
     text_encoder: TextEncoder,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     *,
-    start: Concept | None = None,
+    earlier: Concept | None = None,
 ) -> LatentBank:
     """Checks pictures, words and settings, and returns the latents that the run draws from.
 
-    Regularization images that the run has no use for are left out; `start` is what it goes on from.
+    Regularization images that the run has no use for are left out; `earlier` is the concept that it
+    goes on from.
     Raises DataError, TokenError or ConfigError before any time is spent on encoding.
     """
-    if concept.token and gradient_cut(config, start) == "own words":
+    if concept.token and gradient_cut(config, earlier) == "own words":
         # Nothing learns from a caption without the word.
         concept = replace(concept, regularization=())
     if concept.regularization and config.batch_size < 2:

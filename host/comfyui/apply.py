@@ -13,8 +13,8 @@ import comfy.lora
 from ...composition.features import plain
 from ...concept.concept import Concept
 from ...concept.errors import IncompatibleModelError
-from ...concept.file import concept_tensors
-from ...concept.fit import TEXT_MARK, check_fit, text_remark
+from ...concept.file import delta_tensors
+from ...concept.fit import TEXT_MARK, check_fit, check_weight_patches, text_remark
 from ...concept.text import MARK_PROMPT, mark_of
 from .models.text import encoder_names
 from .models.weights import cross_attention_unet, unet_family
@@ -49,13 +49,11 @@ def hook_concept(model: Any, clip: Any, concept: Concept, strength: float) -> tu
 
 
 def _patches(concept: Concept) -> Mapping[str, Any]:
+    check_weight_patches(concept)
     keys = {
         f"diffusion_model.{layer}": f"diffusion_model.{layer}.weight" for layer in concept.deltas
     }
-    tensors = {
-        k: t for k, t in concept_tensors(concept).items() if k.startswith("diffusion_model.")
-    }
-    patches: Mapping[str, Any] = comfy.lora.load_lora(tensors, keys)
+    patches: Mapping[str, Any] = comfy.lora.load_lora(delta_tensors(concept), keys)
     return patches
 
 

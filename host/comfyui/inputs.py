@@ -10,7 +10,6 @@ from typing import Any
 
 import comfy.utils
 import folder_paths
-import numpy as np
 import torch
 from PIL import Image
 
@@ -21,6 +20,7 @@ from ...merge.captions import read_captions
 from ...merge.merging import merge_concepts
 from ...merge.projection import project_on_own_words
 from ...merge.report import MergeReport
+from ...pictures.tensors import to_picture, to_tensor
 from ...trainer.config import TrainConfig
 from ...trainer.data.captioned import CaptionedImage
 from ...trainer.data.contact_sheet import contact_sheet, picture_sheet
@@ -164,16 +164,12 @@ def _listed(folder: Path) -> list[Path]:
 
 def draw_contact_sheet(concept: TrainingConcept, config: TrainConfig) -> torch.Tensor:
     """`contact_sheet` as an IMAGE (1, h, w, 3)."""
-    return _as_image(contact_sheet(concept, config))
+    return to_tensor(contact_sheet(concept, config))[None]
 
 
 def draw_picture_sheet(concept: TrainingConcept) -> torch.Tensor:
     """`picture_sheet` as an IMAGE (1, h, w, 3)."""
-    return _as_image(picture_sheet(concept))
-
-
-def _as_image(picture: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(picture)).float()[None].div_(255)
+    return to_tensor(picture_sheet(concept))[None]
 
 
 def _from_tensors(
@@ -194,7 +190,7 @@ def _from_tensors(
     texts = [text.strip() or default for text in captions or [""] * len(pictures)]
     found: dict[tuple[object, ...], CaptionedImage] = {}
     for picture, text, mask in zip(pictures, texts, shades or [None] * len(pictures), strict=True):
-        one = CaptionedImage(_picture(picture), text, None if mask is None else _picture(mask))
+        one = CaptionedImage(to_picture(picture), text, None if mask is None else to_picture(mask))
         # ComfyUI's loader of folders gives the pictures of `10_cat` ten times.
         key = (text, _pixels(one.source), _pixels(one.mask))
         found[key] = replace(found[key], repeats=found[key].repeats + 1) if key in found else one
@@ -204,9 +200,4 @@ def _from_tensors(
 def _pixels(image: Image.Image | Path | None) -> object:
     """Equal for equal pictures."""
     assert not isinstance(image, Path)
-    return image and (image.size, hashlib.sha256(np.asarray(image).data).digest())
-
-
-def _picture(image: torch.Tensor) -> Image.Image:
-    """(h, w, 3) or (h, w) in 0..1 → a picture in colours or shades."""
-    return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
+    return image and (image.size, hashlib.sha256(image.tobytes()).digest())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...concept.layers import family_of_width, is_projection, layer_from_diffusers
 from ...diffusion.latents import check_moments
 from ...diffusion.parts import check_autoencoder, check_network, check_noise
+from ...pictures.tensors import of_network
 from .parts import autoencoder_of, network_of, scheduler_noise
 
 _BLOCK = re.compile(r"\.(resnets|attentions)\.\d+$")
@@ -25,7 +26,7 @@ class DiffusersDenoiser:
         check_network(network)
         check_autoencoder(autoencoder_of(vae))
         self.family = family_of_width(network.context_width)
-        self.prediction = check_noise(scheduler_noise(scheduler))
+        self.prediction_type = check_noise(scheduler_noise(scheduler))
         self.projections: Mapping[str, str] = {
             layer_from_diffusers(path): path for path, _ in _projections(unet)
         }
@@ -62,7 +63,7 @@ class DiffusersDenoiser:
     def preview(self, latents_bchw: Tensor) -> Tensor:
         latents = latents_bchw.to(self._vae.dtype) / self._vae.config.scaling_factor
         images = self._vae.decode(latents).sample.float()
-        return (images.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)  # type: ignore[no-any-return]
+        return of_network(images).clamp(0, 1)
 
 
 class DiffusersLatentEncoder:

@@ -13,10 +13,11 @@ from torch import Tensor
 from ...composition.regions import Region
 from ...composition.routing import Route
 from ...concept.concept import Concept
-from ...concept.fit import check_fit
+from ...concept.fit import check_fit, check_weight_patches
 from ...concept.layers import family_of_width, is_cross_attention, layer_from_diffusers
 from ...diffusion.latents import LATENT_PIXELS
 from ...diffusion.sampling import ddim_sample
+from ...pictures.tensors import to_picture
 from ..clip.chunks import Encoder, as_long_as, encode_prompts
 from .lending import borrowed_models, text_encoder
 from .routing import regional, route, routing
@@ -38,6 +39,7 @@ def applied_concept(
     }
     layers = {layer_from_diffusers(path): path for path in own}
     if concept is not None:
+        check_weight_patches(concept)
         family = family_of_width(unet.config.cross_attention_dim)
         check_fit(
             concept, family, {layer: tuple(own[path].shape) for layer, path in layers.items()}
@@ -108,7 +110,7 @@ def sample(
             text,
             nothing,
             models.denoiser.alphas_cumprod,
-            models.denoiser.prediction,
+            models.denoiser.prediction_type,
             steps,
             guidance,
         )
@@ -125,5 +127,4 @@ def _every_route(routes: Sequence[Route], regions: Sequence[Sequence[Region]]) -
 
 def side_by_side(images_bhwc: Tensor) -> Image.Image:
     """Pictures in 0..1 as one."""
-    row = torch.cat(list(images_bhwc), dim=1)
-    return Image.fromarray((row * 255).round().byte().numpy())
+    return to_picture(torch.cat(list(images_bhwc), dim=1))

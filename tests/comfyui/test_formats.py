@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from custom_diffusion.concept.concept import Concept, LowRankDelta
+from custom_diffusion.concept.concept import Concept
+from custom_diffusion.concept.delta import LowRankDelta
 from custom_diffusion.concept.file import write_concept
 from custom_diffusion.formats.exporting import export_concept
 from custom_diffusion.formats.importing import open_concept

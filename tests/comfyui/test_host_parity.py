@@ -92,7 +92,7 @@ def test_latents_agree(hosts: Any) -> None:
 
 def test_loss_and_gradients_of_a_training_step_agree(hosts: Any) -> None:
     (comfy_denoiser, comfy_text, _), (denoiser, text, _) = hosts
-    assert comfy_denoiser.prediction == denoiser.prediction
+    assert comfy_denoiser.prediction_type == denoiser.prediction_type
     assert difference(comfy_denoiser.alphas_cumprod, denoiser.alphas_cumprod) < 1e-5
 
     loss, weight, row, base_hash = one_step(comfy_denoiser, comfy_text)
@@ -124,8 +124,9 @@ def one_step(denoiser: Any, encoder: Any) -> tuple[float, torch.Tensor, torch.Te
     projections = DenseProjections(denoiser, {})
     with projections.installed():
         noisy = add_noise(latents, noise, timesteps, denoiser.alphas_cumprod)
-        prediction = projections.predict(noisy, timesteps, context, keep=keep)
-        wanted = target(latents, noise, timesteps, denoiser.alphas_cumprod, denoiser.prediction)
+        prediction = projections.predict(noisy, timesteps, context, passing=keep)
+        schedule = denoiser.alphas_cumprod
+        wanted = target(latents, noise, timesteps, schedule, denoiser.prediction_type)
         loss = sample_weights(4, 2, 1.0) @ sample_losses(prediction, wanted, masks)
         loss.backward()
     assert projections.weight.grad is not None and row.grad is not None

@@ -22,6 +22,7 @@ from custom_diffusion.trainer.config import TrainConfig
 from custom_diffusion.trainer.events import CheckpointDue, StepDone
 from custom_diffusion.trainer.jobs.snapshot import JobState
 from custom_diffusion.trainer.jobs.work import Work
+from custom_diffusion.trainer.request import TrainingRequest
 from support.concepts import random_concept
 from support.tiny_models import cat_concept
 
@@ -273,16 +274,11 @@ def test_a_finished_graph_is_handed_out_without_a_copy_of_its_unet(
     def start() -> Any:
         return training.start_training(
             "cat",
-            loaded.model,
-            loaded.clip,
-            load("sd15").vae,
-            [cat_concept()],
-            config,
+            TrainingRequest(config, [cat_concept()]),
+            training.Origin(loaded.model, loaded.clip, load("sd15").vae, {}, "1"),
             checkpoint_every_steps=50,
             share_device=True,
             keep_best=1,
-            prompt={},
-            node_id="1",
         )
 
     first = start()
@@ -291,6 +287,30 @@ def test_a_finished_graph_is_handed_out_without_a_copy_of_its_unet(
     assert len(copies) == 1
     assert start() is first
     assert len(copies) == 1
+
+
+def test_a_job_that_waits_is_offered_models_without_a_copy_of_the_unet(
+    lent: Any, loaded: Any, load: Any, prompts: Any
+) -> None:
+    """What it was queued with has gone; the same graph, queued again, brings equal ones."""
+    waits = lent.Base(
+        loaded.model, loaded.clip, CONFIG, lent.copy_models(loaded.model, loaded.clip, CONFIG)
+    )
+    wanted = weights(waits.copy(never))
+    loaded.model = loaded.clip = None
+    gc.collect()
+    assert not waits.is_loaded
+    again = load("sd15")
+    encoder = lent.text_encoder(again.clip)
+    key = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+    other = again.model.clone()
+    other.add_patches({key: ("diff", (torch.ones(again.model.get_model_object(key).shape),))})
+    lent.offer(other, again.clip, CONFIG, encoder)
+    assert not waits.is_loaded  # another model is no help
+    lent.offer(again.model, again.clip, CONFIG, encoder)
+    assert waits.is_loaded
+    got = weights(waits.copy(never))
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("early", ["pause", "stop", None])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from custom_diffusion.concept.concept import LowRankDelta
+from custom_diffusion.concept.delta import LowRankDelta
 from custom_diffusion.concept.file import read_concept
 from custom_diffusion.merge.captions import regularization_captions
 from support.comfy_server import ComfyPromptError, ComfyServer

@@ -18,6 +18,7 @@ def training(sd15: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """What starts a training, with parts of its own; its copies are counted as a failure."""
     from custom_diffusion.host.comfyui.jobs import training as module
     from custom_diffusion.trainer.config import TrainConfig
+    from custom_diffusion.trainer.request import TrainingRequest
 
     def copied(*_: Any) -> Any:
         raise AssertionError("models were copied before they were judged")
@@ -29,14 +30,11 @@ def training(sd15: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     def start(**parts: Any) -> Any:
         return module.start_training(
             "x",
-            *{**own, **parts}.values(),
-            [],
-            TrainConfig(),
+            TrainingRequest(TrainConfig(), []),
+            module.Origin(**{**own, **parts}, prompt={}, node_id="1"),
             checkpoint_every_steps=50,
             share_device=False,
             keep_best=1,
-            prompt={},
-            node_id="1",
         )
 
     return start

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from custom_diffusion.concept.concept import LowRankDelta
+from custom_diffusion.concept.delta import LowRankDelta
 from custom_diffusion.concept.file import read_concept
 from support.comfy_server import ComfyServer
 from support.graphs import Graph, draw, draw_pictures, node, teach

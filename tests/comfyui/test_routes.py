@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from custom_diffusion.cli.job_server import JobServer
-from custom_diffusion.concept.concept import DenseDelta
+from custom_diffusion.concept.delta import DenseDelta
 from custom_diffusion.concept.file import write_concept
 from custom_diffusion.concept.layers import FAMILIES
 from custom_diffusion.host.http.api import ENDPOINTS, JSON_TYPE, PICTURE, PICTURE_TYPES, PREFIX

@@ -15,7 +15,8 @@ import pytest
 import torch
 from custom_diffusion.composition.features import MarkedFeatures
 from custom_diffusion.composition.routing import Route
-from custom_diffusion.concept.concept import Concept, DenseDelta
+from custom_diffusion.concept.concept import Concept
+from custom_diffusion.concept.delta import DenseDelta
 from custom_diffusion.concept.errors import IncompatibleModelError, TokenError
 from custom_diffusion.concept.file import write_concept
 from safetensors.torch import save_file

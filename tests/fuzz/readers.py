@@ -20,7 +20,8 @@ from typing import Any
 import atheris
 
 with atheris.instrument_imports(include=["custom_diffusion"]):
-    from custom_diffusion.concept.concept import Concept, DenseDelta, LowRankDelta, ModifierToken
+    from custom_diffusion.concept.concept import Concept, ModifierToken
+    from custom_diffusion.concept.delta import DenseDelta, LowRankDelta
     from custom_diffusion.concept.errors import CustomDiffusionError
     from custom_diffusion.concept.file import read_concept, write_concept
     from custom_diffusion.concept.header import FORMAT

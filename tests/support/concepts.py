@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from custom_diffusion.concept.concept import Concept, Delta, DenseDelta, LowRankDelta, ModifierToken
+from custom_diffusion.concept.concept import Concept, ModifierToken
+from custom_diffusion.concept.delta import Delta, DenseDelta, LowRankDelta
 from custom_diffusion.concept.layers import FAMILIES, Family
 from numpy.typing import NDArray
 from torch import Tensor

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from custom_diffusion.concept.concept import Concept, DenseDelta, LowRankDelta, ModifierToken
+from custom_diffusion.concept.concept import Concept, ModifierToken
+from custom_diffusion.concept.delta import DenseDelta, LowRankDelta
 from custom_diffusion.concept.layers import FAMILIES, layer_from_diffusers
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from custom_diffusion.concept.concept import Concept, LowRankDelta
+from custom_diffusion.concept.concept import Concept
+from custom_diffusion.concept.delta import LowRankDelta
 from custom_diffusion.merge.captions import regularization_captions
 from custom_diffusion.merge.merging import merge_concepts
 from custom_diffusion.merge.report import MergeReport
@@ -30,18 +31,13 @@ def merge(
     encoder: RecurrentTextEncoder | None = None,
     captions: Sequence[str] = CAPTIONS,
     cache: Path | None = None,
-    padding_weight: float = 0.0,
-    null_weight: float = 0.0,
 ) -> tuple[Concept, MergeReport]:
-    """A merge without soft rows where none are asked for, whatever the defaults are."""
     return merge_concepts(
         concepts,
         encoder or RecurrentTextEncoder(WIDTH),
         strengths=strengths,
         captions=captions,
         relative_ridge=RIDGE,
-        padding_weight=padding_weight,
-        null_weight=null_weight,
         cache_folder=cache,
     )
 
@@ -70,22 +66,6 @@ def constrained_features(concept: Concept, encoder: RecurrentTextEncoder) -> Ten
         start = ids.index(encoder.tokenize_words(token.name)[0])
         rows.append(encoder.encode(encoder.pad([ids]))[0, start : len(ids)])
     return torch.cat(rows).double()
-
-
-def padding_features(concept: Concept, encoder: RecurrentTextEncoder) -> Tensor:
-    """Mean of what follows the end of text, of both prompts (2, d); float64."""
-    rows = []
-    for prompt in prompts_of(concept):
-        ids = encoder.tokenize(prompt)
-        rows.append(encoder.encode(encoder.pad([ids]))[0, len(ids) :].mean(0))
-    return torch.stack(rows).double()
-
-
-def null_features() -> Tensor:
-    """Start and end of the empty prompt, and the mean of what follows (3, d); float64."""
-    encoder = RecurrentTextEncoder(WIDTH)
-    (features,) = encoder.encode(encoder.pad([encoder.tokenize("")])).double()
-    return torch.cat([features[:2], features[2:].mean(0, keepdim=True)])
 
 
 def caption_rows(captions: Sequence[str] = CAPTIONS) -> Tensor:

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from custom_diffusion.trainer.config import Fit
+from custom_diffusion.trainer.config import Framing
 from custom_diffusion.trainer.data.augmentation import (
     LARGE_PREFIXES,
     SMALL_PREFIXES,
@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 WHITE = Image.new("RGB", (24, 24), "white")
 
 
-def whole(image: Image.Image, size: int, flip: bool = False, fit: Fit = "crop") -> View:
+def whole(image: Image.Image, size: int, flip: bool = False, fit: Framing = "crop") -> View:
     return whole_view(Picture(image), size, flip, fit)
 
 
@@ -34,7 +34,7 @@ def views(
     *,
     seed: int = 0,
     flip: bool = False,
-    fit: Fit = "crop",
+    fit: Framing = "crop",
 ) -> list[View]:
     rng = random.Random(seed)
     return [random_view(Picture(image), size, rng, flip, fit) for _ in range(count)]
@@ -282,7 +282,7 @@ def ramp(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("shape", [(256, 256), (384, 256), (256, 384), (90, 60)])
 @pytest.mark.parametrize("fit", ["crop", "letterbox"])
 def test_the_crop_is_where_the_first_pixel_was_in_the_resized_picture(
-    shape: tuple[int, int], fit: Fit
+    shape: tuple[int, int], fit: Framing
 ) -> None:
     for view in views(128, 40, ramp(*shape), fit=fit):
         height, width, top, left, seen_height, seen_width = view.sizes

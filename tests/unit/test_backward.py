@@ -9,7 +9,7 @@ import torch
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.host.diffusers.lending import DiffusersModels
 from custom_diffusion.trainer.config import TrainConfig
-from custom_diffusion.trainer.economy.backward import checkpointed
+from custom_diffusion.trainer.economy.backward import recomputed
 from custom_diffusion.trainer.events import Event, MemoryShort, StepDone
 from custom_diffusion.trainer.loop import train
 from support.kept import kept_bytes
@@ -75,7 +75,7 @@ def test_checkpointing_keeps_the_inputs_of_blocks_only(models: DiffusersModels) 
     context = torch.randn(4, 77, denoiser.family.context_width, requires_grad=True)
     kept = []
     for blocks in ((), denoiser.blocks):
-        with checkpointed(denoiser.network, blocks), kept_bytes() as total:
+        with recomputed(denoiser.network, blocks), kept_bytes() as total:
             denoiser.predict(latents, torch.tensor([1, 2, 3, 4]), context)
         kept += total
     assert kept[1] < 0.5 * kept[0]
@@ -87,12 +87,12 @@ def test_the_network_is_as_before_after_checkpointing(models: DiffusersModels) -
     first, *_ = models.denoiser.blocks
     module = network.get_submodule(first)
     own = {"of an instance": lambda *args: None}
-    with checkpointed(network, models.denoiser.blocks):
+    with recomputed(network, models.denoiser.blocks):
         assert "forward" in vars(module)
     assert all("forward" not in vars(part) for part in network.modules())
     module.forward = own["of an instance"]
     try:
-        with pytest.raises(RuntimeError), checkpointed(network, models.denoiser.blocks):
+        with pytest.raises(RuntimeError), recomputed(network, models.denoiser.blocks):
             raise RuntimeError
         assert module.forward is own["of an instance"]
     finally:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from custom_diffusion.cli import main
-from custom_diffusion.concept.concept import Concept, LowRankDelta, ModifierToken
+from custom_diffusion.concept.concept import Concept, ModifierToken
+from custom_diffusion.concept.delta import LowRankDelta
 from custom_diffusion.concept.file import read_concept, write_concept
 from custom_diffusion.formats.base import BaseModel
 from custom_diffusion.formats.exporting import FORMATS

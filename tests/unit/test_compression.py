@@ -12,7 +12,8 @@ import torch
 from custom_diffusion.cli import main
 from custom_diffusion.compression.ranks import compress
 from custom_diffusion.compression.spectrum import components, singular_values, spectra
-from custom_diffusion.concept.concept import Concept, Delta, DenseDelta, LowRankDelta
+from custom_diffusion.concept.concept import Concept
+from custom_diffusion.concept.delta import Delta, DenseDelta, LowRankDelta
 from custom_diffusion.concept.errors import ConfigError
 from custom_diffusion.concept.file import read_concept, write_concept
 from custom_diffusion.concept.layers import FAMILIES

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import torch
 from custom_diffusion.concept.atomic import write_atomically, write_text_atomically
-from custom_diffusion.concept.concept import Concept, DenseDelta, LowRankDelta, ModifierToken
+from custom_diffusion.concept.concept import Concept, ModifierToken
+from custom_diffusion.concept.delta import DenseDelta, LowRankDelta
 from custom_diffusion.concept.errors import ConceptFileError, TokenError
 from custom_diffusion.concept.file import read_concept, size_of, write_concept, write_new_concept
 from custom_diffusion.concept.layers import FAMILIES

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from custom_diffusion.concept.concept import Concept, DenseDelta, LowRankDelta, ModifierToken
+from custom_diffusion.concept.concept import Concept, ModifierToken
+from custom_diffusion.concept.delta import DenseDelta, LowRankDelta
 from custom_diffusion.concept.errors import IncompatibleModelError
 from custom_diffusion.concept.file import read_concept, write_concept
 from custom_diffusion.concept.layers import FAMILIES, layer_to_diffusers
@@ -169,7 +170,7 @@ def test_the_denoiser_is_the_pipeline_seen_through_the_protocol(
 ) -> None:
     with borrowed_models(pipeline) as models, borrowed_models(v_pipeline) as v_models:
         denoiser = models.denoiser
-        assert (denoiser.prediction, v_models.denoiser.prediction) == ("epsilon", "v")
+        assert (denoiser.prediction_type, v_models.denoiser.prediction_type) == ("epsilon", "v")
         assert denoiser.family is FAMILIES["sd15"]
         assert torch.equal(denoiser.alphas_cumprod, pipeline.scheduler.alphas_cumprod)
         assert (denoiser.dtype, denoiser.device) == (torch.float32, torch.device("cpu"))

@@ -18,6 +18,7 @@ from custom_diffusion.trainer.config import TrainConfig
 from custom_diffusion.trainer.data.captioned import CaptionedImage
 from custom_diffusion.trainer.data.training_concept import TrainingConcept
 from custom_diffusion.trainer.jobs.fingerprint import training_fingerprint
+from custom_diffusion.trainer.request import TrainingRequest
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from support.concepts import random_concept
@@ -55,7 +56,8 @@ def fingerprint(
     pipeline = pipeline or tiny_pipeline()
     with borrowed_models(pipeline) as models:
         networks = (pipeline.unet, pipeline.vae)
-        return training_fingerprint(config, concepts, models.text_encoder, networks, start)
+        request = TrainingRequest(config, concepts, start)
+        return training_fingerprint(request, models.text_encoder, networks)
 
 
 def changed_image(inputs: Inputs, **changes: Any) -> Inputs:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from custom_diffusion.concept.concept import LowRankDelta
+from custom_diffusion.concept.delta import LowRankDelta
 from custom_diffusion.concept.errors import ConceptFileError
 from custom_diffusion.concept.file import read_concept, write_concept
 from custom_diffusion.concept.layers import layer_to_diffusers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from custom_diffusion.host.diffusers.lending import DiffusersModels
-from custom_diffusion.trainer.economy.backward import checkpointed
+from custom_diffusion.trainer.economy.backward import recomputed
 from custom_diffusion.trainer.economy.frozen_layers import keeping_less
 from support.kept import kept_bytes
 from support.tiny_models import RESOLUTION
@@ -42,7 +42,7 @@ def test_the_same_numbers_in_two_thirds_of_the_memory(
 def test_blocks_that_are_computed_twice_keep_less_inside(models: DiffusersModels) -> None:
     denoiser = models.denoiser
     whole = prediction_and_gradient(models, torch.float32)
-    with keeping_less(denoiser.network), checkpointed(denoiser.network, denoiser.blocks):
+    with keeping_less(denoiser.network), recomputed(denoiser.network, denoiser.blocks):
         less = prediction_and_gradient(models, torch.float32)
     assert torch.equal(less[0], whole[0])
     torch.testing.assert_close(less[1], whole[1])

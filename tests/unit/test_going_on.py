@@ -63,7 +63,7 @@ def test_without_a_step_all_is_as_it_was(
     models: DiffusersModels, method: MethodName, taught: TrainingConcept
 ) -> None:
     start = trained(models, cat_concept(), config(method))
-    kept = trained(models, taught, config(method), start=start, should_stop=lambda: True)
+    kept = trained(models, taught, config(method), earlier=start, should_stop=lambda: True)
     assert_holds(kept, start)
     assert [token.name for token in kept.tokens] == list(dict.fromkeys(["<new1>", taught.token]))
     assert kept.base_hash == start.base_hash
@@ -75,7 +75,7 @@ def test_one_more_concept_is_learnt_as_by_a_naive_loop_on_the_changed_model(
 ) -> None:
     with borrowed_models(pipeline) as models:
         start = trained(models, dog_concept(), config())
-        both = trained(models, cat_concept(), config(), start=start)
+        both = trained(models, cat_concept(), config(), earlier=start)
     changed = copy.copy(pipeline)
     with applied_concept(pipeline, start):
         changed.unet = copy.deepcopy(pipeline.unet)
@@ -103,9 +103,9 @@ def test_words_that_are_one_are_told_of_before_the_first_step(models: DiffusersM
     start = trained(models, cat_concept(), config(steps=1))
     (word,) = start.tokens
     alike = replace(start, tokens=(word, replace(word, name="<other>")))
-    for going_on_from, notices in ((start, 0), (alike, 1)):
+    for before, notices in ((start, 0), (alike, 1)):
         events: list[Event] = []
-        trained(models, dog_concept(), config(steps=1), start=going_on_from, on_event=events.append)
+        trained(models, dog_concept(), config(steps=1), earlier=before, on_event=events.append)
         told = [event.text() for event in events if isinstance(event, WordsAlike)]
         assert len(told) == notices
         assert not told or isinstance(events[0], WordsAlike)
@@ -118,7 +118,7 @@ def test_the_same_word_learns_on(pipeline: StableDiffusionPipeline, method: Meth
     cat, cut = cat_concept(), {"gradient_cut": "start and padding"}
     with borrowed_models(pipeline) as models:
         start = trained(models, cat, config(method, learning_rate=1e-2, **cut))
-        more = trained(models, cat, config(method, steps=1), start=start)
+        more = trained(models, cat, config(method, steps=1), earlier=start)
         fresh = trained(models, cat, config(method, steps=1, **cut))
     with applied_concept(pipeline, start) as encoder, borrowed_models(pipeline) as models:
         # Its word is known now, so a concept without one that says it asks the same of the model.
@@ -143,7 +143,7 @@ def test_a_concept_of_its_own_words_learns_on_as_the_host_routes_it(
     bank = random_bank(cat)
     with borrowed_models(pipeline) as models:
         start = trained(models, cat, config(method, learning_rate=1e-2))
-        more = trained(models, cat, settings, start=start)
+        more = trained(models, cat, settings, earlier=start)
         fresh = trained(models, cat, settings)
     assert start.scope == more.scope == "own words"
 
@@ -165,8 +165,8 @@ def test_a_concept_of_its_own_words_learns_on_as_the_host_routes_it(
 
 def test_a_concept_of_every_word_goes_on_as_it_was_taught(models: DiffusersModels) -> None:
     start = trained(models, cat_concept(), config(gradient_cut="start"))
-    more = trained(models, cat_concept(), config(), start=start)
-    same = trained(models, cat_concept(), config(gradient_cut="start and padding"), start=start)
+    more = trained(models, cat_concept(), config(), earlier=start)
+    same = trained(models, cat_concept(), config(gradient_cut="start and padding"), earlier=start)
     assert start.scope == more.scope == "every word"
     assert more.provenance["final_losses"] == same.provenance["final_losses"]
 
@@ -174,7 +174,7 @@ def test_a_concept_of_every_word_goes_on_as_it_was_taught(models: DiffusersModel
 def test_factors_of_a_lower_rank_learn_on(models: DiffusersModels) -> None:
     start = trained(models, cat_concept(), config("low-rank"))
     settings = replace(config("low-rank"), rank=5)
-    kept = trained(models, dog_concept(), settings, start=start, should_stop=lambda: True)
+    kept = trained(models, dog_concept(), settings, earlier=start, should_stop=lambda: True)
     assert_holds(kept, start)
     assert {delta.rank for delta in kept.deltas.values()} == {5}
 
@@ -182,7 +182,7 @@ def test_factors_of_a_lower_rank_learn_on(models: DiffusersModels) -> None:
 def test_more_than_the_method_trains_is_refused(models: DiffusersModels) -> None:
     start = trained(models, cat_concept(), config("cross-attention", steps=1))
     with pytest.raises(ConfigError, match=r"queries and outputs.*'cross-attention'"):
-        trained(models, cat_concept(), config(), start=start)
+        trained(models, cat_concept(), config(), earlier=start)
 
 
 @pytest.mark.parametrize("method, given", [("low-rank", "rank 4"), ("custom diffusion", "no low")])
@@ -191,16 +191,16 @@ def test_factors_of_a_higher_rank_are_refused(
 ) -> None:
     start = trained(models, cat_concept(), replace(config(method, steps=1), rank=4))
     with pytest.raises(ConfigError, match=f"of {given}.*would continue at rank 3"):
-        trained(models, cat_concept(), replace(config("low-rank"), rank=3), start=start)
+        trained(models, cat_concept(), replace(config("low-rank"), rank=3), earlier=start)
 
 
 def test_low_rank_goes_on_densely(models: DiffusersModels) -> None:
     start = trained(models, cat_concept(), config("low-rank"))
-    kept = trained(models, dog_concept(), config(), start=start, should_stop=lambda: True)
+    kept = trained(models, dog_concept(), config(), earlier=start, should_stop=lambda: True)
     assert_holds(kept, start)
 
 
 def test_a_concept_of_another_checkpoint_is_refused(models: DiffusersModels) -> None:
     start = replace(trained(models, cat_concept(), config(steps=1)), base_hash="0" * 32)
     with pytest.raises(IncompatibleModelError, match=r"another checkpoint .* 00000000"):
-        trained(models, dog_concept(), config(), start=start)
+        trained(models, dog_concept(), config(), earlier=start)

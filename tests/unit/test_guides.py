@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from custom_diffusion.concept.concept import Concept, DenseDelta
+from custom_diffusion.concept.concept import Concept
+from custom_diffusion.concept.delta import DenseDelta
 from custom_diffusion.concept.errors import MergeError, TokenError
 from custom_diffusion.host.diffusers.lending import borrowed_models
 from custom_diffusion.merge import merging

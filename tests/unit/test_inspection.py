@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from custom_diffusion.cli import main
-from custom_diffusion.concept.concept import Concept, DenseDelta, ModifierToken, hash_projections
+from custom_diffusion.concept.concept import Concept, ModifierToken, hash_projections
+from custom_diffusion.concept.delta import DenseDelta
 from custom_diffusion.concept.file import read_concept, write_concept
 from custom_diffusion.concept.fit import Fit, fit_to
 from custom_diffusion.concept.layers import FAMILIES

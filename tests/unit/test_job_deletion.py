@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from custom_diffusion.cli import main
-from custom_diffusion.concept.concept import Concept, DenseDelta
+from custom_diffusion.concept.concept import Concept
+from custom_diffusion.concept.delta import DenseDelta
 from custom_diffusion.concept.errors import JobError
 from custom_diffusion.concept.file import write_new_concept
 from custom_diffusion.concept.layers import FAMILIES

@@ -17,7 +17,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from custom_diffusion.concept.concept import Concept, DenseDelta
+from custom_diffusion.concept.concept import Concept
+from custom_diffusion.concept.delta import DenseDelta
 from custom_diffusion.concept.errors import CustomDiffusionError, JobError
 from custom_diffusion.concept.file import write_new_concept
 from custom_diffusion.concept.layers import FAMILIES

@@ -42,15 +42,17 @@ INSIDE_TRAINER = {
     "checkpoint": set[str](),
     "events": {"checkpoint"},
     "economy": set[str](),
+    "request": {"config", "data"},
     "data": {"config"},
     "regularization": {"config", "data"},
     "learning": {"config", "data"},
     "methods": {"config", "learning"},
-    "jobs": {"config", "data", "checkpoint", "events"},
-    "start": {"config", "learning", "methods"},
+    "jobs": {"config", "data", "checkpoint", "events", "request"},
+    "earlier": {"config", "learning", "methods"},
     "prepare": {"config", "data", "learning", "methods"},
-    "learner": {"config", "checkpoint", "events", "data", "learning", "methods", "start"},
+    "learner": {"config", "checkpoint", "events", "data", "learning", "methods", "earlier"},
     "loop": {"config", "checkpoint", "events", "economy", "data", "learning", "learner"},
+    "teach": {"events", "loop", "prepare", "request", "earlier"},
 }
 """Rooms of the trainer, and files at its door → the others they may import. Nothing there knows
 jobs: a run has no idea that it is one.

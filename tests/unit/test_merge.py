@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from custom_diffusion.concept.concept import Concept, DenseDelta, LowRankDelta, ModifierToken
+from custom_diffusion.concept.concept import Concept, ModifierToken
+from custom_diffusion.concept.delta import DenseDelta, LowRankDelta
 from custom_diffusion.concept.errors import (
     ConceptFileError,
     IncompatibleModelError,

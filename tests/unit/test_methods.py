@@ -10,7 +10,8 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from custom_diffusion.concept.concept import Concept, LowRankDelta
+from custom_diffusion.concept.concept import Concept
+from custom_diffusion.concept.delta import LowRankDelta
 from custom_diffusion.concept.errors import ConfigError, MergeError
 from custom_diffusion.concept.file import read_concept, write_concept
 from custom_diffusion.concept.layers import is_projection

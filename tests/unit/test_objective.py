@@ -9,7 +9,7 @@ import pytest
 import torch
 from custom_diffusion.concept.text import TextFeatures
 from custom_diffusion.diffusion.noise import add_noise, denoised, target
-from custom_diffusion.diffusion.protocols import Prediction
+from custom_diffusion.diffusion.protocols import PredictionType
 from custom_diffusion.diffusion.sampling import ddim_sample
 from custom_diffusion.trainer.learning.objective import sample_losses, sample_weights
 from support.tiny_models import sd_scheduler
@@ -49,8 +49,8 @@ def test_the_target_is_the_velocity_of_diffusers_for_v() -> None:
     )
 
 
-@pytest.mark.parametrize("prediction", get_args(Prediction))
-def test_denoising_with_the_target_gives_back_latents_and_noise(prediction: Prediction) -> None:
+@pytest.mark.parametrize("prediction", get_args(PredictionType))
+def test_denoising_with_the_target_gives_back_latents_and_noise(prediction: PredictionType) -> None:
     latents, noise = (t.double() for t in latents_and_noise())
     alphas = ALPHAS.double()
     noisy = add_noise(latents, noise, TIMESTEPS, alphas)
@@ -123,10 +123,10 @@ def test_regularization_counts_with_its_weight_and_apart_from_the_instances(
     assert (sample_weights(5, 2, weight) @ losses).item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("prediction", get_args(Prediction))
+@pytest.mark.parametrize("prediction", get_args(PredictionType))
 @pytest.mark.parametrize("guidance", [1.0, 6.0])
 def test_previews_end_at_the_latents_that_a_perfect_network_knows(
-    prediction: Prediction, guidance: float
+    prediction: PredictionType, guidance: float
 ) -> None:
     latents, noise = latents_and_noise(2)
 

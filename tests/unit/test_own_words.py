@@ -9,7 +9,8 @@ import pytest
 import torch
 from custom_diffusion.cli import main
 from custom_diffusion.composition.routing import Route, own_rows
-from custom_diffusion.concept.concept import Concept, DenseDelta, LowRankDelta
+from custom_diffusion.concept.concept import Concept
+from custom_diffusion.concept.delta import DenseDelta, LowRankDelta
 from custom_diffusion.concept.file import read_concept, write_concept
 from custom_diffusion.concept.prompts import own_positions
 from custom_diffusion.concept.text import encode_unpadded

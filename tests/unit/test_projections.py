@@ -89,7 +89,7 @@ def our_gradients(
     context = context.clone().requires_grad_(True)
     projections = DenseProjections(denoiser, {})
     with projections.installed():
-        projections.predict(latents, timesteps, context, keep=keep).square().mean().backward()
+        projections.predict(latents, timesteps, context, passing=keep).square().mean().backward()
     gradient = projections.weight.grad
     assert gradient is not None
     assert context.grad is not None
@@ -157,7 +157,7 @@ def test_untrained_projections_predict_what_the_network_predicts(
         plain = denoiser.predict(*inputs)
         with projections.installed():
             ours = projections.predict(*inputs)
-            cut = projections.predict(*inputs, keep=torch.zeros(2, 11))
+            cut = projections.predict(*inputs, passing=torch.zeros(2, 11))
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
     assert torch.equal(cut, ours)
 
@@ -294,7 +294,7 @@ def test_trained_weights_are_float32_when_the_network_is_not(inputs: Inputs) -> 
         denoiser = Host(network, sd_scheduler(), tiny_vae())
     projections = DenseProjections(denoiser, {})
     with projections.installed():
-        output = projections.predict(*inputs, keep=torch.ones(2, 11))
+        output = projections.predict(*inputs, passing=torch.ones(2, 11))
     output.square().mean().backward()
     assert projections.weight.dtype == torch.float32
     assert projections.weight.grad is not None

@@ -9,7 +9,8 @@ import pytest
 import torch
 from custom_diffusion.compression.ranks import compress
 from custom_diffusion.compression.spectrum_plot import spectrum_plot
-from custom_diffusion.concept.concept import Concept, DenseDelta
+from custom_diffusion.concept.concept import Concept
+from custom_diffusion.concept.delta import DenseDelta
 from custom_diffusion.pictures.plot import COLOURS, Axis, Series, line_plot
 from numpy.typing import NDArray
 from PIL import Image, ImageColor

@@ -14,7 +14,7 @@ import torch
 from custom_diffusion.cli import main
 from custom_diffusion.concept.errors import ConfigError
 from custom_diffusion.concept.file import read_concept
-from custom_diffusion.trainer.economy.processes import DataParallel
+from custom_diffusion.trainer.economy.processes import Replica
 from safetensors.torch import load_file
 from support.graphs import draw_pictures
 from support.tiny_models import tiny_pipeline
@@ -96,6 +96,6 @@ def workers(torchrun: subprocess.Popen[bytes]) -> list[int]:
 
 
 def test_a_process_without_a_picture_is_refused() -> None:
-    DataParallel(0, 2).check(2)
+    Replica(0, 2).check(2)
     with pytest.raises(ConfigError, match="batch_size=1 gives 2 processes"):
-        DataParallel(0, 2).check(1)
+        Replica(0, 2).check(1)

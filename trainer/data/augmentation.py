@@ -15,7 +15,6 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -23,7 +22,8 @@ from torch.nn import functional
 
 from ...diffusion.latents import LATENT_PIXELS
 from ...diffusion.protocols import Sizes
-from ..config import Fit
+from ...pictures.tensors import for_network, to_tensor
+from ..config import Framing
 from .captioned import GREY, Picture
 
 SMALL_PREFIXES = ("very small", "far away")
@@ -46,13 +46,13 @@ class View:
     """Where it comes from. A picture that is smaller than the view counts as not cropped."""
 
 
-def whole_view(picture: Picture, size: int, flip: bool = False, fit: Fit = "crop") -> View:
+def whole_view(picture: Picture, size: int, flip: bool = False, fit: Framing = "crop") -> View:
     """The picture as it is, scaled to (size, size)."""
     return _view(picture, size, (0, 0, size), flip, fit)
 
 
 def random_view(
-    picture: Picture, size: int, rng: random.Random, flip: bool = False, fit: Fit = "crop"
+    picture: Picture, size: int, rng: random.Random, flip: bool = False, fit: Framing = "crop"
 ) -> View:
     """A randomly resized view with its prefix and mask."""
     edge = _random_edge(size, rng)
@@ -82,7 +82,7 @@ def _view(
     size: int,
     square: tuple[int, int, int],
     flip: bool,
-    fit: Fit,
+    fit: Framing,
     prefix: str = "",
 ) -> View:
     """The picture in a square (left, top, edge) that may be smaller or larger than the view."""
@@ -110,11 +110,10 @@ def _view(
     if mask:
         shades = Image.new("L", (size, size))
         shades.paste(mask.resize((width, height), Image.Resampling.BILINEAR), (left, top))
-        whole = torch.from_numpy(np.array(shades, dtype=np.float32)) / 255
-        counts *= functional.avg_pool2d(whole[None], LATENT_PIXELS)[0]
+        counts *= functional.avg_pool2d(to_tensor(shades)[None], LATENT_PIXELS)[0]
     crop = (max(cut_y - top, 0), max(cut_x - left, 0)) if edge >= size else (0, 0)
     sizes = (picture.image.height, picture.image.width, *crop, size, size)
-    return View(_to_tensor(canvas), counts, prefix, sizes)
+    return View(for_network(canvas), counts, prefix, sizes)
 
 
 def _inner_cells(start: int, edge: int, size: int) -> slice:
@@ -123,8 +122,3 @@ def _inner_cells(start: int, edge: int, size: int) -> slice:
         return slice(0, size // LATENT_PIXELS)
     first = max(start // LATENT_PIXELS + 1, 0)
     return slice(first, max((start + edge) // LATENT_PIXELS - 1, first + 1))
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)
-    return pixels / 127.5 - 1

@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 
 from ...diffusion.latents import LATENT_PIXELS
 from ...pictures.sheet import Row, lay_out
+from ...pictures.tensors import of_network, to_picture
 from ..config import TrainConfig
 from .augmentation import View
 from .captioned import CaptionedImage
@@ -83,5 +84,4 @@ def _row(title: str, words: str, views: Iterable[tuple[str, View]]) -> Row:
 def _shown(view: View) -> Image.Image:
     pixels = view.mask.repeat_interleave(LATENT_PIXELS, 0).repeat_interleave(LATENT_PIXELS, 1)
     brightness = _DIMMED + (1 - _DIMMED) * pixels
-    image_hwc = ((view.image_chw / 2 + 0.5) * brightness).permute(1, 2, 0)
-    return Image.fromarray((image_hwc * 255).round().byte().numpy())
+    return to_picture(of_network(view.image_chw) * brightness[:, :, None])

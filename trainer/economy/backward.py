@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
 from ...diffusion.protocols import Denoiser
 from .frozen_layers import replaced_forward
@@ -39,13 +39,13 @@ class Backward:
         self,
         denoiser: Denoiser,
         micro_batch_size: int,
-        checkpointing: bool,
+        recomputing: bool,
         on_less: Callable[[int, bool], None],
     ) -> None:
-        """`on_less` is told the new micro-batch size and whether there is checkpointing."""
+        """`on_less` is told the new micro-batch size and whether blocks are recomputed."""
         self._denoiser = denoiser
         self._micro_batch_size = micro_batch_size
-        self._checkpointing = checkpointing
+        self._recomputing = recomputing
         self._on_less = on_less
 
     def __call__(
@@ -66,20 +66,20 @@ class Backward:
                 return self._attempt(loss_of, samples)
             except torch.OutOfMemoryError:
                 at_once = self._at_once(len(samples))
-                if at_once == 1 and self._checkpointing:
+                if at_once == 1 and self._recomputing:
                     raise
-                self._checkpointing |= at_once == 1
+                self._recomputing |= at_once == 1
                 self._micro_batch_size = math.ceil(at_once / 2)
             # Here, where the error no longer holds on to the tensors of the attempt.
             if self._denoiser.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self._on_less(self._micro_batch_size, self._checkpointing)
+            self._on_less(self._micro_batch_size, self._recomputing)
 
     def _attempt(self, loss_of: Callable[[Part], Tensor], samples: Part) -> float:
         total, count = 0.0, len(samples)
         at_once = self._at_once(count)
-        blocks = self._denoiser.blocks if self._checkpointing else ()
-        with checkpointed(self._denoiser.network, blocks):
+        blocks = self._denoiser.blocks if self._recomputing else ()
+        with recomputed(self._denoiser.network, blocks):
             for start in range(0, count, at_once):
                 loss = loss_of(samples[start : start + at_once])
                 loss.backward()
@@ -91,13 +91,13 @@ class Backward:
 
 
 @contextmanager
-def checkpointed(network: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
+def recomputed(network: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
     """While the context lasts, these modules of the network keep their inputs only."""
     with ExitStack() as stack:
         for path in blocks:
             module = network.get_submodule(path)
             forward = partial(
-                checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False
+                recompute, module.forward, use_reentrant=False, preserve_rng_state=False
             )
             stack.enter_context(replaced_forward(module, forward))
         yield

@@ -20,8 +20,9 @@ from .backward import Part
 
 
 @dataclass(frozen=True)
-class DataParallel:
-    """This process among those of torch.distributed's default group; by itself it is all there is.
+class Replica:
+    """One of the processes that take the same steps, each with its part of the batch: those of
+    torch.distributed's default group. By itself it is all there is.
 
     The group carries CPU tensors, and those of the device that is trained on.
     """

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ...concept.concept import Concept
 from ...concept.errors import DataError
 from ...concept.file import concept_tensors
 from ...concept.regular_files import read_regular
 from ...concept.text import TextEncoder
 from ...pictures.opening import MOST_BYTES
-from ..config import TrainConfig
-from ..data.training_concept import TrainingConcept
+from ..request import TrainingRequest
 
 _SAMPLED = 4096  # entries of each weight that are looked at
 Network = nn.Module | Iterable[tuple[str, Tensor]]
@@ -27,11 +25,7 @@ _PROBE = "photo of a cat on the left of a red mug"
 
 
 def training_fingerprint(
-    config: TrainConfig,
-    concepts: Sequence[TrainingConcept],
-    encoder: TextEncoder,
-    networks: Iterable[Network],
-    start: Concept | None = None,
+    request: TrainingRequest, encoder: TextEncoder, networks: Iterable[Network]
 ) -> str:
     """Of settings, pictures, words and models. Raises DataError for a picture that is not there.
 
@@ -39,9 +33,9 @@ def training_fingerprint(
     Of every weight of the networks some thousand entries count, of the text encoder what it says of
     one prompt: another checkpoint, or a LoRA, changes them.
     """
-    settings = {name: value for name, value in config.as_json().items() if name != "steps"}
+    settings = {name: value for name, value in request.config.as_json().items() if name != "steps"}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for concept in concepts:
+    for concept in request.concepts:
         words = (concept.token, concept.class_noun, concept.initializer, concept.template)
         digest.update(repr(words).encode())
         for images in (concept.images, concept.regularization):
@@ -53,7 +47,8 @@ def training_fingerprint(
                 for source in (image.source, image.mask):
                     digest.update(_content(source))
     _update_with_models(digest, encoder, networks)
-    for name, tensor in sorted(concept_tensors(start).items()) if start else ():
+    earlier = concept_tensors(request.earlier) if request.earlier else {}
+    for name, tensor in sorted(earlier.items()):
         _update(digest, name, tensor)
     return digest.hexdigest()
 

@@ -23,7 +23,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor
@@ -33,6 +32,7 @@ from ...concept.concept import Concept
 from ...concept.errors import CheckpointError, ConfigError, CustomDiffusionError, JobError
 from ...concept.file import write_concept
 from ...concept.naming import THUMBNAIL, safe_file_name
+from ...pictures.tensors import to_picture
 from ..checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from .locks import CLAIM, LOCK, acquire, is_taken
 from .records import (
@@ -339,5 +339,4 @@ class JobFolder:
 
 def sample_picture(image_hwc: Tensor) -> Image.Image:
     """A sample (h, w, 3) in 0..1, enlarged so that its latents can be seen."""
-    picture = Image.fromarray((image_hwc * 255).round().to(torch.uint8).numpy())
-    return picture.resize((SAMPLE_EDGE, SAMPLE_EDGE), Image.Resampling.BICUBIC)
+    return to_picture(image_hwc).resize((SAMPLE_EDGE, SAMPLE_EDGE), Image.Resampling.BICUBIC)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ...concept.concept import Delta, DenseDelta
+from ...concept.delta import Delta, DenseDelta
 from ...diffusion.protocols import Denoiser
 
 
@@ -17,17 +17,17 @@ class NetworkWeights:
 
     `layers` (layer name → parameter) are put back afterwards: what they learnt is in `deltas()`.
     With `whole_network` all others but keys and values learn as well, and stay as they then are.
-    `start` is what was learnt before, by layer; it is part of what `deltas` returns.
+    `earlier` is what was learnt before, by layer; it is part of what `deltas` returns.
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
-        start: Mapping[str, Delta],
+        earlier: Mapping[str, Delta],
         layers: Mapping[str, str],
         whole_network: bool,
     ) -> None:
-        self._denoiser, self._start = denoiser, start
+        self._denoiser, self._earlier = denoiser, earlier
         network = denoiser.network
         self._layers = {layer: network.get_parameter(name) for layer, name in layers.items()}
         self._parameters = list(self._layers.values())
@@ -55,8 +55,8 @@ class NetworkWeights:
                 parameter.data = parameter.data.to(torch.float32, copy=copy)
                 parameter.requires_grad_(True)
             for layer, parameter in self._layers.items():
-                if layer in self._start:
-                    parameter.data += self._start[layer].dense().to(parameter)
+                if layer in self._earlier:
+                    parameter.data += self._earlier[layer].dense().to(parameter)
             yield
         finally:
             for parameter, dtype in zip(self._parameters, dtypes, strict=True):

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...concept.concept import Delta, DenseDelta, LowRankDelta, hash_projections
+from ...concept.concept import hash_projections
+from ...concept.delta import Delta, DenseDelta, LowRankDelta
 from ...concept.errors import ConfigError
 from ...concept.layers import sort_layers
 from ...diffusion.protocols import Denoiser
@@ -40,11 +41,11 @@ class KeyValueProjections(ABC):
 
     That is one place where gradients can be cut.
 
-    `start` is what was learnt before, by layer; it is part of what `deltas` returns.
+    `earlier` is what was learnt before, by layer; it is part of what `deltas` returns.
     """
 
-    def __init__(self, denoiser: Denoiser, start: Mapping[str, Delta]) -> None:
-        self._denoiser, self._start = denoiser, start
+    def __init__(self, denoiser: Denoiser, earlier: Mapping[str, Delta]) -> None:
+        self._denoiser, self._earlier = denoiser, earlier
         self._layers = sort_layers(denoiser.projections)
         paths = [denoiser.projections[layer] for layer in self._layers]
         self._weights = [
@@ -93,12 +94,12 @@ class KeyValueProjections(ABC):
         pooled: Tensor | None = None,
         sizes: Tensor | None = None,
         *,
-        keep: Tensor | None = None,
+        passing: Tensor | None = None,
         own: Tensor | None = None,
     ) -> Tensor:
         """The network's prediction with these projections, while they are installed.
 
-        `keep` (b, n) is one where gradients of keys and values may pass, zero where they are cut.
+        `passing` (b, n) is one where gradients of keys and values pass, zero where they are cut.
         `own` (b, n) is one where keys and values change at all: K_j = W₀ c_j + m_j ΔW c_j (spliced
         training, after LatexBlend, Jin et al., CVPR 2025). Without it they change everywhere.
         """
@@ -109,8 +110,8 @@ class KeyValueProjections(ABC):
             rows = own.nonzero(as_tuple=True)
             unchanged = torch.cat([F.linear(context, w.to(context)) for w in self._weights], -1)
             keys_values = unchanged.index_put(rows, self._keys_values(context[rows]))
-        if keep is not None and keys_values.requires_grad:
-            passing = keep[:, :, None].to(keys_values)
+        if passing is not None and keys_values.requires_grad:
+            passing = passing[:, :, None].to(keys_values)
             keys_values.register_hook(lambda gradient: gradient * passing)
         for slot, part in zip(
             self._slots.values(), keys_values.split(self._sizes, -1), strict=True
@@ -122,10 +123,10 @@ class KeyValueProjections(ABC):
         """The network's own weights (Σ out, d)."""
         return torch.cat([weight.to(self._denoiser.device, dtype) for weight in self._weights])
 
-    def _started(self) -> Tensor:
+    def _with_earlier(self) -> Tensor:
         """The same with what was learnt before, float32."""
         parts = self._stacked(torch.float32).split(self._sizes)
-        changes = [self._start.get(layer) for layer in self._layers]
+        changes = [self._earlier.get(layer) for layer in self._layers]
         return torch.cat(
             [w + c.dense().to(w) if c else w for w, c in zip(parts, changes, strict=True)]
         )
@@ -134,9 +135,9 @@ class KeyValueProjections(ABC):
 class DenseProjections(KeyValueProjections):
     """Every entry of every projection learns, as in Custom Diffusion: one matrix, one parameter."""
 
-    def __init__(self, denoiser: Denoiser, start: Mapping[str, Delta]) -> None:
-        super().__init__(denoiser, start)
-        self.weight = nn.Parameter(self._started())
+    def __init__(self, denoiser: Denoiser, earlier: Mapping[str, Delta]) -> None:
+        super().__init__(denoiser, earlier)
+        self.weight = nn.Parameter(self._with_earlier())
 
     def parameters(self) -> list[nn.Parameter]:
         return [self.weight]
@@ -160,9 +161,9 @@ class LowRankProjections(KeyValueProjections):
     """
 
     def __init__(
-        self, denoiser: Denoiser, start: Mapping[str, Delta], rank: int, seed: int
+        self, denoiser: Denoiser, earlier: Mapping[str, Delta], rank: int, seed: int
     ) -> None:
-        super().__init__(denoiser, start)
+        super().__init__(denoiser, earlier)
         self._rank = rank
         generator = torch.Generator().manual_seed(seed)
         self._base = self._stacked(denoiser.dtype)
@@ -177,8 +178,8 @@ class LowRankProjections(KeyValueProjections):
         down = torch.rand(rank * len(self._sizes), width, generator=generator) * 2 - 1
         down, up = down / math.sqrt(width), torch.zeros(len(self._base), rank)
         for layer, d, u in zip(self._layers, down.split(rank), up.split(self._sizes), strict=True):
-            if layer in start:
-                before = low_rank_factors(start[layer], layer, rank)
+            if layer in earlier:
+                before = low_rank_factors(earlier[layer], layer, rank)
                 d[: before.rank] = before.down
                 u[:, : before.rank] = before.up
         self.down = nn.Parameter(down.to(denoiser.device))
@@ -205,15 +206,15 @@ class LowRankProjections(KeyValueProjections):
 class FrozenProjections(KeyValueProjections):
     """Those of the network with what was learnt before, as they are."""
 
-    def __init__(self, denoiser: Denoiser, start: Mapping[str, Delta]) -> None:
-        super().__init__(denoiser, start)
-        self._base = self._started().to(denoiser.dtype)
+    def __init__(self, denoiser: Denoiser, earlier: Mapping[str, Delta]) -> None:
+        super().__init__(denoiser, earlier)
+        self._base = self._with_earlier().to(denoiser.dtype)
 
     def parameters(self) -> list[nn.Parameter]:
         return []
 
     def deltas(self) -> dict[str, Delta]:
-        return {layer: self._start[layer] for layer in self._layers if layer in self._start}
+        return {layer: self._earlier[layer] for layer in self._layers if layer in self._earlier}
 
     def _keys_values(self, context: Tensor) -> Tensor:
         return F.linear(context, self._base)
@@ -267,13 +268,14 @@ class _Slot(nn.Module):
 
 def low_rank_factors(delta: Delta, layer: str, rank: int) -> LowRankDelta:
     """The factors that learn on. Raises ConfigError where there are none of so low a rank."""
-    if not isinstance(delta, LowRankDelta) or delta.rank > rank:
-        given = f"rank {delta.rank}" if isinstance(delta, LowRankDelta) else "no low rank"
+    factors = delta.factors
+    if factors is None or factors.rank > rank:
+        given = "no low rank" if factors is None else f"rank {factors.rank}"
         raise ConfigError(
             f"The concept to extend is of {given} in {layer}; the low-rank method would continue "
             f"at rank {rank}. Set a rank as high, or choose the method 'custom diffusion'."
         )
-    return delta
+    return factors
 
 
 def _set_submodule(network: nn.Module, path: str, module: nn.Module) -> None:

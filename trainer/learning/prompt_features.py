@@ -17,7 +17,7 @@ class PromptText(NamedTuple):
     """What a step reads of its prompts."""
 
     features: TextFeatures
-    keep: Tensor | None
+    passing: Tensor | None
     """One where keys and values may pass gradients (b, n); None where all may"""
     own: Tensor | None
     """One where keys and values change at all (b, n); None where all do"""
@@ -50,7 +50,7 @@ class PromptFeatures:
         context = torch.stack([features[prompt].context for prompt in prompts])
         pooled = [row for prompt in prompts if (row := features[prompt].pooled) is not None]
         both = TextFeatures(context, torch.stack(pooled) if pooled else None)
-        return PromptText(both, self._keep(prompts, context), self._own(prompts, context))
+        return PromptText(both, self._passing_rows(prompts, context), self._own(prompts, context))
 
     def _own(self, prompts: Sequence[str], context: Tensor) -> Tensor | None:
         if self._cut != "own words":
@@ -88,15 +88,15 @@ class PromptFeatures:
             pooled = _passing(pooled, pooled_words)
         return TextFeatures(context, pooled)
 
-    def _keep(self, prompts: Sequence[str], context: Tensor) -> Tensor | None:
+    def _passing_rows(self, prompts: Sequence[str], context: Tensor) -> Tensor | None:
         if self._cut == "none":
             return None
-        keep = torch.ones(context.shape[:2], device=context.device)
-        keep[:, 0] = 0
+        passing = torch.ones(context.shape[:2], device=context.device)
+        passing[:, 0] = 0
         if self._cut in ("start and padding", "own words"):
-            for row, prompt in zip(keep, prompts, strict=True):
+            for row, prompt in zip(passing, prompts, strict=True):
                 row[len(self._encoder.tokenize(prompt)) :] = 0
-        return keep
+        return passing
 
 
 def _passing(numbers: Tensor, to: Tensor) -> Tensor:

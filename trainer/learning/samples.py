@@ -26,7 +26,7 @@ class Samples:
     pooled: Tensor | None
     """(b, w), for UNets that read it"""
     sizes: Tensor
-    keep: Tensor | None
+    passing: Tensor | None
     """One where gradients of keys and values may pass (b, n)"""
     own: Tensor | None
     """One where keys and values change at all (b, n); None where they do everywhere"""
@@ -48,7 +48,7 @@ def samples_of(
     generator: torch.Generator,
     context: Tensor,
     pooled: Tensor | None,
-    keep: Tensor | None,
+    passing: Tensor | None,
     own: Tensor | None,
     denoiser: Denoiser,
     config: TrainConfig,
@@ -62,7 +62,7 @@ def samples_of(
         tensor.to(denoiser.device)
         for tensor in (batch.latents_bchw, noise, timesteps, batch.masks_bhw, batch.sizes)
     )
-    schedule, prediction = denoiser.alphas_cumprod, denoiser.prediction
+    schedule, prediction_type = denoiser.alphas_cumprod, denoiser.prediction_type
     noisy = add_noise(latents, noise, timesteps, schedule)
     return Samples(
         noisy_latents_bchw=noisy,
@@ -70,9 +70,9 @@ def samples_of(
         context=context,
         pooled=pooled,
         sizes=sizes,
-        keep=keep,
+        passing=passing,
         own=own,
-        target_bchw=target(latents, noise, timesteps, schedule, prediction),
+        target_bchw=target(latents, noise, timesteps, schedule, prediction_type),
         masks_bhw=masks,
         weights=sample_weights(len(noisy), batch.prior, config.prior_weight).to(noisy),
     )
@@ -88,7 +88,7 @@ def loss_of(projections: KeyValueProjections, samples: Samples) -> Tensor:
         samples.context,
         samples.pooled,
         samples.sizes,
-        keep=samples.keep,
+        passing=samples.passing,
         own=samples.own,
     )
     losses = sample_losses(prediction, samples.target_bchw, samples.masks_bhw)

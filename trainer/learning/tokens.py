@@ -56,13 +56,13 @@ def moved_by_name(rows: Mapping[str, Tensor], token: str) -> dict[str, Tensor]:
 
 def words_to_teach(
     training_concepts: Sequence[TrainingConcept],
-    start: Concept,
+    earlier: Concept,
     encoder: TextEncoder,
     device: torch.device,
 ) -> dict[str, dict[str, nn.Parameter]]:
     """The modifier tokens of a run as parameters: encoder name → token → (vectors, width).
 
-    Those that `start` has learnt already go on from there; no two start alike. Raises ConfigError
+    Those that `earlier` has learnt already go on from there; no two start alike. Raises ConfigError
     when two concepts have one token.
     """
     with_token = [concept for concept in training_concepts if concept.token]
@@ -72,7 +72,7 @@ def words_to_teach(
             f"The concepts' trigger words are {', '.join(names)}. Concepts that are trained "
             f"together need one each: rename those that are the same."
         )
-    learnt = {token.name: token.embeddings for token in start.tokens}
+    learnt = {token.name: token.embeddings for token in earlier.tokens}
     words: dict[str, dict[str, nn.Parameter]] = {}
     began: list[str] = []
     for concept in with_token:

@@ -24,11 +24,11 @@ METHODS: Mapping[MethodName, Method] = {
 }
 
 
-def gradient_cut(config: TrainConfig, start: Concept | None) -> GradientCut:
+def gradient_cut(config: TrainConfig, earlier: Concept | None) -> GradientCut:
     """Where a run cuts: as `config` says where its method can, and as the concept was taught that
     it goes on from, whose words all mean something.
     """
-    goes_on = start is not None and bool(start.deltas) and start.scope == "every word"
+    goes_on = earlier is not None and bool(earlier.deltas) and earlier.scope == "every word"
     if config.gradient_cut == "own words" and (goes_on or not METHODS[config.method].splices):
         return "start and padding"
     return config.gradient_cut

@@ -19,7 +19,7 @@ def queries_and_outputs(denoiser: Denoiser) -> dict[str, str]:
 
 METHOD = Method(
     description="all of cross-attention, and the new word",
-    projections=lambda denoiser, start, config: DenseProjections(denoiser, start),
+    projections=lambda denoiser, earlier, config: DenseProjections(denoiser, earlier),
     steps=250,
     learning_rate=8e-5,
     further_layers=queries_and_outputs,

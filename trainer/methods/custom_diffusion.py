@@ -6,7 +6,7 @@ from .method import Method
 
 METHOD = Method(
     description="keys and values of cross-attention, and the new word",
-    projections=lambda denoiser, start, config: DenseProjections(denoiser, start),
+    projections=lambda denoiser, earlier, config: DenseProjections(denoiser, earlier),
     steps=TrainConfig.steps,
     learning_rate=TrainConfig.learning_rate,
     splices=True,

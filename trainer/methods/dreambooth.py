@@ -5,7 +5,7 @@ from .method import Method
 
 METHOD = Method(
     description="the whole UNet; the new word stays a rare one",
-    projections=lambda denoiser, start, config: DenseProjections(denoiser, start),
+    projections=lambda denoiser, earlier, config: DenseProjections(denoiser, earlier),
     steps=800,
     learning_rate=5e-6,
     learns_words=False,

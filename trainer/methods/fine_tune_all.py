@@ -5,7 +5,7 @@ from .method import Method
 
 METHOD = Method(
     description="the whole UNet, and the new word",
-    projections=lambda denoiser, start, config: DenseProjections(denoiser, start),
+    projections=lambda denoiser, earlier, config: DenseProjections(denoiser, earlier),
     steps=250,
     learning_rate=8e-6,
     whole_network=True,

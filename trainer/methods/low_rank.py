@@ -5,8 +5,8 @@ from .method import Method
 
 METHOD = Method(
     description="low-rank factors on keys and values, and the new word",
-    projections=lambda denoiser, start, config: LowRankProjections(
-        denoiser, start, config.rank, config.seed
+    projections=lambda denoiser, earlier, config: LowRankProjections(
+        denoiser, earlier, config.rank, config.seed
     ),
     steps=250,
     learning_rate=1e-4,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ...concept.concept import Delta
+from ...concept.delta import Delta
 from ...diffusion.protocols import Denoiser
 from ..config import TrainConfig
 from ..learning.projections import KeyValueProjections

@@ -5,7 +5,7 @@ from .method import Method
 
 METHOD = Method(
     description="only the new word",
-    projections=lambda denoiser, start, config: FrozenProjections(denoiser, start),
+    projections=lambda denoiser, earlier, config: FrozenProjections(denoiser, earlier),
     steps=3000,
     learning_rate=2e-3,
 )

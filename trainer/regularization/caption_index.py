@@ -29,7 +29,7 @@ Embed = Callable[[Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True)
-class Found:
+class CaptionMatch:
     """A captioned picture and how near its caption is to what was asked for."""
 
     similarity: float
@@ -77,7 +77,7 @@ class CaptionIndex:
             )
         return captions
 
-    def search(self, query: Tensor, count: int, least: float) -> list[Found]:
+    def search(self, query: Tensor, count: int, least: float) -> list[CaptionMatch]:
         """The `count` captions nearest to a query (d,) of length 1, best first.
 
         Only those with a similarity of `least` or more. Raises DataError where there is none.
@@ -117,7 +117,10 @@ class CaptionIndex:
         for _, path, row, _ in best:
             found_in.setdefault(path, set()).add(row)
         entries = {path: _entries(path, numbers) for path, numbers in found_in.items()}
-        return [Found(similarity, part, entries[path][row]) for similarity, path, row, part in best]
+        return [
+            CaptionMatch(similarity, part, entries[path][row])
+            for similarity, path, row, part in best
+        ]
 
     def _files(self, part: Part) -> _Files:
         """Looks at the part, and for a folder at every file in it: once a search is enough."""

@@ -13,12 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from ...concept.atomic import write_atomically, write_text_atomically
 from ...concept.errors import ConfigError, DataError
+from ...pictures.tensors import to_picture
 from ..data.captioned import CaptionedImage
 
 SETTINGS_FILE = "settings.json"
@@ -52,7 +51,7 @@ def generated_set(
         numbers = missing[start : start + batch_size]
         for number, image_hwc in zip(numbers, draw(numbers), strict=True):
             write_text_atomically(paths[number].with_suffix(".txt"), caption)
-            picture = Image.fromarray(_bytes(image_hwc))
+            picture = to_picture(image_hwc)
             write_atomically(paths[number], partial(picture.save, format="PNG"))
         on_progress(count - len(missing) + start + len(numbers), count)
     return tuple(CaptionedImage(path, caption) for path in paths)
@@ -80,7 +79,3 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
         )
     else:
         write_text_atomically(note, wanted)
-
-
-def _bytes(image_hwc: Tensor) -> np.ndarray[Any, Any]:
-    return (image_hwc.clamp(0, 1) * 255).round().byte().cpu().numpy()

@@ -13,7 +13,7 @@ from ...concept.atomic import write_bytes_atomically, write_text_atomically
 from ...concept.errors import DataError
 from ...pictures.opening import PictureError, decode_picture
 from ..data.captioned import CaptionedImage
-from .caption_index import CaptionIndex, Embed, Found
+from .caption_index import CaptionIndex, CaptionMatch, Embed
 from .drawn import claim_folder, settings_hash
 
 COUNT, LEAST_SIMILARITY = 200, 0.85
@@ -50,7 +50,7 @@ def retrieve(
         folder, {"prompt": prompt, "count": count, "pictures": settings_hash({"found": places})}
     )
     images: list[CaptionedImage] = []
-    chosen: list[Found] = []
+    chosen: list[CaptionMatch] = []
     broken: list[PictureError] = []
     for one in found:
         if len(images) == count:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from ....concept.errors import ModelsGoneError
+from ....concept.text import TextEncoder
 from ....trainer.config import TrainConfig
-from ....trainer.jobs.fingerprint import models_fingerprint
+from ....trainer.jobs.fingerprint import Network, models_fingerprint
 from ....trainer.methods import METHODS
 from ...clip.pair import ClipTextEncoderPair
 from ...clip.text_encoder import ClipTextEncoder
@@ -80,6 +81,21 @@ class _Loaded:
         self._pairs = []
 
 
+def offer(model: Any, clip: Any, config: TrainConfig, encoder: TextEncoder) -> None:
+    """Lets jobs of an equal base that wait use these, should what they were queued with be gone.
+    `encoder` is a copy of the CLIP; of the MODEL none is made.
+    """
+    waiting = _loaded.get(_key_of(config, encoder, unet_weights(model, config)))
+    if waiting:
+        waiting.add(model, clip)
+
+
+def _key_of(config: TrainConfig, encoder: TextEncoder, network: Network) -> str:
+    # Where its products are computed is written into a text encoder's weights.
+    own = (METHODS[config.method].leaves_network_frozen, config.text_encoder_on_cpu)
+    return f"{own} {models_fingerprint(encoder, [network])}"
+
+
 _loaded: weakref.WeakValueDictionary[str, _Loaded] = weakref.WeakValueDictionary()
 """By the key of the jobs that need them"""
 
@@ -88,9 +104,7 @@ class Base:
     """The MODEL and the CLIP that a job was queued with, or equal ones; it keeps none alive."""
 
     def __init__(self, model: Any, clip: Any, config: TrainConfig, models: Models) -> None:
-        """`models` are copies of them, to know them again by. Jobs of an equal base, which wait
-        already, can use them too.
-        """
+        """`models` are copies of them, to know them again by."""
         self._config = config
         self.key = self._key_of(models)
         """Equal for jobs that can work on the same copy"""
@@ -134,9 +148,7 @@ class Base:
         )
 
     def _key_of(self, models: Models) -> str:
-        # Where its products are computed is written into a text encoder's weights.
-        own = (METHODS[self._config.method].leaves_network_frozen, self._config.text_encoder_on_cpu)
-        return f"{own} {models_fingerprint(models.encoder, [models.denoiser.network])}"
+        return _key_of(self._config, models.encoder, models.denoiser.network)
 
 
 class SharedCopy:

@@ -12,7 +12,6 @@ from typing import Any
 
 import comfy.model_management
 import comfy.utils
-import numpy as np
 import torch
 from server import PromptServer
 
@@ -20,6 +19,7 @@ from ....concept.concept import Concept
 from ....concept.errors import JobError, TrainingError
 from ....concept.file import read_concept
 from ....pictures.opening import read_picture
+from ....pictures.tensors import to_tensor
 from ....trainer.jobs.folder import SAMPLE_EDGE, sample_picture
 from ....trainer.jobs.job import Job
 from ....trainer.jobs.service import TrainingService
@@ -184,4 +184,4 @@ def _tensor(path: Path) -> torch.Tensor:
     picture = read_picture(path).convert("RGB")
     if picture.size != (SAMPLE_EDGE, SAMPLE_EDGE):
         picture = picture.resize((SAMPLE_EDGE, SAMPLE_EDGE))
-    return torch.from_numpy(np.asarray(picture, np.float32) / 255)
+    return to_tensor(picture)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,81 +19,76 @@ from ....concept.concept import Concept
 from ....concept.errors import TrainingError
 from ....concept.file import read_concept, write_new_concept
 from ....concept.naming import write_new
-from ....concept.text import TextEncoder
 from ....merge.projection import project_on_own_words
 from ....trainer.checkpoint import Checkpoint
 from ....trainer.config import TrainConfig
-from ....trainer.data.latents import LatentBank
-from ....trainer.data.training_concept import TrainingConcept
 from ....trainer.events import Event
 from ....trainer.jobs.fingerprint import training_fingerprint
 from ....trainer.jobs.job import Job
 from ....trainer.jobs.snapshot import JobState
 from ....trainer.jobs.work import Work, never
 from ....trainer.learning.network_file import fold_in, write_network
-from ....trainer.loop import train
 from ....trainer.methods import METHODS
-from ....trainer.prepare import prepare
-from ....trainer.start import check_start
+from ....trainer.request import TrainingRequest
+from ....trainer.teach import prepared
 from ..models.parts import check_models
 from ..models.text import text_encoder
 from ..models.unet import ComfyDenoiser, ComfyLatentEncoder
 from ..paths import cache_folder, concept_folder, network_folder
-from .models import Base, Models, copy_unet, shared_copy, unet_weights
+from .models import Base, Models, copy_unet, offer, shared_copy, unet_weights
 from .prompts import prompt_is_running
 from .service import training_service, wait_for
 
 log = logging.getLogger("custom_diffusion")
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a request came from: a node, and the models that it was given."""
+
+    model: Any
+    clip: Any
+    vae: Any
+    prompt: Mapping[str, Any]
+    """The graph that is executed, as it was sent; empty where there is none"""
+    node_id: str
+
+
 def start_training(
     name: str,
-    model: Any,
-    clip: Any,
-    vae: Any,
-    concepts: Sequence[TrainingConcept],
-    config: TrainConfig,
-    start: Concept | None = None,
+    request: TrainingRequest,
+    origin: Origin,
     *,
     checkpoint_every_steps: int,
     share_device: bool,
     keep_best: int,
-    prompt: Mapping[str, Any],
-    node_id: str,
 ) -> Job:
     """Encodes the pictures and queues the job. Runs on the prompt thread.
 
     Everything that needs ComfyUI's own models happens here; the job touches only its copies.
     A job that had the same to do is not begun anew: it goes on, or is handed out when it has
-    finished. What node `node_id` needs of the prompt is kept, so that the job can be gone on with
-    in another process.
+    finished, and nothing is copied. What the node needs of the prompt is kept, so that the job can
+    be gone on with in another process.
     """
-    service = training_service()
-    check_models(model, clip, vae)
+    service, config, model, clip = training_service(), request.config, origin.model, origin.clip
+    check_models(model, clip, origin.vae)
     encoder = text_encoder(clip)
-    networks = (unet_weights(model, config), vae.first_stage_model)
-    fingerprint = f"{name} {training_fingerprint(config, concepts, encoder, networks, start)}"
-    same = service.join(fingerprint, config.steps)
-    if same is None or not same.snapshot().ended:
-        models = Models(copy_unet(model, config), encoder)
-        base = Base(model, clip, config, models)  # a job that waits already may need it
-    if same:
+    networks = (unet_weights(model, config), origin.vae.first_stage_model)
+    fingerprint = f"{name} {training_fingerprint(request, encoder, networks)}"
+    if same := service.join(fingerprint, config.steps):
         log.info("the training job %s had the same to do: it is not begun again", same.id)
+        if not same.snapshot().ended:
+            offer(model, clip, config, encoder)
         return same
-    if start:  # before the time that encoding takes
-        check_start(start, models.denoiser, config)
-    latent_encoder = ComfyLatentEncoder(vae, model.model.latent_format.scale_factor)
-    banks = _encoded(concepts, config, latent_encoder, models.encoder, start)
+    models = Models(copy_unet(model, config), encoder)
+    base = Base(model, clip, config, models)
+    latent_encoder = ComfyLatentEncoder(origin.vae, model.model.latent_format.scale_factor)
+    show = comfy.utils.ProgressBar(1).update_absolute
+    run = prepared(request, models.denoiser, encoder, latent_encoder, show)
     _make_room(models.denoiser)
-    training = _Training(name, concepts, banks, config, start, checkpoint_every_steps, base)
-    description = {
-        "concepts": [{"token": c.token, "class_noun": c.class_noun} for c in concepts],
-        "start": start.describe() if start else None,
-        "config": config.as_json(),
-        "graph": graph_until(prompt, node_id),
-        "node": node_id,
-        "keep_best": keep_best,
-    }
+    training = _Training(
+        name, config, base, partial(run, checkpoint_every_steps=checkpoint_every_steps)
+    )
     work = Work(
         training.train,
         training.save,
@@ -103,37 +99,34 @@ def start_training(
     return service.submit(
         name,
         config.steps,
-        description,
+        {**_description(request, origin), "keep_best": keep_best},
         work,
         fingerprint,
         on_next=lambda: shared_copy.keep(base, models),
     )
 
 
+def _description(request: TrainingRequest, origin: Origin) -> dict[str, Any]:
+    """What the job's folder says of it."""
+    concepts, earlier = request.concepts, request.earlier
+    return {
+        "concepts": [{"token": c.token, "class_noun": c.class_noun} for c in concepts],
+        "start": earlier.describe() if earlier else None,
+        "config": request.config.as_json(),
+        "graph": graph_until(origin.prompt, origin.node_id),
+        "node": origin.node_id,
+    }
+
+
 class _Training:
     """A run, from the turn of its job on. Until then, and after it, it holds no models."""
 
     def __init__(
-        self,
-        name: str,
-        concepts: Sequence[TrainingConcept],
-        banks: Sequence[LatentBank],
-        config: TrainConfig,
-        start: Concept | None,
-        checkpoint_every_steps: int,
-        base: Base,
+        self, name: str, config: TrainConfig, base: Base, run: Callable[..., Concept]
     ) -> None:
-        self._name, self._config, self._base = name, config, base
+        self._name, self._config, self._base, self._run = name, config, base, run
         self._method = METHODS[config.method]
         self._models: Models | None = None
-        self._train = partial(
-            train,
-            config,
-            concepts,
-            banks,
-            start=start,
-            checkpoint_every_steps=checkpoint_every_steps,
-        )
 
     @contextmanager
     def turn(self, should_leave: Callable[[], bool]) -> Iterator[bool]:
@@ -165,7 +158,7 @@ class _Training:
         assert self._models is not None, "its turn has not come"
         denoiser = self._models.denoiser
         try:
-            return self._train(
+            return self._run(
                 denoiser,
                 self._models.encoder,
                 checkpoint=checkpoint,
@@ -201,25 +194,6 @@ def _make_room(denoiser: ComfyDenoiser) -> None:
     needed = sum(tensor.nbytes for tensor in tensors if tensor.device.type != device.type)
     needed += comfy.model_management.minimum_inference_memory()
     comfy.model_management.free_memory(needed, device)
-
-
-def _encoded(
-    concepts: Sequence[TrainingConcept],
-    config: TrainConfig,
-    latent_encoder: ComfyLatentEncoder,
-    encoder: TextEncoder,
-    start: Concept | None,
-) -> list[LatentBank]:
-    """With progress on the node."""
-    progress = comfy.utils.ProgressBar(1)
-
-    def show(before: int, done: int, total: int) -> None:
-        progress.update_absolute(before * total + done, len(concepts) * total)
-
-    return [
-        prepare(concept, config, latent_encoder, encoder, partial(show, index), start=start)
-        for index, concept in enumerate(concepts)
-    ]
 
 
 def graph_until(prompt: Mapping[str, Any], node_id: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ....diffusion.latents import check_moments
 from ....diffusion.parts import SIZE_WIDTH, check_autoencoder, check_network, check_noise
+from ....pictures.tensors import channels_last
 from .parts import autoencoder_of, network_of, noise_of
 from .weights import (
     _UNET_PREFIX,
@@ -53,7 +54,7 @@ class ComfyDenoiser:
         check_network(network_of(model))
         self.family = unet_family(cross_attention_unet(model))
         sampling = model.get_model_object("model_sampling")
-        self.prediction = check_noise(noise_of(model))
+        self.prediction_type = check_noise(noise_of(model))
         self.device, self.dtype = torch.device("cpu"), dtype
         colours = model.model.latent_format
         self._rgb = torch.tensor(colours.latent_rgb_factors)
@@ -98,7 +99,7 @@ class ComfyDenoiser:
 
     def preview(self, latents_bchw: Tensor) -> Tensor:
         rgb, bias = self._rgb.to(latents_bchw.device), self._rgb_bias.to(latents_bchw.device)
-        images = latents_bchw.float().permute(0, 2, 3, 1) @ rgb + bias
+        images = channels_last(latents_bchw.float()) @ rgb + bias
         return (images / 2 + 0.5).clamp(0, 1)
 
 

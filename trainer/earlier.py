@@ -10,31 +10,31 @@ from .learning.projections import base_hash, low_rank_factors
 from .methods import METHODS
 
 
-def check_start(start: Concept, denoiser: Denoiser, config: TrainConfig) -> None:
+def check_earlier(earlier: Concept, denoiser: Denoiser, config: TrainConfig) -> None:
     """Raises IncompatibleModelError for a concept of another model, ConfigError for one that the
     method cannot go on from.
     """
     further_layers = METHODS[config.method].further_layers(denoiser)
     beyond = [
-        layer for layer in start.layers if not (is_projection(layer) or layer in further_layers)
+        layer for layer in earlier.layers if not (is_projection(layer) or layer in further_layers)
     ]
     if beyond:
         raise ConfigError(
-            f"The concept to extend, {start.describe()}, changes queries and outputs of "
+            f"The concept to extend, {earlier.describe()}, changes queries and outputs of "
             f"cross-attention too ({beyond[0]} for one). Use the method 'cross-attention'."
         )
     if config.method == "low-rank":
-        for layer in filter(is_projection, start.layers):
-            low_rank_factors(start.deltas[layer], layer, config.rank)
+        for layer in filter(is_projection, earlier.layers):
+            low_rank_factors(earlier.deltas[layer], layer, config.rank)
     names = {layer: f"{path}.weight" for layer, path in denoiser.projections.items()}
     shapes = {
         layer: tuple(denoiser.network.get_parameter(name).shape)
         for layer, name in (names | dict(further_layers)).items()
     }
-    check_fit(start, denoiser.family, shapes)
-    if start.base_hash and start.base_hash != base_hash(denoiser):
+    check_fit(earlier, denoiser.family, shapes)
+    if earlier.base_hash and earlier.base_hash != base_hash(denoiser):
         raise IncompatibleModelError(
-            f"The concept to extend, {start.describe()}, was trained on another checkpoint of "
-            f"{start.family.title} (base hash {start.base_hash[:8]}). Load the checkpoint it was "
-            f"trained on, or train from nothing."
+            f"The concept to extend, {earlier.describe()}, was trained on another checkpoint of "
+            f"{earlier.family.title} (base hash {earlier.base_hash[:8]}). Load the checkpoint it "
+            f"was trained on, or train from nothing."
         )
