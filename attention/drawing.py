@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..pictures.sheet import Row, lay_out
+from ..pictures.tensors import to_picture
 from .maps import AttentionError, overlaps
 
 _HEAT = torch.tensor([[0.0, 0.0, 0.1], [0.45, 0.05, 0.45], [0.95, 0.4, 0.15], [1.0, 0.95, 0.6]])
@@ -36,7 +37,7 @@ def attention_sheet(images_bhwc: Tensor, maps: Tensor, words: Sequence[str]) -> 
     for number, (image, heat) in enumerate(zip(images_bhwc, heats, strict=True), 1):
         under = F.interpolate(heat[None], image.shape[:2], mode="bilinear")[0].clamp(0, 1)
         shown = [image[..., :3], *(overlaid(image[..., :3], one) for one in under)]
-        pictures = [Image.fromarray((255 * one).round().byte().numpy()) for one in shown]
+        pictures = [to_picture(one) for one in shown]
         rows.append(Row(f"{number}", "", pictures, ("picture", *words)))
     return lay_out(rows, tile=256, label=40)
 

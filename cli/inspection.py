@@ -49,7 +49,6 @@ def add_to(commands: Any) -> None:
     many.add_argument("--json", action="store_true", help="for a program")
     many.set_defaults(command=list_command)
 
-
     change = commands.add_parser(
         "compare",
         help="how much each kind of layer changed between two models",
@@ -82,8 +81,8 @@ def compare_command(options: argparse.Namespace) -> None:
         head = ("tensor", "kind", "change")
         lines = [(one.name, one.kind, f"{one.change:.3%}") for one in found.changes]
         print("\n".join(aligned([head, *lines])))
-    if options.plot and (picture := found.plot()):
-        picture.save(options.plot)
+    if options.plot:
+        found.plot().save(options.plot)
         print(f"saved {options.plot}")
 
 

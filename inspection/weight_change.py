@@ -103,23 +103,24 @@ class WeightChanges:
             said.append(f"{self.alone} tensors are in one of the two alone and were not compared.")
         return said
 
-    def plot(self, *, dark: bool = False) -> Image.Image | None:
-        """Change against the place in the network, a line for each kind; None if nothing changed."""
+    def plot(self, *, dark: bool = False) -> Image.Image:
+        """Change against the place in the network, a line for each kind; without a logarithm where
+        nothing changed.
+        """
         lines = []
         for kind, colour in zip(KINDS, COLOURS, strict=False):
             points = [
                 (100 * i / len(self.changes), one.change)
                 for i, one in enumerate(self.changes)
-                if one.kind == kind and one.change
+                if one.kind == kind
             ]
             if points:
                 lines.append(Series(kind, points, colour))
-        if not lines:
-            return None
+        changed = any(one.change for one in self.changes)
         return line_plot(
             "How much each kind of layer changed",
             Axis("place in the network, %", low=0, high=100),
-            Axis("change", log=True),
+            Axis("change", log=changed),
             lines,
             dark=dark,
         )

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import numpy as np
-import torch
 from comfy_api.latest import io
 
 from ..attention.drawing import advice, attention_sheet, overlap_table
 from ..host.comfyui.attention import watch_attention
+from ..pictures.tensors import to_tensor
 from .types import CATEGORY, told
 
 AttentionRecord = io.Custom("ATTENTION_RECORD")
@@ -113,11 +112,11 @@ class ShowAttention(io.ComfyNode):
         recorded = attention.maps()
         halvings = None if resolution == "all" else _LEVELS.index(resolution) - 1
         maps = recorded.between(start, end, halvings)
-        sheet = np.asarray(attention_sheet(images, maps, recorded.words))
+        sheet = to_tensor(attention_sheet(images, maps, recorded.words))[None]
         table = [("words", "overlap", ""), *overlap_table(maps, recorded.words)]
         warnings = advice(maps, recorded.words)
         shown = told(warnings=warnings, table=table if len(table) > 1 else [])
-        return io.NodeOutput(torch.from_numpy(sheet.copy())[None] / 255, ui=shown)
+        return io.NodeOutput(sheet, ui=shown)
 
 
 NODES = [WatchAttention, ShowAttention]

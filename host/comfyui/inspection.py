@@ -10,7 +10,7 @@ from ...concept.concept import Concept
 from ...concept.errors import IncompatibleModelError
 from ...concept.fit import Fit, fit_to
 from ...inspection.weight_change import WeightChanges
-from .images import as_image
+from ...pictures.tensors import to_tensor
 from .models.weights import base_model, shared_weights
 
 
@@ -32,4 +32,4 @@ def compare_models(before: Any, after: Any) -> tuple[WeightChanges, Tensor]:
         for one in (before, after)
     ]
     found = WeightChanges.of(shared_weights(before, after), len(names[0] ^ names[1]))
-    return found, as_image(found.plot())
+    return found, to_tensor(found.plot())[None]
