@@ -1,9 +1,10 @@
-"""What a route costs a sampling step, and what regions do.
+"""What a route costs a sampling step, and what regions and watching do.
 
 A step is ComfyUI's own prediction of both halves of guidance, with three routed concepts at six
 rows of 77, against the same step without; the network has the shapes of SD 1.5 or SDXL and random
 weights. With `--regions` as many vertical strips of the picture have a prompt and a concept of
-their own beside that. COMFYUI_PATH is the folder of ComfyUI.
+their own beside that; with `--watch` nothing is routed, and the attention of as many words is
+recorded. COMFYUI_PATH is the folder of ComfyUI.
 """
 
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import _pack  # noqa: F401  (puts the pack on the path)
 import torch
 from _measure import interleaved, options, peak_memory_gib, write_json
+from custom_diffusion.attention.maps import AttentionRecorder, WatchedWord
 from custom_diffusion.composition.features import mark
 from custom_diffusion.composition.regions import box, shared
 from custom_diffusion.composition.routing import Route
@@ -109,11 +111,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1, help="of a sampling; prepared once")
     parser.add_argument("--bfloat16", action="store_true")
     parser.add_argument("--regions", type=int, default=0, help="0 to 3")
+    parser.add_argument("--watch", type=int, default=0, help="words, 1 to 16, instead of routes")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     family = FAMILIES[arguments.family]
     model = random_model(family.name, torch.bfloat16 if arguments.bfloat16 else torch.float32)
+    from custom_diffusion.host.comfyui.attention import WATCHED, Watch
     from custom_diffusion.host.comfyui.regions import REGIONS, RegionalRouting
     from custom_diffusion.host.comfyui.routing import Routing
 
@@ -130,14 +134,20 @@ def main() -> None:
         own[key][:, list(rows)] = features[:, list(rows)]
     for key in list(own)[: len(strips)]:
         routing.say("", mark(features.clone(), {key: own[key]}), key)
-    more = {REGIONS: routing.key} if strips else {}
+    positive, more = mark(features.clone(), own), {REGIONS: routing.key} if strips else {}
+    what = f"a route with {len(strips)} regions"
+    if arguments.watch:
+        words = [WatchedWord(f"{n}", [2 + n]) for n in range(arguments.watch)]
+        watch = Watch(AttentionRecorder(words))
+        routed, positive, more = watch.on(model), features, {WATCHED: watch.key}
+        what = f"watching {arguments.watch} words"
     edge = arguments.edge or EDGE[family.name]
     times = interleaved(
         {
             "without": sampling(model, features, family.pooled_width, edge, arguments.steps),
             "with": sampling(
                 routed,
-                mark(features.clone(), own),
+                positive,
                 family.pooled_width,
                 edge,
                 arguments.steps,
@@ -150,12 +160,10 @@ def main() -> None:
     for name, seconds in times.seconds.items():
         print(f"{name:8} median {times.median(name):.3f} s, n = {len(seconds)}")
     print(
-        f"a route with {len(strips)} regions costs {cost:+.2%} of {arguments.steps} steps at "
+        f"{what} costs {cost:+.2%} of {arguments.steps} steps at "
         f"{edge} x {edge}; {peak_memory_gib():.1f} GiB"
     )
-    write_json(
-        arguments.json, {"family": family.name, "edge": edge, "regions": len(strips), "more": cost}
-    )
+    write_json(arguments.json, {"family": family.name, "edge": edge, "what": what, "more": cost})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`custom-diffusion inspect` and `custom-diffusion list`"""
+"""`custom-diffusion inspect`, `custom-diffusion list` and `custom-diffusion compare`"""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from ..inspection.any_card import read_any_card
 from ..inspection.card import ConceptCard, read_card
 from ..inspection.library import ORDERS, SORTS, Listing, list_concepts
 from ..inspection.report import aligned, inspect_concept
+from ..inspection.weight_change import changes_between
 from .models import base_model
+from .output import check_new
 
 
 def add_to(commands: Any) -> None:
@@ -47,6 +49,19 @@ def add_to(commands: Any) -> None:
     many.add_argument("--json", action="store_true", help="for a program")
     many.set_defaults(command=list_command)
 
+    change = commands.add_parser(
+        "compare",
+        help="how much each kind of layer changed between two models",
+        description="Says how far the weights of two UNets are apart, by kind of layer: what a "
+        "training of the whole UNet changed, or in what two checkpoints differ.",
+        example="compare v1-5.safetensors my-cat.unet.safetensors --plot change.png",
+    )
+    change.add_argument("before", type=Path, help=".safetensors: a checkpoint, or a UNet alone")
+    change.add_argument("after", type=Path)
+    change.add_argument("--plot", type=Path, metavar="PICTURE", help="save it as a plot too")
+    change.add_argument("--layers", action="store_true", help="a line for each tensor too")
+    change.set_defaults(command=compare_command)
+
 
 def inspect_command(options: argparse.Namespace) -> None:
     base = base_model(options.base) if options.base else None
@@ -55,6 +70,20 @@ def inspect_command(options: argparse.Namespace) -> None:
     created = "" if opened.foreign else read_card(options.file).created
     found = inspect_concept(opened.concept, options.file, created=created, fit=fit)
     print(json_text(found.as_json()) if options.json else found.text(layers=options.layers))
+
+
+def compare_command(options: argparse.Namespace) -> None:
+    if options.plot:
+        check_new(options.plot)
+    found = changes_between(options.before, options.after)
+    print("\n".join([*found.summary(), *aligned(found.table())]))
+    if options.layers:
+        head = ("tensor", "kind", "change")
+        lines = [(one.name, one.kind, f"{one.change:.3%}") for one in found.changes]
+        print("\n".join(aligned([head, *lines])))
+    if options.plot:
+        found.plot().save(options.plot)
+        print(f"saved {options.plot}")
 
 
 def list_command(options: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..concept.concept import ModifierToken
 from ..concept.errors import CustomDiffusionError
+from ..diffusion.levels import level_of
 from .routing import Route, Router
 
 Attend = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Any]], Tensor]
@@ -210,22 +211,6 @@ class RegionalAttention:
             yield
         finally:
             self.router.index = whole
-
-
-def level_of(places: int, height: int, width: int) -> tuple[int, int]:
-    """Height and width of the level of a UNet that has so many places; each level halves, rounded
-    up. Raises RegionError where none has.
-    """
-    h, w = height, width
-    while h * w > places and max(h, w) > 1:
-        h, w = -(-h // 2), -(-w // 2)
-    if h * w != places:
-        raise RegionError(
-            f"This network looks at {places} places of a picture of {width} x {height} latents, "
-            "which is no halving of it: where its regions are is unknown. Something that changes "
-            "the size inside the network (HyperTile, a deep shrink) cannot be used with regions."
-        )
-    return h, w
 
 
 def _resized(masks: Tensor, height: int, width: int) -> Tensor:

@@ -7,6 +7,7 @@ from ..host.comfyui.paths import register_model_folder
 from ..host.comfyui.unknown_words import watch_prompts
 from . import (
     applying,
+    attention,
     composition,
     compression,
     concept,
@@ -24,7 +25,7 @@ class CustomDiffusionExtension(ComfyExtension):
         # Not in on_load, which ComfyUI 0.11 never calls for a pack.
         register_model_folder()
         add_routes()
-        concepts = (files, inspection, merging, compression, applying, composition)
+        concepts = (files, inspection, merging, compression, applying, composition, attention)
         modules = (concept, training, jobs, regularization, *concepts)
         nodes = [node for module in modules for node in module.NODES]
         watch_prompts({node.define_schema().node_id for node in nodes})

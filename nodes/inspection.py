@@ -1,10 +1,10 @@
-"""Looking at a concept."""
+"""Looking at concepts and models."""
 
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..host.comfyui.inspection import fit_to_model
+from ..host.comfyui.inspection import compare_models, fit_to_model
 from ..inspection.report import inspect_concept
 from .types import CATEGORY, Concept, told
 
@@ -40,4 +40,28 @@ class InspectConcept(io.ComfyNode):
         return io.NodeOutput(found.text(layers=True), ui=shown)
 
 
-NODES = [InspectConcept]
+class CompareModels(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CompareModels",
+            display_name="Compare Models",
+            category=CATEGORY,
+            description="Shows how much each kind of layer changed between two models: what a "
+            "training of the whole UNet did, what a LoRA does, or in what two checkpoints differ.",
+            search_aliases=["weight difference", "model diff", "which layers changed"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("before", tooltip="The model to compare with, its LoRAs included."),
+                io.Model.Input("after", tooltip="The changed model, of the same family."),
+            ],
+            outputs=[io.Image.Output("plot")],
+        )
+
+    @classmethod
+    def execute(cls, before: Any, after: Any) -> io.NodeOutput:
+        found, picture = compare_models(before, after)
+        return io.NodeOutput(picture, ui=told(*found.summary(), table=found.table()))
+
+
+NODES = [InspectConcept, CompareModels]

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 _GAP, _LABEL, _CAPTION = 6, 330, 46
 
@@ -22,8 +22,8 @@ class Row:
 
 
 def lay_out(rows: Sequence[Row], tile: int = 112, label: int = _LABEL) -> Image.Image:
-    """All rows below each other, labels on the left; `tile` is the edge of a picture in it, `label`
-    the width of the labels.
+    """All rows below each other, labels on the left; a picture is fitted into a square with
+    the edge `tile`; `label` is the width of the labels.
     """
     heights = [tile + _GAP + (_CAPTION if row.captions else 0) for row in rows]
     width = label + max(len(row.images) for row in rows) * (tile + _GAP)
@@ -36,7 +36,7 @@ def lay_out(rows: Sequence[Row], tile: int = 112, label: int = _LABEL) -> Image.
         pen.text((2 * _GAP, top + tile / 2 + 4), row.words, "#555555", words)
         for column, image in enumerate(row.images):
             left = label + column * (tile + _GAP)
-            sheet.paste(image.resize((tile, tile)), (left, top))
+            sheet.paste(ImageOps.pad(image, (tile, tile), color="white"), (left, top))
             if row.captions:
                 lines = "\n".join(textwrap.wrap(row.captions[column], round(tile / 5.3)))
                 pen.text((left, top + tile + 2), lines, "#555555", caption, spacing=1)

@@ -63,7 +63,7 @@ class Words:
 
         `chunks` are lists of (token or embedding, weight, …), as they are encoded.
         """
-        content, places = self._content(chunks)
+        content, places = self.content(chunks)
         return {
             key: [places[i] for token, noun in pairs for i in own_positions(content, token, noun)]
             for key, pairs in self.by_concept.items()
@@ -79,7 +79,7 @@ class Words:
             and any(own_positions([*t, *n], *words) for t, n in pairs for words in others)
         ]
 
-    def _content(self, chunks: Sequence[Sequence[Any]]) -> tuple[list[int], list[int]]:
+    def content(self, chunks: Sequence[Sequence[Any]]) -> tuple[list[int], list[int]]:
         """Numbers of what is said, chunk after chunk without start, end and padding, and the rows
         of the features where it is. So a phrase that a border cuts in two is one again.
         """

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from custom_diffusion.concept.concept import Concept
+from custom_diffusion.concept.errors import IncompatibleModelError
 from custom_diffusion.concept.fit import Fit
 from support.made_concepts import made_concept
 
@@ -46,3 +48,23 @@ def test_why_a_concept_does_not_fit(sd15: Any, load: Callable[[str], Any]) -> No
     assert "trained on Stable Diffusion XL" in reason
     (reason,) = fit(made_concept({LAYER: (320, 768)}), load("dit").model).misfits
     assert "no cross-attention" in reason
+
+
+def test_two_models_are_compared_with_their_patches(sd15: Any, load: Callable[[str], Any]) -> None:
+    from custom_diffusion.host.comfyui.apply import apply_concept
+    from custom_diffusion.host.comfyui.inspection import compare_models
+
+    concept = made_concept({LAYER: (320, 768)})
+    with torch.inference_mode():
+        patched, _ = apply_concept(sd15.model, sd15.clip, concept, 0.5)
+        found, plot = compare_models(sd15.model, patched)
+        same, _ = compare_models(sd15.model, sd15.model)
+    (changed,) = [one for one in found.changes if one.change]
+    assert changed.name == f"{LAYER}.weight" and found.alone == 0
+    weight = sd15.model.model.diffusion_model.get_parameter(changed.name).float()
+    wanted = 0.5 * concept.deltas[LAYER].dense().norm() / weight.norm()
+    assert changed.change == pytest.approx(float(wanted), rel=1e-2)
+    assert plot.shape[0] == 1 and plot.shape[-1] == 3
+    assert same.summary()[0].startswith("The same")
+    with pytest.raises(IncompatibleModelError), torch.inference_mode():
+        compare_models(sd15.model, load("dit").model)

@@ -17,7 +17,7 @@ PACKAGE = "custom_diffusion"
 
 LOW = {
     *("concept", "diffusion", "pictures", "merge", "compression", "composition", "formats"),
-    "inspection",
+    *("attention", "inspection"),
 }
 MAY_IMPORT = {
     "concept": set[str](),
@@ -25,9 +25,10 @@ MAY_IMPORT = {
     "pictures": {"concept"},
     "merge": {"concept"},
     "compression": {"concept", "pictures"},
-    "composition": {"concept"},
+    "composition": {"concept", "diffusion"},
+    "attention": {"concept", "diffusion", "pictures"},
     "formats": {"concept"},
-    "inspection": {"concept", "compression", "formats"},
+    "inspection": {"concept", "compression", "formats", "pictures"},
     "trainer": {"concept", "diffusion", "pictures"},
     "host": {*LOW, "trainer"},
     "nodes": {*LOW, "trainer", "host"},

@@ -12,12 +12,13 @@ from custom_diffusion.composition.regions import (
     RegionError,
     box,
     feathered,
-    level_of,
     shared,
 )
 from custom_diffusion.composition.routing import Route
 from custom_diffusion.concept.concept import Concept
+from custom_diffusion.concept.errors import IncompatibleModelError
 from custom_diffusion.concept.layers import layer_from_diffusers
+from custom_diffusion.diffusion.levels import level_of
 from custom_diffusion.host.diffusers.lending import text_encoder
 from custom_diffusion.host.diffusers.routing import regional, route, routing
 from custom_diffusion.host.diffusers.sampling import sample
@@ -79,7 +80,7 @@ class TestWhereTheyAre:
         assert level_of(places, *size) == level
 
     def test_a_level_that_is_none(self) -> None:
-        with pytest.raises(RegionError, match="HyperTile"):
+        with pytest.raises(IncompatibleModelError, match="HyperTile"):
             level_of(24, 8, 8)
 
 

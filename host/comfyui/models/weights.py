@@ -71,6 +71,18 @@ def each_patched_weight(
             yield name, copy.to(dtype_of(name, copy))
 
 
+def shared_weights(before: Any, after: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Copies of the weights of two MODELs' networks that both have, patches applied, one name
+    after the other.
+    """
+    theirs = dict(after.model.named_parameters())
+    for key, _ in before.model.named_parameters():
+        if key.startswith(_UNET_PREFIX) and key in theirs:
+            for patcher in (before, after):
+                _check_computable(patcher.model, key)
+            yield key.removeprefix(_UNET_PREFIX), _patched(before, key), _patched(after, key)
+
+
 def patched_weights(patcher: Any, prefix: str, *dtype_of: DtypeOf) -> dict[str, Tensor]:
     """`each_patched_weight`, all at once."""
     return dict(each_patched_weight(patcher, prefix, *dtype_of))

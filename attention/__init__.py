@@ -1,0 +1,1 @@
+"""Watching cross-attention: where in a picture each word of its prompt is looked at."""
