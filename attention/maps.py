@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..concept.errors import CustomDiffusionError
 from ..diffusion.levels import level_of
@@ -102,7 +102,7 @@ class AttentionRecorder:
 
     @torch.no_grad()
     def hook(
-        self, module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any], output: Tensor
+        self, module: Any, args: tuple[Any, ...], named: Mapping[str, Any], output: Tensor
     ) -> None:
         """For `register_forward_hook(..., with_kwargs=True)` of a cross-attention module of
         ComfyUI or diffusers.

@@ -102,7 +102,7 @@ def main() -> None:
         print(f"{method}: {len(ours)} pictures, {sum(wrong)} wrong")
         for part in ("whole", "first_third"):
             values = [getattr(one, part) for _, one in ours]
-            pairs = {}
+            pairs: dict[str, list[tuple[float, float]]] = {}
             for (pair, _), value, bad in zip(ours, values, wrong, strict=True):
                 pairs.setdefault(pair, []).append((value, float(bad)))
             means = [[statistics.mean(c) for c in zip(*of, strict=True)] for of in pairs.values()]
