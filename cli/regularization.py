@@ -16,7 +16,7 @@ from ..trainer.regularization.caption_index import CaptionIndex
 from ..trainer.regularization.collection import parts_of
 from ..trainer.regularization.drawn import generated_set
 from ..trainer.regularization.retrieved import COUNT, LEAST_SIMILARITY, retrieve
-from .models import DEFAULTS, add_model_options, load, precision, recipe_for
+from .models import DEFAULTS, add_model_options, load_chosen, recipe_for
 from .output import progress
 from .parsing import positive
 
@@ -76,7 +76,7 @@ def regularize_command(options: argparse.Namespace) -> None:
     from ..host.diffusers.lending import borrowed_models
     from ..host.diffusers.sampling import sample
 
-    pipeline = load(options.model, options.device, precision(options.precision, options.device))
+    pipeline = load_chosen(options)
     resolution = options.resolution or recipe_for(options.model).resolution
     caption = instance_caption("", options.class_noun)
     with borrowed_models(pipeline) as models:

@@ -11,7 +11,7 @@ from ..concept.errors import ConfigError
 from ..concept.file import read_concept
 from ..concept.fit import text_remark
 from ..concept.text import text_mark
-from .models import DEFAULTS, add_model_options, load, precision, recipe_for
+from .models import DEFAULTS, add_model_options, load_chosen, recipe_for
 from .output import check_new
 from .parsing import positive
 
@@ -66,7 +66,7 @@ def sample_command(options: argparse.Namespace) -> None:
     from ..host.diffusers.sampling import sample, side_by_side
 
     check_picture(options.output)
-    pipeline = load(options.model, options.device, precision(options.precision, options.device))
+    pipeline = load_chosen(options)
     if options.unet:
         load_network(pipeline, options.unet)
     concept = read_concept(options.concept) if options.concept else None

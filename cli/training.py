@@ -29,7 +29,7 @@ from ..trainer.loop import train
 from ..trainer.methods import METHODS
 from ..trainer.prepare import prepare
 from ..trainer.start import check_start
-from .models import DEFAULTS, add_model_options, captions_for, load, precision, recipe_for
+from .models import DEFAULTS, add_model_options, captions_for, load_chosen, recipe_for
 from .output import check_new, progress, save, save_at_any_rate, stop_on_interrupt
 from .parsing import named
 from .settings import add_setting_options, chosen_settings
@@ -129,7 +129,7 @@ def _train(
 ) -> None:
     from ..host.diffusers.lending import borrowed_models
 
-    pipeline = load(options.model, together.device, precision(options.precision, together.device))
+    pipeline = load_chosen(options, together.device)
     with borrowed_models(pipeline) as models:
         if config.text_encoder_on_cpu:
             models.text_encoder.to(torch.device("cpu"))
