@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ..composition.routing import Route
+from ..concept.atomic import write_atomically
 from ..concept.errors import ConfigError
 from ..concept.file import read_concept
 from ..concept.fit import text_remark
@@ -49,14 +53,16 @@ def add_to(commands: Any) -> None:
 
 
 def check_picture(output: Path) -> None:
-    """Raises ConfigError for an ending that no picture has, and as `check_new`."""
-    from PIL import Image
-
-    if output.suffix.lower() not in Image.registered_extensions():
+    """Raises ConfigError for an ending that no picture can be saved with, and as `check_new`."""
+    Image.init()
+    kind = Image.EXTENSION.get(output.suffix.lower(), "")
+    try:
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), kind)
+    except (KeyError, OSError, ValueError) as error:
         raise ConfigError(
-            f"{output.name} has the ending {output.suffix or 'of nothing'!r}, which no kind of "
-            f"picture has. Take .png, .jpg or .webp."
-        )
+            f"{output.name} has the ending {output.suffix or 'of nothing'!r}, with which no "
+            f"picture can be saved. Take .png, .jpg or .webp."
+        ) from error
     check_new(output)
 
 
@@ -66,20 +72,11 @@ def sample_command(options: argparse.Namespace) -> None:
     from ..host.diffusers.sampling import sample, side_by_side
 
     check_picture(options.output)
+    concept = read_concept(options.concept) if options.concept else None
+    routes = _routes(options)
     pipeline = load_chosen(options)
     if options.unet:
         load_network(pipeline, options.unet)
-    concept = read_concept(options.concept) if options.concept else None
-    strengths = options.strengths or [1.0] * len(options.route)
-    if len(strengths) != len(options.route):
-        raise ConfigError(
-            f"{len(strengths)} strengths were given for {len(options.route)} routed concepts. "
-            f"Give one for each."
-        )
-    routes = [
-        Route(read_concept(path), strength)
-        for path, strength in zip(options.route, strengths, strict=True)
-    ]
     mark = text_mark(text_encoder(pipeline))
     for one in [*([concept] if concept else []), *(route.concept for route in routes)]:
         if remark := text_remark(one, mark):
@@ -93,5 +90,24 @@ def sample_command(options: argparse.Namespace) -> None:
         resolution=options.resolution or recipe_for(options.model).resolution,
         seeds=range(options.seed, options.seed + options.count),
     )
-    side_by_side(pictures).save(options.output)
+    kind, picture = Image.EXTENSION[options.output.suffix.lower()], side_by_side(pictures)
+    try:
+        write_atomically(options.output, lambda place: picture.save(place, kind), replace=False)
+    except FileExistsError as error:
+        raise ConfigError(
+            f"{options.output} exists by now and was not replaced. Choose another --output."
+        ) from error
     print(f"saved {options.output}")
+
+
+def _routes(options: argparse.Namespace) -> list[Route]:
+    strengths = options.strengths or [1.0] * len(options.route)
+    if len(strengths) != len(options.route):
+        raise ConfigError(
+            f"{len(strengths)} strengths were given for {len(options.route)} routed concepts. "
+            f"Give one for each."
+        )
+    return [
+        Route(read_concept(path), strength)
+        for path, strength in zip(options.route, strengths, strict=True)
+    ]

@@ -1,14 +1,20 @@
-"""Options for the settings of a training, made from their one table in `trainer/config.py`."""
+"""Options for the settings of a training and of its job, made from their tables, as the inputs of
+the Train node are.
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import Any
 
+from ..concept.errors import ConfigError
 from ..trainer.config import SETTINGS
+from ..trainer.jobs.settings import JOB_SETTINGS, JobSettings
 from ..trainer.settings import Setting
 
-OFFERED = [one for one in SETTINGS.values() if one.group and one.on_command]
+OFFERED = [one for one in SETTINGS.values() if one.group]
+OFFERED_OF_JOBS = list(JOB_SETTINGS.values())
 
 
 def add_setting_options(parser: argparse.ArgumentParser) -> None:
@@ -17,13 +23,43 @@ def add_setting_options(parser: argparse.ArgumentParser) -> None:
         _add_option(parser, one)
 
 
+def add_job_options(parser: argparse.ArgumentParser) -> None:
+    for one in OFFERED_OF_JOBS:
+        _add_option(parser, one, "With --jobs. ")
+
+
 def chosen_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Those that were given on the command line, by name."""
-    chosen = {one.name: getattr(options, one.name) for one in OFFERED}
-    return {name: value for name, value in chosen.items() if value is not None}
+    """Those of a training that were given on the command line, by name.
+
+    Samples are drawn where something is said of them: without a page nobody looks at them.
+    """
+    chosen = _chosen(options, OFFERED)
+    if "preview_prompts" not in chosen:
+        chosen.setdefault("preview_every_steps", 0)
+    return chosen
 
 
-def _add_option(parser: argparse.ArgumentParser, setting: Setting) -> None:
+def job_settings(options: argparse.Namespace) -> JobSettings:
+    """Raises ConfigError for one without a job."""
+    chosen = _chosen(options, OFFERED_OF_JOBS)
+    if chosen and not options.jobs:
+        name = next(iter(chosen)).replace("_", "-")
+        raise ConfigError(
+            f"--{name} is a setting of a training that is a job. Give --jobs FOLDER, too."
+        )
+    return JobSettings(**chosen)
+
+
+def _chosen(options: argparse.Namespace, offered: Iterable[Setting]) -> dict[str, Any]:
+    chosen = {one.name: getattr(options, one.name) for one in offered}
+    return {
+        name: "\n".join(value) if isinstance(value, list) else value
+        for name, value in chosen.items()
+        if value is not None
+    }
+
+
+def _add_option(parser: argparse.ArgumentParser, setting: Setting, condition: str = "") -> None:
     words = setting.name.replace("_", "-")
     text = setting.help.replace("%", "%%")
     if setting.kind is bool:
@@ -37,11 +73,19 @@ def _add_option(parser: argparse.ArgumentParser, setting: Setting) -> None:
             help=text,
         )
         return
-    default = "the method's own" if setting.group == "method" else setting.default
-    default = setting.default if setting.method else default
+    if setting.kind is str and not setting.choices:
+        parser.add_argument(f"--{words}", nargs="+", metavar="PROMPT", help=text)
+        return
     parser.add_argument(
         f"--{words}",
         type=setting.kind,
         choices=setting.choices or None,
-        help=f"{text} Default: {default}.",
+        help=f"{condition}{text} Default: {_default(setting)}.",
     )
+
+
+def _default(setting: Setting) -> str:
+    if setting.name == "preview_every_steps":
+        return f"none; {setting.default} with --preview-prompts"
+    own = setting.group == "method" and not setting.method
+    return "the method's own" if own else str(setting.default)

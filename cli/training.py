@@ -15,14 +15,14 @@ from tqdm import tqdm
 from ..concept.concept import Concept
 from ..concept.errors import ConfigError
 from ..concept.file import read_concept, size_of
-from ..concept.prompts import DEFAULT_TEMPLATE, STYLE_TEMPLATE
+from ..concept.prompts import KINDS
 from ..concept.text import TextEncoder
 from ..merge.projection import project_on_own_words
 from ..trainer.config import TrainConfig
 from ..trainer.data.advice import advice
 from ..trainer.data.folders import folder_advice, load_folder
 from ..trainer.data.training_concept import TrainingConcept, instance_caption
-from ..trainer.events import Event, Notice, StepDone
+from ..trainer.events import Event, Notice, PreviewDrawn, StepDone
 from ..trainer.jobs.fingerprint import training_fingerprint
 from ..trainer.learning.network_file import fold_in, write_network
 from ..trainer.loop import train
@@ -32,7 +32,8 @@ from ..trainer.start import check_start
 from .models import DEFAULTS, add_model_options, captions_for, load_chosen, recipe_for
 from .output import check_new, progress, save, save_at_any_rate, stop_on_interrupt
 from .parsing import named
-from .settings import add_setting_options, chosen_settings
+from .previews import Previews
+from .settings import add_job_options, add_setting_options, chosen_settings, job_settings
 from .torchrun import Team, team
 from .training_job import run_as_job
 
@@ -52,7 +53,13 @@ def add_to(commands: Any) -> None:
     )
     add_model_options(teach)
     teach.add_argument(
-        "--images", type=Path, nargs="+", required=True, help="folder of 4 to 20 pictures"
+        "--images",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FOLDER",
+        help="4 to 20 pictures; next to cat1.jpg, cat1.txt is its caption and cat1.mask.png its "
+        "mask (only white areas are learnt)",
     )
     teach.add_argument(
         "--class-noun", nargs="+", required=True, help="everyday word for the subject: cat"
@@ -70,7 +77,16 @@ def add_to(commands: Any) -> None:
         metavar="CONCEPT",
         help="go on from a concept: with its own token, or with another to learn one more",
     )
-    teach.add_argument("--style", action="store_true", help="they are styles; class noun: art")
+    teach.add_argument(
+        "--kind",
+        nargs="+",
+        choices=KINDS,
+        help="what the pictures have in common: a thing (default), or a style, whose class noun is "
+        "art; one for all, or one for each folder",
+    )
+    teach.add_argument(
+        "--style", dest="kind", action="store_const", const=["style"], help="short for --kind style"
+    )
     teach.add_argument(
         "--method",
         type=named(METHODS),
@@ -86,6 +102,7 @@ def add_to(commands: Any) -> None:
         help="train as a job in this folder: checkpoints are written, Ctrl-C pauses, and the same "
         "command resumes where it was interrupted or killed",
     )
+    add_job_options(teach)
     teach.add_argument(
         "--whole",
         action="store_true",
@@ -102,6 +119,7 @@ def train_command(options: argparse.Namespace) -> None:
     if METHODS[options.method].whole_network:
         check_new(_network_file(options.output))
     config = training_config(options)
+    job_settings(options)  # refused before anything is loaded
     concepts = _training_concepts(options)
     start = read_concept(options.start) if options.start else None
     with team(options.device) as together:
@@ -167,13 +185,15 @@ def _train(
                 save_result(finish(result), options.output)
                 return options.output  # type: ignore[no-any-return]
 
-            run_as_job(options.jobs, options.output.stem, config, fingerprint, run, keep)
+            name, settings = options.output.stem, job_settings(options)
+            run_as_job(options.jobs, name, config, fingerprint, run, keep, settings)
             return
         with (
             tqdm(total=config.steps, desc="training", unit="step") as bar,
             stop_on_interrupt() as stopped,
         ):
-            result = run(should_stop=stopped, on_event=lambda event: _show(event, bar))
+            previews = Previews(options.output)
+            result = run(should_stop=stopped, on_event=lambda event: _show(event, bar, previews))
         if result.provenance["steps"] == 0:
             print("stopped before the first step: nothing was learnt, nothing was saved")
             return
@@ -185,7 +205,6 @@ def training_config(options: argparse.Namespace) -> TrainConfig:
     return replace(
         recipe_for(options.model, options.method),
         method=options.method,
-        preview_every_steps=0,
         **chosen_settings(options),
     )
 
@@ -223,39 +242,49 @@ def _training_concepts(options: argparse.Namespace) -> list[TrainingConcept]:
     count = len(options.images)
     tokens = options.token or [f"<new{number}>" for number in range(1, count + 1)]
     initializers = options.initializer or [""] * count
+    kinds = options.kind or ["thing"]
+    kinds = kinds * count if len(kinds) == 1 else kinds
     regularizations = options.regularization or [None] * count
     for name, values in (
         ("class nouns", options.class_noun),
         ("tokens", tokens),
         ("initializers", initializers),
         ("regularization folders", regularizations),
+        ("kinds", kinds),
     ):
         if len(values) != count:
             raise ConfigError(
                 f"{len(values)} {name} were given for {count} folders of pictures. Give one for "
                 f"each."
             )
-    template = STYLE_TEMPLATE if options.style else DEFAULT_TEMPLATE
     return [
         TrainingConcept(
-            images=load_folder(folder, instance_caption(token, noun, template)),
+            images=load_folder(folder, instance_caption(token, noun, KINDS[kind])),
             class_noun=noun,
             token=token,
             initializer=initializer,
-            regularization=load_folder(others, instance_caption("", noun, template))
+            regularization=load_folder(others, instance_caption("", noun, KINDS[kind]))
             if others
             else (),
-            template=template,
+            template=KINDS[kind],
         )
-        for folder, noun, token, initializer, others in zip(
-            options.images, options.class_noun, tokens, initializers, regularizations, strict=True
+        for folder, noun, token, initializer, others, kind in zip(
+            options.images,
+            options.class_noun,
+            tokens,
+            initializers,
+            regularizations,
+            kinds,
+            strict=True,
         )
     ]
 
 
-def _show(event: Event, bar: tqdm[None]) -> None:
+def _show(event: Event, bar: tqdm[None], previews: Previews) -> None:
     if isinstance(event, StepDone):
         bar.set_postfix(loss=f"{event.loss:.4f}", refresh=False)
         bar.update(event.step - bar.n)
+    elif isinstance(event, PreviewDrawn):
+        bar.write(f"saved {previews.save(event)}")
     elif isinstance(event, Notice):
         bar.write(event.text())

@@ -45,7 +45,7 @@ INSIDE_TRAINER = {
     "regularization": {"config", "data"},
     "learning": {"config", "data"},
     "methods": {"config", "learning"},
-    "jobs": {"config", "data", "checkpoint", "events"},
+    "jobs": {"settings", "config", "data", "checkpoint", "events"},
     "start": {"config", "learning", "methods"},
     "prepare": {"config", "data", "learning", "methods"},
     "learner": {"config", "checkpoint", "events", "data", "learning", "methods", "start"},

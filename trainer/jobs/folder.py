@@ -338,6 +338,8 @@ class JobFolder:
 
 
 def sample_picture(image_hwc: Tensor) -> Image.Image:
-    """A sample (h, w, 3) in 0..1, enlarged so that its latents can be seen."""
+    """Samples (h, w, 3) in 0..1, enlarged to one height so that their latents can be seen."""
     picture = Image.fromarray((image_hwc * 255).round().to(torch.uint8).numpy())
-    return picture.resize((SAMPLE_EDGE, SAMPLE_EDGE), Image.Resampling.BICUBIC)
+    return picture.resize(
+        (SAMPLE_EDGE * picture.width // picture.height, SAMPLE_EDGE), Image.Resampling.BICUBIC
+    )
