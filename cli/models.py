@@ -33,12 +33,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help=MODEL_HELP,
     )
     add_prediction_option(parser)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_option(parser)
     parser.add_argument(
         "--precision",
         choices=DTYPES,
-        help="of frozen weights; default: bfloat16 on a GPU that has it, else float32",
+        help="what the model computes in; default: bfloat16 on a GPU that has it, else float32",
     )
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=usual, help="what computes: cuda, cuda:1 or cpu")
 
 
 def add_prediction_option(parser: argparse.ArgumentParser) -> None:

@@ -24,30 +24,32 @@ def add_to(commands: Any) -> None:
     draw = commands.add_parser(
         "sample",
         help="draw pictures, with a concept or without",
-        example="sample --model sd15 --route cat.safetensors mug.safetensors "
+        example="sample --model sd15.safetensors --route cat.safetensors mug.safetensors "
         '--prompt "a <new1> cat beside a <new2> mug"',
     )
     add_model_options(draw)
     draw.add_argument(
         "--prompt", required=True, help="of any length; weights as in ComfyUI, (cat:1.2)"
     )
-    draw.add_argument("--concept", type=Path)
-    draw.add_argument("--unet", type=Path, help="a whole UNet that was trained here")
-    draw.add_argument("--strength", type=float, default=1.0, help="of --concept")
+    draw.add_argument("--concept", type=Path, help="a concept that is added to the whole model")
+    draw.add_argument("--unet", type=Path, help="a UNet that train has saved as a whole")
+    draw.add_argument(
+        "--strength", type=float, default=1.0, help="of --concept; 0 is the model alone"
+    )
     draw.add_argument(
         "--route",
         type=Path,
         nargs="+",
         default=[],
         metavar="CONCEPT",
-        help="concepts that act at their own words alone, several in one picture without a merge",
+        help="concepts that act only at their own words: several in one picture without a merge",
     )
     draw.add_argument("--strengths", type=float, nargs="+", help="one for each of --route")
     draw.add_argument("--count", type=positive, default=1, help="pictures, side by side")
     draw.add_argument(
         "--resolution", type=int, help=f"default {DEFAULTS.resolution}; take 1024 for SDXL"
     )
-    draw.add_argument("--seed", type=int, default=0)
+    draw.add_argument("--seed", type=int, default=0, help="where the random noise starts")
     draw.add_argument("--output", type=Path, default=Path("sample.png"), help="where it is saved")
     draw.set_defaults(command=sample_command)
 

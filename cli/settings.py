@@ -5,27 +5,37 @@ the Train node are.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..concept.errors import ConfigError
 from ..trainer.config import SETTINGS
 from ..trainer.jobs.settings import JOB_SETTINGS, JobSettings
-from ..trainer.settings import Setting
+from ..trainer.settings import Group, Setting
 
 OFFERED = [one for one in SETTINGS.values() if one.group]
 OFFERED_OF_JOBS = list(JOB_SETTINGS.values())
+TITLES: Mapping[Group, str] = {
+    **dict.fromkeys(("method", "run"), "how it learns"),  # type: ignore[arg-type]
+    "views": "how it sees the pictures",
+    **dict.fromkeys(("advanced", "added"), "what you rarely need"),  # type: ignore[arg-type]
+}
 
 
 def add_setting_options(parser: argparse.ArgumentParser) -> None:
     """An option for each; what is on is turned off by `--no-...`."""
+    groups: dict[str, Any] = {}
     for one in OFFERED:
-        _add_option(parser, one)
+        title = TITLES[one.group or "run"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add_option(groups[title], one)
 
 
-def add_job_options(parser: argparse.ArgumentParser) -> None:
+def add_job_options(group: Any) -> None:
+    """`group` is a parser or one of its groups."""
     for one in OFFERED_OF_JOBS:
-        _add_option(parser, one, "With --jobs. ")
+        _add_option(group, one, "With --jobs. ")
 
 
 def chosen_settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -59,12 +69,15 @@ def _chosen(options: argparse.Namespace, offered: Iterable[Setting]) -> dict[str
     }
 
 
-def _add_option(parser: argparse.ArgumentParser, setting: Setting, condition: str = "") -> None:
+def _add_option(parser: Any, setting: Setting, condition: str = "") -> None:
     words = setting.name.replace("_", "-")
     text = setting.help.replace("%", "%%")
+    for name in SETTINGS:
+        if "_" in name:
+            text = text.replace(name, f"--{name.replace('_', '-')}")
     if setting.kind is bool:
         switch = f"--no-{words}" if setting.default else f"--{words}"
-        text = f"off: {text}" if setting.default else text
+        text = f"turns this off: {text}" if setting.default else text
         parser.add_argument(
             switch,
             dest=setting.name,
@@ -74,7 +87,8 @@ def _add_option(parser: argparse.ArgumentParser, setting: Setting, condition: st
         )
         return
     if setting.kind is str and not setting.choices:
-        parser.add_argument(f"--{words}", nargs="+", metavar="PROMPT", help=text)
+        quoted = f"{text} Here: each in quotes."
+        parser.add_argument(f"--{words}", nargs="+", metavar="PROMPT", help=quoted)
         return
     parser.add_argument(
         f"--{words}",

@@ -45,11 +45,11 @@ def add_to(commands: Any) -> None:
     teach = commands.add_parser(
         "train",
         help="teach concepts from folders of pictures",
-        description="Teaches a concept, or several together into one file: then give as many "
-        "class nouns and tokens as folders. The defaults are Stable Diffusion's; the miniature has "
-        "its own steps, batch, rate and resolution.",
-        example='train --model sd15 --images photos/cat --class-noun cat --token "<new1>" '
-        "--output cat.safetensors",
+        description="Teaches a concept from a folder of pictures, or several together in one file: "
+        "then give one class noun and one trigger word for each folder. The defaults suit Stable "
+        "Diffusion; the miniature has its own.",
+        example="train --model sd15.safetensors --images photos/cat --class-noun cat "
+        '--token "<new1>" --output cat.safetensors',
     )
     add_model_options(teach)
     teach.add_argument(
@@ -62,20 +62,36 @@ def add_to(commands: Any) -> None:
         "mask (only white areas are learnt)",
     )
     teach.add_argument(
-        "--class-noun", nargs="+", required=True, help="everyday word for the subject: cat"
+        "--class-noun",
+        nargs="+",
+        required=True,
+        metavar="WORD",
+        help="the everyday word for the subject: cat",
     )
     teach.add_argument(
-        "--token", nargs="+", help="its new word, default <new1>; '' teaches the class noun itself"
+        "--token",
+        nargs="+",
+        metavar="WORD",
+        help="its trigger word in angle brackets, default <new1>; '' teaches the class noun itself",
     )
-    teach.add_argument("--initializer", nargs="+", help="word the token starts from")
     teach.add_argument(
-        "--regularization", type=Path, nargs="+", help="folder of ordinary class pictures"
+        "--initializer",
+        nargs="+",
+        metavar="WORD",
+        help="a common word that the trigger word starts from; default: a rare one (the paper)",
+    )
+    teach.add_argument(
+        "--regularization",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="about 200 ordinary pictures of the class; usually you need none",
     )
     teach.add_argument(
         "--start",
         type=Path,
         metavar="CONCEPT",
-        help="go on from a concept: with its own token, or with another to learn one more",
+        help="a concept to extend: the same trigger word is trained further, another one is added",
     )
     teach.add_argument(
         "--kind",
@@ -92,23 +108,25 @@ def add_to(commands: Any) -> None:
         type=named(METHODS),
         choices=METHODS,
         default=DEFAULTS.method,
-        help="; ".join(f"{name}: {method.description}" for name, method in METHODS.items()),
+        help="what is trained; take low-rank for SDXL. "
+        + "; ".join(f"{name}: {method.description}" for name, method in METHODS.items()),
     )
     add_setting_options(teach)
-    teach.add_argument(
+    results = teach.add_argument_group("what it leaves")
+    results.add_argument(
         "--jobs",
         type=Path,
         metavar="FOLDER",
-        help="train as a job in this folder: checkpoints are written, Ctrl-C pauses, and the same "
-        "command resumes where it was interrupted or killed",
+        help="train as a job in this folder: progress is saved, Ctrl-C pauses, and the same "
+        "command resumes, also after a crash",
     )
-    add_job_options(teach)
-    teach.add_argument(
+    add_job_options(results)
+    results.add_argument(
         "--whole",
         action="store_true",
         help="save all of the change, not only what it does at the concept's own words",
     )
-    teach.add_argument(
+    results.add_argument(
         "--output", type=Path, default=Path("concept.safetensors"), help="where it is saved"
     )
     teach.set_defaults(command=train_command)
@@ -247,7 +265,7 @@ def _training_concepts(options: argparse.Namespace) -> list[TrainingConcept]:
     regularizations = options.regularization or [None] * count
     for name, values in (
         ("class nouns", options.class_noun),
-        ("tokens", tokens),
+        ("trigger words", tokens),
         ("initializers", initializers),
         ("regularization folders", regularizations),
         ("kinds", kinds),
