@@ -103,13 +103,13 @@ def load(
 
         return miniature_pipeline().to(device)
     import diffusers
-    import transformers
+    from transformers.utils import logging as transformers_logging
 
     from ..host.diffusers.loading import load_pipeline
 
     # They warn of what is not so, and show a bar for every text encoder.
     diffusers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     return load_pipeline(model, device, dtype, prediction)
 
 
