@@ -16,9 +16,9 @@ from ..trainer.settings import Group, Setting
 OFFERED = [one for one in SETTINGS.values() if one.group]
 OFFERED_OF_JOBS = list(JOB_SETTINGS.values())
 TITLES: Mapping[Group, str] = {
-    **dict.fromkeys(("method", "run"), "how it learns"),  # type: ignore[arg-type]
+    **dict.fromkeys(("method", "run"), "how it learns"),
     "views": "how it sees the pictures",
-    **dict.fromkeys(("advanced", "added"), "what you rarely need"),  # type: ignore[arg-type]
+    **dict.fromkeys(("advanced", "added"), "what you rarely need"),
 }
 
 
