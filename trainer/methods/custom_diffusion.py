@@ -5,7 +5,7 @@ from ..learning.projections import DenseProjections
 from .method import Method
 
 METHOD = Method(
-    description="keys and values of cross-attention, and the new word",
+    description="keys and values of cross-attention, and the trigger word",
     projections=lambda denoiser, start, config: DenseProjections(denoiser, start),
     steps=TrainConfig.steps,
     learning_rate=TrainConfig.learning_rate,

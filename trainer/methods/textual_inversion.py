@@ -4,7 +4,7 @@ from ..learning.projections import FrozenProjections
 from .method import Method
 
 METHOD = Method(
-    description="only the new word",
+    description="only the trigger word",
     projections=lambda denoiser, start, config: FrozenProjections(denoiser, start),
     steps=3000,
     learning_rate=2e-3,
