@@ -69,11 +69,17 @@ def export_command(options: argparse.Namespace) -> None:
     concept = read_concept(options.concept)
     if options.format == CHECKPOINT:
         if not options.base or not os.path.isfile(options.base):
-            raise ConfigError("A checkpoint is baked into another one: give it as --base FILE.")
+            raise ConfigError(
+                f"--format {CHECKPOINT} writes a copy of a checkpoint with the concept in it. Give "
+                f"the checkpoint that the concept was trained on as --base FILE."
+            )
         words = bake(concept, Path(options.base), options.output)
         print(f"saved {options.output}")
         if words:
-            print(f"its words are not in it: export {', '.join(words)} as embeddings")
+            print(
+                f"note: a checkpoint cannot hold {', '.join(words)}: export the concept with "
+                f"--format embeddings, too"
+            )
         return
     dtype = torch.float32 if options.full else torch.float16
     for path in export_concept(concept, options.output, options.format, _base(options), dtype):
