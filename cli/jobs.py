@@ -118,8 +118,8 @@ class JobFolders:
 
     def start(self, job_id: str) -> None:
         raise JobError(
-            f"A folder of jobs holds no models, so {job_id} cannot start there. Give the address of "
-            f"a ComfyUI instead of a folder, or repeat the command that began the job."
+            f"A folder of jobs holds no models, so {job_id} cannot start there. Give the address "
+            f"of a ComfyUI instead of a folder, or repeat the command that began the job."
         )
 
     def delete(self, job_id: str) -> None:
