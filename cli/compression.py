@@ -19,30 +19,37 @@ from .output import check_new, save
 def add_to(commands: Any) -> None:
     small = commands.add_parser(
         "compress",
-        help="make a concept's file smaller by low rank",
+        help="make a concept's file smaller",
+        description="Makes a concept's file smaller. Choose how: by rank, by share, by size, or to "
+        "what it does at its own words.",
         example="compress cat.safetensors --megabytes 3 --output small.safetensors",
     )
     small.add_argument("file", type=Path)
     target = small.add_mutually_exclusive_group(required=True)
-    target.add_argument("--rank", type=int, help="of every layer")
+    target.add_argument("--rank", type=int, help="rank of every layer")
     target.add_argument(
         "--nuclear",
         type=float,
         metavar="SHARE",
-        help="of each layer's singular values, as in the paper with 0.6",
+        help="of each layer's singular values that is kept; the paper takes 0.6",
     )
     target.add_argument(
-        "--energy", type=float, metavar="SHARE", help="of the squared change, over all layers"
+        "--energy",
+        type=float,
+        metavar="SHARE",
+        help="of the whole change that is kept, over all layers",
     )
-    target.add_argument("--megabytes", type=float, metavar="MB", help="size of the file at most")
+    target.add_argument("--megabytes", type=float, metavar="MB", help="largest size of the file")
     target.add_argument(
         "--own-words",
         action="store_true",
-        help="only what it does at its own words, a hundredth of the size; needs --model",
+        help="keep only what it does at its own words, about a hundredth; needs --model",
     )
-    small.add_argument("--model", help="base model of --own-words; its text encoder is used")
-    small.add_argument("--output", type=Path, required=True)
-    small.add_argument("--plot", type=Path, metavar="PICTURE", help="singular values, as a PNG")
+    small.add_argument("--model", help="with --own-words: the model that it was trained on")
+    small.add_argument("--output", type=Path, required=True, help="where it is saved")
+    small.add_argument(
+        "--plot", type=Path, metavar="PICTURE", help="a picture of what is lost (PNG)"
+    )
     small.set_defaults(command=compress_command)
 
 

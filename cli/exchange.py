@@ -23,13 +23,16 @@ CHECKPOINT = "checkpoint"  # a base model with the concept in its weights
 def add_to(commands: Any) -> None:
     taken = commands.add_parser(
         "import",
-        help="make a concept of another tool's file",
-        example="import delta.bin --base sd15 --class-noun cat --output theirs.safetensors",
+        help="turn another tool's file into a concept",
+        example="import delta.bin --base sd15.safetensors --class-noun cat "
+        "--output theirs.safetensors",
     )
-    taken.add_argument("file", type=Path, help="delta, LoRA or embedding, of any ending")
-    taken.add_argument("--base", help="base model of whole weights: checkpoint or folder")
-    taken.add_argument("--class-noun", default="", help="the everyday word for the subject")
-    taken.add_argument("--token", help="another trigger word for it")
+    taken.add_argument("file", type=Path, help="delta, LoRA or embedding")
+    taken.add_argument("--base", help="its base model, if the file holds whole weights")
+    taken.add_argument(
+        "--class-noun", default="", metavar="WORD", help="the everyday word for the subject"
+    )
+    taken.add_argument("--token", metavar="WORD", help="another trigger word for it")
     taken.add_argument(
         "--output", type=Path, default=Path("concept.safetensors"), help="where it is saved"
     )
@@ -42,9 +45,11 @@ def add_to(commands: Any) -> None:
     )
     given.add_argument("concept", type=Path)
     given.add_argument("--format", choices=[*FORMATS, CHECKPOINT], required=True)
-    given.add_argument("--base", help="for whole weights: checkpoint, or folder of diffusers")
+    given.add_argument("--base", help="its base model, for formats with whole weights")
     given.add_argument("--full", action="store_true", help="float32 instead of half precision")
-    given.add_argument("--output", type=Path, required=True, help="its ending is the format's")
+    given.add_argument(
+        "--output", type=Path, required=True, help="where it is saved; the format adds its ending"
+    )
     given.set_defaults(command=export_command)
 
 
@@ -64,11 +69,17 @@ def export_command(options: argparse.Namespace) -> None:
     concept = read_concept(options.concept)
     if options.format == CHECKPOINT:
         if not options.base or not os.path.isfile(options.base):
-            raise ConfigError("A checkpoint is baked into another one: give it as --base FILE.")
+            raise ConfigError(
+                f"--format {CHECKPOINT} writes a copy of a checkpoint with the concept in it. Give "
+                f"the checkpoint that the concept was trained on as --base FILE."
+            )
         words = bake(concept, Path(options.base), options.output)
         print(f"saved {options.output}")
         if words:
-            print(f"its words are not in it: export {', '.join(words)} as embeddings")
+            print(
+                f"note: a checkpoint cannot hold {', '.join(words)}: export the concept with "
+                f"--format embeddings, too"
+            )
         return
     dtype = torch.float32 if options.full else torch.float16
     for path in export_concept(concept, options.output, options.format, _base(options), dtype):

@@ -31,8 +31,8 @@ def add_to(commands: Any) -> None:
         example="inspect cat.safetensors",
     )
     look.add_argument("file", type=Path)
-    look.add_argument("--layers", action="store_true", help="a line for each layer too")
-    look.add_argument("--base", help="say whether it fits: checkpoint, or folder")
+    look.add_argument("--layers", action="store_true", help="with a line for each layer")
+    look.add_argument("--base", help="a model: say whether the concept fits it")
     look.add_argument("--json", action="store_true", help="all of it, for a program")
     look.set_defaults(command=inspect_command)
 

@@ -34,7 +34,7 @@ class JobServer:
         """`address` such as http://127.0.0.1:8188"""
         if not address.startswith(("http://", "https://")):  # urllib opens files too
             raise JobError(
-                f"{address} is no address of a ComfyUI. Give http://127.0.0.1:8188, say."
+                f"{address} is no address of a ComfyUI. Give one such as http://127.0.0.1:8188."
             )
         self._address = address.rstrip("/")
 

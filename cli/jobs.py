@@ -19,20 +19,20 @@ def add_to(commands: Any) -> None:
     jobs = commands.add_parser(
         "jobs",
         help="look at training jobs and steer them",
-        description="WHERE is the address of a ComfyUI that runs, such as http://127.0.0.1:8188, "
-        "or a folder of jobs: that of ComfyUI is output/custom_diffusion/jobs. What runs in a "
-        "ComfyUI is paused, resumed and moved by its address.",
+        description="WHERE is the address of a running ComfyUI, such as http://127.0.0.1:8188, or "
+        "a folder of jobs; ComfyUI's is output/custom_diffusion/jobs. To pause, resume or move a "
+        "training that runs in ComfyUI, give the address.",
         example="jobs list http://127.0.0.1:8188",
     )
     actions = jobs.add_subparsers(required=True)
     for name, command, told in (
         ("list", list_command, "one line a job, and those that wait for their turn"),
         ("show", show_command, "a job with its settings, as JSON"),
-        ("losses", losses_command, "of every step, one a line"),
-        ("pause", steer_command, "write a checkpoint and leave the device"),
-        ("resume", steer_command, "go on before the jobs that wait"),
+        ("losses", losses_command, "the loss of every step, one a line"),
+        ("pause", steer_command, "save progress and free the GPU"),
+        ("resume", steer_command, "continue, before the jobs that wait"),
         ("stop", steer_command, "save what was learnt and end"),
-        ("move", move_command, "give a job that waits another place among them, 0 for the next"),
+        ("move", move_command, "give a waiting job another place in the queue, 0 for the next"),
         ("start", start_command, "queue the graph of a job again: it resumes where it was"),
         ("delete", delete_command, "remove a job; the concept that it saved stays"),
     ):
@@ -118,8 +118,8 @@ class JobFolders:
 
     def start(self, job_id: str) -> None:
         raise JobError(
-            f"The training job {job_id} is started where its models are: give the address of a "
-            f"ComfyUI instead of a folder, or repeat the command that began it."
+            f"A folder of jobs holds no models, so {job_id} cannot start there. Give the address "
+            f"of a ComfyUI instead of a folder, or repeat the command that began the job."
         )
 
     def delete(self, job_id: str) -> None:

@@ -18,16 +18,37 @@ from .output import check_new, save
 def add_to(commands: Any) -> None:
     merge = commands.add_parser(
         "merge",
-        help="merge concepts by constrained least squares",
-        example="merge cat.safetensors mug.safetensors --model sd15 --output both.safetensors",
+        help="merge concepts into one file",
+        description="Merges concepts of one model into one file, without training. Each keeps its "
+        "look at its own words.",
+        example="merge cat.safetensors mug.safetensors --model sd15.safetensors "
+        "--output both.safetensors",
     )
     merge.add_argument("concepts", type=Path, nargs="+", metavar="CONCEPT")
-    merge.add_argument("--model", required=True, help="base model; its text encoder is used")
-    merge.add_argument("--strengths", type=float, nargs="+", help="one for each concept")
-    merge.add_argument("--tokens", nargs="+", help="new names of the concepts' tokens")
-    merge.add_argument("--captions", type=Path, help="your own captions, one a line")
-    merge.add_argument("--ridge", type=float, default=DEFAULT_RELATIVE_RIDGE)
-    merge.add_argument("--cache", type=Path, help="folder that keeps the captions' factor")
+    merge.add_argument("--model", required=True, help="the model that they were trained on")
+    merge.add_argument(
+        "--strengths", type=float, nargs="+", help="how strongly, one for each concept"
+    )
+    merge.add_argument(
+        "--tokens", nargs="+", metavar="WORD", help="another trigger word for each concept"
+    )
+    merge.add_argument(
+        "--captions",
+        type=Path,
+        help="ordinary captions, one a line, whose pictures must not change; default: ours",
+    )
+    merge.add_argument(
+        "--ridge",
+        type=float,
+        default=DEFAULT_RELATIVE_RIDGE,
+        help="raise it if the report says that the rest of the model changed a lot",
+    )
+    merge.add_argument(
+        "--cache",
+        type=Path,
+        metavar="FOLDER",
+        help="keeps what was computed of the captions, for the next merge",
+    )
     merge.add_argument(
         "--output", type=Path, default=Path("merged.safetensors"), help="where it is saved"
     )
@@ -42,8 +63,8 @@ def merge_command(options: argparse.Namespace) -> None:
     if options.tokens:
         if len(options.tokens) != len(concepts):
             raise ConfigError(
-                f"{len(options.tokens)} names were given for the tokens of {len(concepts)} "
-                f"concepts. Give one for each."
+                f"{len(options.tokens)} trigger words were given for {len(concepts)} concepts. "
+                f"Give one for each."
             )
         renamed = zip(concepts, options.tokens, strict=True)
         concepts = [concept.with_token(token) for concept, token in renamed]

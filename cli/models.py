@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from ..concept.errors import ConfigError, IncompatibleModelError
 from ..formats.base import BaseModel, read_base
+from ..host.diffusers.checkpoint import Prediction
 from ..merge.captions import read_captions
 from ..trainer.config import MethodName, TrainConfig
 from ..trainer.methods import METHODS, recipe
@@ -18,6 +19,10 @@ from ..trainer.methods import METHODS, recipe
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULTS = TrainConfig()
 MINIATURE = "miniature"  # the model that comes with the project
+MODEL_HELP = (
+    f"a checkpoint (.safetensors) of SD 1.x, SD 2.x or SDXL, a folder in diffusers' layout, or "
+    f"{MINIATURE!r}: the small one of the demo"
+)
 _MINIATURE_FOLDER = Path(__file__).resolve().parents[1] / "miniature"
 
 
@@ -25,13 +30,28 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         required=True,
-        help=f"folder in diffusers' layout, or {MINIATURE!r}: the small one of the demo",
+        help=MODEL_HELP,
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_prediction_option(parser)
+    add_device_option(parser)
     parser.add_argument(
         "--precision",
         choices=DTYPES,
-        help="of frozen weights; default: bfloat16 on a GPU that has it, else float32",
+        help="what the model computes in; default: bfloat16 on a GPU that has it, else float32",
+    )
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=usual, help="what computes: cuda, cuda:1 or cpu")
+
+
+def add_prediction_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prediction",
+        choices=get_args(Prediction),
+        help="what a checkpoint predicts, if its file does not say: epsilon (noise), v (velocity), "
+        "or v-ztsnr (velocity, zero terminal SNR)",
     )
 
 
@@ -65,19 +85,39 @@ def need_miniature() -> None:
         raise IncompatibleModelError(
             f"This installation has no miniature model, which the demo and {MINIATURE!r} need: it "
             f"is left out of the archive that ComfyUI Manager installs. Get the project's whole "
-            f"repository, or give --model a folder in diffusers' layout."
+            f"repository, or give --model a checkpoint."
         )
 
 
-def load(model: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+def load(
+    model: str,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    prediction: Prediction | None = None,
+) -> Any:
     if model == MINIATURE:
         need_miniature()
+        if prediction:
+            raise ConfigError(f"{MINIATURE!r} predicts velocity. Leave --prediction out.")
         from ..miniature.model import miniature_pipeline
 
         return miniature_pipeline().to(device)
+    import diffusers
+    from transformers.utils import logging as transformers_logging
+
     from ..host.diffusers.loading import load_pipeline
 
-    return load_pipeline(model, device, dtype)
+    # They warn of what is not so, and show a bar for every text encoder.
+    diffusers.logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    return load_pipeline(model, device, dtype, prediction)
+
+
+def load_chosen(options: argparse.Namespace, device: str = "") -> Any:
+    """The model of `add_model_options`, on a device of its own where one is named."""
+    device = device or options.device
+    dtype = precision(options.precision, device)
+    return load(options.model, device, dtype, options.prediction)
 
 
 def recipe_for(model: str, method: MethodName = DEFAULTS.method) -> TrainConfig:

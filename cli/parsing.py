@@ -24,6 +24,11 @@ class _Help(argparse.RawDescriptionHelpFormatter):
             return text
         return f"{text} (default: %(default)s)" if text else "default: %(default)s"
 
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        """Short ones: N for whole numbers, X for others, FILE for paths."""
+        kinds: dict[Any, str] = {int: "N", positive: "N", float: "X", Path: "FILE"}
+        return kinds.get(action.type) or super()._get_default_metavar_for_optional(action)
+
 
 class CommandParser(argparse.ArgumentParser):
     """As argparse's, but what it does not know is compared with what it does."""

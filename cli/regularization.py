@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from ..host.open_clip.text import MODEL, MODELS
@@ -16,34 +15,39 @@ from ..trainer.regularization.caption_index import CaptionIndex
 from ..trainer.regularization.collection import parts_of
 from ..trainer.regularization.drawn import generated_set
 from ..trainer.regularization.retrieved import COUNT, LEAST_SIMILARITY, retrieve
-from .models import DEFAULTS, add_model_options, load, precision, recipe_for
+from .models import DEFAULTS, add_device_option, add_model_options, load_chosen, recipe_for
 from .output import progress
 from .parsing import positive
+
+_CLASS_NOUN = "the everyday word for the subject: cat"
 
 
 def add_to(commands: Any) -> None:
     regularize = commands.add_parser(
         "regularize",
-        help="let the model draw a regularization set",
-        description="Draws pictures of the bare class into a folder, for `train --regularization`. "
+        help="let the model draw ordinary pictures of the class",
+        description="Draws ordinary pictures of the class into a folder, for `train "
+        "--regularization`. "
         "Stop it at any time: the same command resumes. Photographs of the class work better.",
-        example="regularize --model sd15 --class-noun cat --output ordinary_cats",
+        example="regularize --model sd15.safetensors --class-noun cat --output ordinary_cats",
     )
     add_model_options(regularize)
-    regularize.add_argument("--class-noun", required=True)
-    regularize.add_argument("--count", type=positive, default=200)
+    regularize.add_argument("--class-noun", required=True, metavar="WORD", help=_CLASS_NOUN)
+    regularize.add_argument("--count", type=positive, default=200, help="how many pictures")
     regularize.add_argument(
         "--resolution", type=int, help=f"default {DEFAULTS.resolution}; take 1024 for SDXL"
     )
-    regularize.add_argument("--steps", type=int, default=25, help="of the sampler, DDIM")
-    regularize.add_argument("--guidance", type=float, default=6.0)
-    regularize.add_argument("--seed", type=int, default=0)
+    regularize.add_argument("--steps", type=int, default=25, help="sampling steps (DDIM)")
+    regularize.add_argument(
+        "--guidance", type=float, default=6.0, help="how closely they follow the prompt (CFG)"
+    )
+    regularize.add_argument("--seed", type=int, default=0, help="where the random noise starts")
     regularize.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     regularize.set_defaults(command=regularize_command)
 
     find = commands.add_parser(
         "retrieve",
-        help="take a regularization set from a captioned collection of your own",
+        help="find ordinary pictures of the class in a captioned collection of your own",
         description="Copies the pictures whose captions are nearest to the class into a folder, "
         "for `train --regularization`. The collection may be folders with .txt files, webdataset "
         "shards or parquet tables (img2dataset writes all of them), of any size: captions are "
@@ -52,12 +56,21 @@ def add_to(commands: Any) -> None:
         "--clip-weights open_clip_model.safetensors --output real_cats",
     )
     find.add_argument("--collection", type=Path, required=True, metavar="FOLDER")
-    find.add_argument("--class-noun", required=True)
+    find.add_argument("--class-noun", required=True, metavar="WORD", help=_CLASS_NOUN)
     find.add_argument("--prompt", help="default: 'photo of a' and the class noun")
-    find.add_argument("--count", type=positive, default=COUNT)
-    find.add_argument("--similarity", type=float, default=LEAST_SIMILARITY, help="at least, 0..1")
+    find.add_argument("--count", type=positive, default=COUNT, help="how many pictures at most")
     find.add_argument(
-        "--clip", default=MODEL, choices=MODELS, metavar="MODEL", help=f"default {MODEL}"
+        "--similarity",
+        type=float,
+        default=LEAST_SIMILARITY,
+        help="minimum similarity of a caption, 0 to 1; raise it for closer matches",
+    )
+    find.add_argument(
+        "--clip",
+        default=MODEL,
+        choices=MODELS,
+        metavar="MODEL",
+        help="the model of --clip-weights, as open_clip calls it",
     )
     find.add_argument(
         "--clip-weights",
@@ -66,8 +79,14 @@ def add_to(commands: Any) -> None:
         metavar="FILE",
         help="its weights, usually open_clip_model.safetensors; nothing is downloaded",
     )
-    find.add_argument("--index", type=Path, default=Path("caption-index"), metavar="FOLDER")
-    find.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    find.add_argument(
+        "--index",
+        type=Path,
+        default=Path("caption-index"),
+        metavar="FOLDER",
+        help="keeps what was read, so that captions are read once",
+    )
+    add_device_option(find)
     find.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     find.set_defaults(command=retrieve_command)
 
@@ -76,7 +95,7 @@ def regularize_command(options: argparse.Namespace) -> None:
     from ..host.diffusers.lending import borrowed_models
     from ..host.diffusers.sampling import sample
 
-    pipeline = load(options.model, options.device, precision(options.precision, options.device))
+    pipeline = load_chosen(options)
     resolution = options.resolution or recipe_for(options.model).resolution
     caption = instance_caption("", options.class_noun)
     with borrowed_models(pipeline) as models:

@@ -15,23 +15,24 @@ from tqdm import tqdm
 from ..concept.concept import Concept
 from ..concept.errors import ConfigError
 from ..concept.file import read_concept, size_of
-from ..concept.prompts import DEFAULT_TEMPLATE, STYLE_TEMPLATE
+from ..concept.prompts import KINDS
 from ..concept.text import TextEncoder
 from ..merge.projection import project_on_own_words
 from ..trainer.config import TrainConfig
 from ..trainer.data.advice import advice
 from ..trainer.data.folders import folder_advice, load_folder
 from ..trainer.data.training_concept import TrainingConcept, instance_caption
-from ..trainer.events import Event, Notice, StepDone
+from ..trainer.events import Event, Notice, PreviewDrawn, StepDone
 from ..trainer.jobs.fingerprint import training_fingerprint
 from ..trainer.learning.network_file import fold_in, write_network
 from ..trainer.methods import METHODS
 from ..trainer.request import TrainingRequest
 from ..trainer.teach import prepared
-from .models import DEFAULTS, add_model_options, captions_for, load, precision, recipe_for
+from .models import DEFAULTS, add_model_options, captions_for, load_chosen, recipe_for
 from .output import check_new, progress, save, save_at_any_rate, stop_on_interrupt
 from .parsing import named
-from .settings import add_setting_options, chosen_settings
+from .previews import Previews
+from .settings import add_job_options, add_setting_options, chosen_settings, job_settings
 from .torchrun import Team, team
 from .training_job import run_as_job
 
@@ -46,54 +47,88 @@ def add_to(commands: Any) -> None:
     teach = commands.add_parser(
         "train",
         help="teach concepts from folders of pictures",
-        description="Teaches a concept, or several together into one file: then give as many "
-        "class nouns and tokens as folders. The defaults are Stable Diffusion's; the miniature has "
-        "its own steps, batch, rate and resolution.",
-        example='train --model sd15 --images photos/cat --class-noun cat --token "<new1>" '
-        "--output cat.safetensors",
+        description="Teaches a concept from a folder of pictures, or several together in one file: "
+        "then give one class noun and one trigger word for each folder. The defaults suit Stable "
+        "Diffusion; the miniature has its own.",
+        example="train --model sd15.safetensors --images photos/cat --class-noun cat "
+        '--token "<new1>" --output cat.safetensors',
     )
     add_model_options(teach)
     teach.add_argument(
-        "--images", type=Path, nargs="+", required=True, help="folder of 4 to 20 pictures"
+        "--images",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FOLDER",
+        help="4 to 20 pictures; next to cat1.jpg, cat1.txt is its caption and cat1.mask.png its "
+        "mask (only white areas are learnt)",
     )
     teach.add_argument(
-        "--class-noun", nargs="+", required=True, help="everyday word for the subject: cat"
+        "--class-noun",
+        nargs="+",
+        required=True,
+        metavar="WORD",
+        help="the everyday word for the subject: cat",
     )
     teach.add_argument(
-        "--token", nargs="+", help="its new word, default <new1>; '' teaches the class noun itself"
+        "--token",
+        nargs="+",
+        metavar="WORD",
+        help="its trigger word in angle brackets, default <new1>; '' teaches the class noun itself",
     )
-    teach.add_argument("--initializer", nargs="+", help="word the token starts from")
     teach.add_argument(
-        "--regularization", type=Path, nargs="+", help="folder of ordinary class pictures"
+        "--initializer",
+        nargs="+",
+        metavar="WORD",
+        help="a common word that the trigger word starts from; default: a rare one (the paper)",
+    )
+    teach.add_argument(
+        "--regularization",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="about 200 ordinary pictures of the class; usually you need none",
     )
     teach.add_argument(
         "--start",
         type=Path,
         metavar="CONCEPT",
-        help="go on from a concept: with its own token, or with another to learn one more",
+        help="a concept to extend: the same trigger word is trained further, another one is added",
     )
-    teach.add_argument("--style", action="store_true", help="they are styles; class noun: art")
+    teach.add_argument(
+        "--kind",
+        nargs="+",
+        choices=KINDS,
+        help="what the pictures have in common: a thing (default), or a style, whose class noun is "
+        "art; one for all, or one for each folder",
+    )
+    teach.add_argument(
+        "--style", dest="kind", action="store_const", const=["style"], help="short for --kind style"
+    )
     teach.add_argument(
         "--method",
         type=named(METHODS),
         choices=METHODS,
         default=DEFAULTS.method,
-        help="; ".join(f"{name}: {method.description}" for name, method in METHODS.items()),
+        help="what is trained; take low-rank for SDXL. "
+        + "; ".join(f"{name}: {method.description}" for name, method in METHODS.items()),
     )
     add_setting_options(teach)
-    teach.add_argument(
+    results = teach.add_argument_group("what it leaves")
+    results.add_argument(
         "--jobs",
         type=Path,
         metavar="FOLDER",
-        help="train as a job in this folder: checkpoints are written, Ctrl-C pauses, and the same "
-        "command resumes where it was interrupted or killed",
+        help="train as a job in this folder: progress is saved, Ctrl-C pauses, and the same "
+        "command resumes, also after a crash",
     )
-    teach.add_argument(
+    add_job_options(results)
+    results.add_argument(
         "--whole",
         action="store_true",
         help="save all of the change, not only what it does at the concept's own words",
     )
-    teach.add_argument(
+    results.add_argument(
         "--output", type=Path, default=Path("concept.safetensors"), help="where it is saved"
     )
     teach.set_defaults(command=train_command)
@@ -104,6 +139,7 @@ def train_command(options: argparse.Namespace) -> None:
     if METHODS[options.method].whole_network:
         check_new(_network_file(options.output))
     config = training_config(options)
+    job_settings(options)  # refused before anything is loaded
     concepts = _training_concepts(options)
     start = read_concept(options.start) if options.start else None
     request = TrainingRequest(config, concepts, start)
@@ -127,7 +163,7 @@ def _train(options: argparse.Namespace, request: TrainingRequest, together: Team
     from ..host.diffusers.lending import borrowed_models
 
     config = request.config
-    pipeline = load(options.model, together.device, precision(options.precision, together.device))
+    pipeline = load_chosen(options, together.device)
     with borrowed_models(pipeline) as models:
         if config.text_encoder_on_cpu:
             models.text_encoder.to(torch.device("cpu"))
@@ -153,13 +189,15 @@ def _train(options: argparse.Namespace, request: TrainingRequest, together: Team
                 save_result(finish(result), options.output)
                 return options.output  # type: ignore[no-any-return]
 
-            run_as_job(options.jobs, options.output.stem, config, fingerprint, run, keep)
+            name, settings = options.output.stem, job_settings(options)
+            run_as_job(options.jobs, name, config, fingerprint, run, keep, settings)
             return
         with (
             tqdm(total=config.steps, desc="training", unit="step") as bar,
             stop_on_interrupt() as stopped,
         ):
-            result = run(should_stop=stopped, on_event=lambda event: _show(event, bar))
+            previews = Previews(options.output)
+            result = run(should_stop=stopped, on_event=lambda event: _show(event, bar, previews))
         if result.provenance["steps"] == 0:
             print("stopped before the first step: nothing was learnt, nothing was saved")
             return
@@ -171,7 +209,6 @@ def training_config(options: argparse.Namespace) -> TrainConfig:
     return replace(
         recipe_for(options.model, options.method),
         method=options.method,
-        preview_every_steps=0,
         **chosen_settings(options),
     )
 
@@ -209,39 +246,49 @@ def _training_concepts(options: argparse.Namespace) -> list[TrainingConcept]:
     count = len(options.images)
     tokens = options.token or [f"<new{number}>" for number in range(1, count + 1)]
     initializers = options.initializer or [""] * count
+    kinds = options.kind or ["thing"]
+    kinds = kinds * count if len(kinds) == 1 else kinds
     regularizations = options.regularization or [None] * count
     for name, values in (
         ("class nouns", options.class_noun),
-        ("tokens", tokens),
+        ("trigger words", tokens),
         ("initializers", initializers),
         ("regularization folders", regularizations),
+        ("kinds", kinds),
     ):
         if len(values) != count:
             raise ConfigError(
                 f"{len(values)} {name} were given for {count} folders of pictures. Give one for "
                 f"each."
             )
-    template = STYLE_TEMPLATE if options.style else DEFAULT_TEMPLATE
     return [
         TrainingConcept(
-            images=load_folder(folder, instance_caption(token, noun, template)),
+            images=load_folder(folder, instance_caption(token, noun, KINDS[kind])),
             class_noun=noun,
             token=token,
             initializer=initializer,
-            regularization=load_folder(others, instance_caption("", noun, template))
+            regularization=load_folder(others, instance_caption("", noun, KINDS[kind]))
             if others
             else (),
-            template=template,
+            template=KINDS[kind],
         )
-        for folder, noun, token, initializer, others in zip(
-            options.images, options.class_noun, tokens, initializers, regularizations, strict=True
+        for folder, noun, token, initializer, others, kind in zip(
+            options.images,
+            options.class_noun,
+            tokens,
+            initializers,
+            regularizations,
+            kinds,
+            strict=True,
         )
     ]
 
 
-def _show(event: Event, bar: tqdm[None]) -> None:
+def _show(event: Event, bar: tqdm[None], previews: Previews) -> None:
     if isinstance(event, StepDone):
         bar.set_postfix(loss=f"{event.loss:.4f}", refresh=False)
         bar.update(event.step - bar.n)
+    elif isinstance(event, PreviewDrawn):
+        bar.write(f"saved {previews.save(event)}")
     elif isinstance(event, Notice):
         bar.write(event.text())

@@ -13,11 +13,11 @@ from ..trainer.checkpoint import Checkpoint
 from ..trainer.config import TrainConfig
 from ..trainer.events import Event
 from ..trainer.jobs.service import TrainingService
+from ..trainer.jobs.settings import JobSettings
 from ..trainer.jobs.snapshot import JobState
 from ..trainer.jobs.work import Work
 from .output import stop_on_interrupt
 
-CHECKPOINT_EVERY_STEPS = 50
 _POLL_S = 0.1
 
 
@@ -28,6 +28,7 @@ def run_as_job(
     fingerprint: str,
     run: Callable[..., Concept],
     save: Callable[[Concept], Path],
+    settings: JobSettings,
 ) -> None:
     """Trains in a folder of its own: killed or interrupted, the same command goes on from there.
 
@@ -41,13 +42,13 @@ def run_as_job(
     ) -> Concept:
         return run(
             checkpoint=checkpoint,
-            checkpoint_every_steps=CHECKPOINT_EVERY_STEPS,
+            checkpoint_every_steps=settings.checkpoint_every_steps,
             should_stop=should_stop,
             on_event=on_event,
         )
 
     service = TrainingService(folder)
-    description = {"config": config.as_json()}
+    description = {"config": config.as_json(), "keep_best": settings.keep_best}
     job = service.submit(name, config.steps, description, Work(work, save), fingerprint)
     with (
         tqdm(total=config.steps, desc="training", unit="step") as bar,

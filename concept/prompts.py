@@ -9,6 +9,8 @@ _MODIFIER_TOKEN = re.compile(r"<[\w-]+>")
 
 DEFAULT_TEMPLATE = "photo of a {}"
 STYLE_TEMPLATE = "painting in the style of {}"
+KINDS = {"thing": DEFAULT_TEMPLATE, "style": STYLE_TEMPLATE}
+"""What a concept can be, and how its captions speak of it."""
 CONSTRAINT_TEMPLATES = ("{}", "photo of a {}")
 """Prompts whose features a merge keeps exact, as in the reference (Kumari et al., Eq. 4)."""
 

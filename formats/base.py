@@ -109,7 +109,7 @@ def read_base(path: Path) -> BaseModel:
     diffusers' layout, or from the index of a model in several files. Only its cross-attention is
     read.
     """
-    file = path
+    file = path = model_folder(path)
     if os.path.isdir(path):
         unet = path / "unet" if os.path.isdir(path / "unet") else path
         file = _weight_file(unet, _STEM) or unet / f"{_STEM}.safetensors"
@@ -127,6 +127,21 @@ def read_base(path: Path) -> BaseModel:
     except IncompatibleModelError as error:
         raise IncompatibleModelError(f"{file.name}: {error}") from error
     return base
+
+
+def model_folder(path: Path) -> Path:
+    """The newest snapshot in a folder of Hugging Face's cache, `models--owner--name`; of any other
+    path the path itself.
+    """
+    if not os.path.isdir(path / "snapshots"):
+        return path
+    snapshots = [one for one in (path / "snapshots").iterdir() if os.path.isdir(one)]
+    if not snapshots:
+        raise ConceptFileError(
+            f"{path} is a folder of Hugging Face's cache without a snapshot: the download was not "
+            f"finished. Download the model again."
+        )
+    return max(snapshots, key=lambda one: one.stat().st_mtime)
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:

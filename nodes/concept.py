@@ -4,8 +4,8 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
+from ..concept.prompts import KINDS
 from ..host.comfyui.inputs import (
-    KINDS,
     draw_contact_sheet,
     draw_picture_sheet,
     folder_fingerprint,

@@ -9,10 +9,9 @@ from ..host.comfyui.jobs.training import Origin, start_training, training_output
 from ..trainer.config import TrainConfig
 from ..trainer.methods import METHODS
 from ..trainer.request import TrainingRequest
-from .training_inputs import method_inputs, setting_inputs
+from .training_inputs import job_input, method_inputs, setting_inputs
 from .types import CATEGORY, Concept, TrainingConcept, without_leftovers
 
-CHECKPOINT_EVERY_STEPS = 50
 MOST_CONCEPTS = 8
 
 
@@ -80,15 +79,7 @@ class CustomDiffusionTrain(io.ComfyNode):
                     "trained further, with another one a new concept is added to it.",
                 ),
                 *setting_inputs("advanced"),
-                io.Int.Input(
-                    "checkpoint_every_steps",
-                    default=CHECKPOINT_EVERY_STEPS,
-                    min=1,
-                    max=10_000,
-                    advanced=True,
-                    tooltip="How often progress is saved, in steps. After a crash you lose at "
-                    "most this many: queue the same graph again to resume.",
-                ),
+                job_input("checkpoint_every_steps"),
                 io.Boolean.Input(
                     "share_device",
                     default=False,
@@ -107,15 +98,7 @@ class CustomDiffusionTrain(io.ComfyNode):
                     tooltip="What happens when you cancel a prompt that waits for this training. "
                     "Turn it on to let the training continue in the background.",
                 ),
-                io.Int.Input(
-                    "keep_best",
-                    default=1,
-                    min=1,
-                    max=100,
-                    advanced=True,
-                    tooltip="How many earlier versions to keep besides the newest: the ones with "
-                    "the lowest recent loss.",
-                ),
+                job_input("keep_best"),
                 *setting_inputs("added"),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],

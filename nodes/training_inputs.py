@@ -5,11 +5,12 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..trainer.config import SETTINGS, MethodName, TrainConfig
+from ..trainer.jobs.settings import JOB_SETTINGS, JobSettings
 from ..trainer.methods import recipe
 from ..trainer.settings import Group, Setting
 
 DEFAULTS = TrainConfig()
-_ADVANCED = ("views", "advanced", "added")
+_ADVANCED = ("views", "advanced", "added", "job")
 
 
 def setting_input(name: str) -> io.Input:
@@ -28,7 +29,12 @@ def method_inputs(name: MethodName) -> list[io.Input]:
     return [_input(one, recipe(name)) for one in own]
 
 
-def _input(setting: Setting, defaults: TrainConfig) -> io.Input:
+def job_input(name: str) -> io.Input:
+    """The input of a setting of the job."""
+    return _input(JOB_SETTINGS[name], JobSettings())
+
+
+def _input(setting: Setting, defaults: TrainConfig | JobSettings) -> io.Input:
     options: dict[str, Any] = {"default": getattr(defaults, setting.name), "tooltip": setting.help}
     if setting.group in _ADVANCED:
         options["advanced"] = True
@@ -36,6 +42,8 @@ def _input(setting: Setting, defaults: TrainConfig) -> io.Input:
         options["optional"] = True
     if setting.choices:
         return io.Combo.Input(setting.name, options=list(setting.choices), **options)
+    if setting.kind is str:
+        return io.String.Input(setting.name, multiline=True, **options)
     if setting.kind is bool:
         return io.Boolean.Input(setting.name, **options)
     options |= {"min": setting.least, "max": setting.most, "step": setting.step}

@@ -108,7 +108,6 @@ class TrainConfig:
         least=0,
         most=10,
         step=0.1,
-        on_command=False,
     )
     # "own words": they change there alone, in the forward pass too (docs/fidelity.md has what that
     # brings); the others cut gradients only. Methods that teach more than keys and values take
@@ -141,7 +140,6 @@ class TrainConfig:
         "advanced",
         least=0,
         most=10_000,
-        on_command=False,
     )
     optimizer: OptimizerName = setting(
         "adamw",
@@ -155,7 +153,21 @@ class TrainConfig:
         "SDXL on a small GPU.",
         "added",
     )
-    weight_decay: float = setting(1e-2, "Of AdamW.", None, least=0)
+    weight_decay: float = setting(
+        1e-2,
+        "Pulls what is trained back towards zero at every step. Leave it; raise it a little if the "
+        "training pictures are learnt by heart.",
+        "added",
+        least=0,
+        most=10,
+        step=0.001,
+    )
+    preview_prompts: str = setting(
+        "",
+        "What the samples show, one prompt per line, drawn side by side. Leave it empty for 'photo "
+        "of a <new1> cat'.",
+        "added",
+    )
     max_gradient_norm: float | None = setting(
         1.0, "Gradients are scaled down to this norm; None leaves them.", None, least=1e-12
     )

@@ -127,11 +127,22 @@ def _notices(
 
 
 def _preview(config: TrainConfig, learner: Learner, denoiser: Denoiser, batch: Batch) -> Tensor:
-    """A sample from the same noise every time, so that previews of one run can be compared."""
+    """A sample of each prompt, side by side, (h, w, 3); always from the same noise, so that those
+    of one run can be compared.
+    """
+    chosen = [line for line in config.preview_prompts.splitlines() if line.strip()]
+    prompts = chosen or [learner.prompt]
+    samples = [_sample(config, prompt, learner, denoiser, batch) for prompt in prompts]
+    return torch.cat(samples, dim=1)
+
+
+def _sample(
+    config: TrainConfig, prompt: str, learner: Learner, denoiser: Denoiser, batch: Batch
+) -> Tensor:
     fixed = torch.Generator().manual_seed(config.seed)
     noise = torch.randn(batch.latents_bchw[:1].shape, generator=fixed)
     with torch.no_grad():
-        text, _, own = learner.prompts.encode([learner.prompt])
+        text, _, own = learner.prompts.encode([prompt])
         nothing, _, not_own = learner.prompts.encode([""])
         both = None if own is None or not_own is None else torch.cat([own, not_own])
         latents = ddim_sample(

@@ -11,10 +11,11 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from ..concept.errors import ConfigError
 
-Group = Literal["method", "run", "views", "advanced", "added"]
+Group = Literal["method", "run", "views", "advanced", "added", "job"]
 """Where nodes show a setting, in this order and in that of the fields: with the choice of the
 method; first; with how views are made; among the advanced ones; and, for those that came after the
-first version, last and optional, because saved graphs know inputs by their place.
+first version, last and optional, because saved graphs know inputs by their place. Settings of a job
+(`JobSettings`) have places of their own.
 """
 _T = TypeVar("_T")
 
@@ -25,7 +26,7 @@ class Setting:
 
     name: str
     kind: type
-    """bool, int, float, or str: one of the `choices`"""
+    """bool, int, float, or str: one of the `choices`, or any text where there are none"""
     default: Any
     choices: tuple[str, ...]
     may_be_none: bool
@@ -38,7 +39,6 @@ class Setting:
     most: float | None
     step: float | None
     """By which a widget goes up and down. An int is a multiple of it."""
-    on_command: bool
 
     def check(self, value: Any) -> None:
         """Raises ConfigError for what the setting cannot be."""
@@ -46,6 +46,10 @@ class Setting:
             raise ConfigError(
                 f"{self.name}={value!r} is unknown; choose one of "
                 f"{', '.join(map(repr, self.choices))}."
+            )
+        if self.kind is str and not isinstance(value, str):
+            raise ConfigError(
+                f"{self.name}={value!r} is no text, which is needed. It means: {self.help}"
             )
         if self.kind not in (int, float) or (value is None and self.may_be_none):
             return
@@ -74,10 +78,9 @@ def setting(
     least: float | None = None,
     most: float | None = None,
     step: float | None = None,
-    on_command: bool = True,
 ) -> _T:
     """A field of `TrainConfig`, with what `Setting` says of it."""
-    known = {"help": help, "group": group, "method": method, "on_command": on_command}
+    known = {"help": help, "group": group, "method": method}
     return field(default=default, metadata={**known, "least": least, "most": most, "step": step})
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ...concept.concept import Concept
 from ...concept.errors import DataError
-from ...concept.prompts import DEFAULT_TEMPLATE, STYLE_TEMPLATE
+from ...concept.prompts import KINDS
 from ...merge.captions import read_captions
 from ...merge.merging import merge_concepts
 from ...merge.projection import project_on_own_words
@@ -30,8 +30,6 @@ from .models.text import text_encoder
 from .paths import NO_FOLDER, cache_folder, input_folder
 
 BUILT_IN_CAPTIONS = "built-in"
-KINDS = {"thing": DEFAULT_TEMPLATE, "style": STYLE_TEMPLATE}
-"""What a concept can be, and how its captions speak of it."""
 
 
 def training_concept(

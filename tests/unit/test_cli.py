@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from shutil import copy, copytree
 import pytest
 import torch
 from custom_diffusion.cli import main, parser
+from custom_diffusion.cli.demo import what_next
 from custom_diffusion.cli.models import precision, recipe_for
 from custom_diffusion.cli.training import training_config
 from custom_diffusion.concept.file import read_concept
@@ -419,6 +421,18 @@ def test_the_demo_leaves_concepts_and_a_picture(
     ]
     for shape in files:
         assert len(list((tmp_path / shape).glob("*.png"))) == 8
+
+    said = what_next(picture, tmp_path / "both.safetensors")
+    assert str(picture) in said
+    examples = [shlex.split(line) for line in said.splitlines() if " --model " in line]
+    draw, train = (
+        line[line.index(command) :]
+        for command, line in zip(("sample", "train"), examples, strict=True)
+    )
+    assert callable(parser().parse_args(train).command)
+    monkeypatch.chdir(tmp_path)
+    assert main(draw) == 0
+    assert (tmp_path / "sample.png").is_file()
 
 
 def test_ctrl_c_in_the_demo_leaves_only_whole_files(tmp_path: Path) -> None:

@@ -71,7 +71,9 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("sample.safetensors", "which no kind of picture has. Take .png"),
+        ("sample.safetensors", "with which no picture can be saved. Take .png"),
+        ("sample.psd", "with which no picture can be saved"),  # it can only be opened
+        ("sample.xbm", "with which no picture can be saved"),  # it has no colours
         ("sample", "'of nothing'"),
         ("there.png", "exists already"),
     ],
@@ -83,3 +85,24 @@ def test_where_a_picture_cannot_go_is_told_before_a_model_is_read(
     line = ["sample", "--model", "nowhere", "--prompt", "p", "--output", str(tmp_path / name)]
     assert main(line) == 1
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--concept", "--route"])
+def test_a_concept_that_is_not_there_is_told_before_a_model_is_read(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["sample", "--model", "nowhere", "--prompt", "p", option, str(tmp_path / "none")]
+    assert main([*line, "--output", str(tmp_path / "a.png")]) == 1
+    assert "There is no concept file" in capsys.readouterr().err
+
+
+def test_a_folder_for_a_picture_is_made_or_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    line = ["sample", "--model", "nowhere", "--prompt", "p", "--output"]
+    assert main([*line, str(tmp_path / "file" / "a.png")]) == 1
+    assert "is no folder: move it away" in capsys.readouterr().err
+    assert main([*line, str(tmp_path / "new" / "a.png")]) == 1
+    assert "There is no model nowhere" in capsys.readouterr().err
+    assert not list((tmp_path / "new").iterdir())

@@ -47,7 +47,7 @@ INSIDE_TRAINER = {
     "regularization": {"config", "data"},
     "learning": {"config", "data"},
     "methods": {"config", "learning"},
-    "jobs": {"config", "data", "checkpoint", "events", "request"},
+    "jobs": {"settings", "config", "data", "checkpoint", "events", "request"},
     "earlier": {"config", "learning", "methods"},
     "prepare": {"config", "data", "learning", "methods"},
     "learner": {"config", "checkpoint", "events", "data", "learning", "methods", "earlier"},

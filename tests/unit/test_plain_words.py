@@ -9,8 +9,11 @@ from pathlib import Path
 
 from support.pack import ROOT
 
-PAGES = ("README.md", "web/docs/*.md", "locales/en/*.json")
-CODE = ("nodes", "concept", "merge", "composition", "trainer", "host", "formats", "compression")
+PAGES = ("README.md", "docs/*.md", "web/docs/*.md", "locales/en/*.json")
+CODE = (
+    *("nodes", "concept", "merge", "composition", "trainer", "host", "formats", "compression"),
+    *("cli", "inspection"),
+)
 NOT_SAID = re.compile(r"modifier token|\bprolong", re.IGNORECASE)
 """They are called trigger word and extend."""
 

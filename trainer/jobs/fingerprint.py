@@ -33,7 +33,11 @@ def training_fingerprint(
     Of every weight of the networks some thousand entries count, of the text encoder what it says of
     one prompt: another checkpoint, or a LoRA, changes them.
     """
-    settings = {name: value for name, value in request.config.as_json().items() if name != "steps"}
+    settings = {
+        name: value
+        for name, value in request.config.as_json().items()
+        if name != "steps" and value != ""  # jobs from before there were texts are found
+    }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for concept in request.concepts:
         words = (concept.token, concept.class_noun, concept.initializer, concept.template)

@@ -338,5 +338,8 @@ class JobFolder:
 
 
 def sample_picture(image_hwc: Tensor) -> Image.Image:
-    """A sample (h, w, 3) in 0..1, enlarged so that its latents can be seen."""
-    return to_picture(image_hwc).resize((SAMPLE_EDGE, SAMPLE_EDGE), Image.Resampling.BICUBIC)
+    """Samples (h, w, 3) in 0..1, enlarged to one height so that their latents can be seen."""
+    picture = to_picture(image_hwc)
+    return picture.resize(
+        (SAMPLE_EDGE * picture.width // picture.height, SAMPLE_EDGE), Image.Resampling.BICUBIC
+    )

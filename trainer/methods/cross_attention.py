@@ -18,7 +18,7 @@ def queries_and_outputs(denoiser: Denoiser) -> dict[str, str]:
 
 
 METHOD = Method(
-    description="all of cross-attention, and the new word",
+    description="all of cross-attention, and the trigger word",
     projections=lambda denoiser, earlier, config: DenseProjections(denoiser, earlier),
     steps=250,
     learning_rate=8e-5,

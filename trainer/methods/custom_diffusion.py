@@ -5,7 +5,7 @@ from ..learning.projections import DenseProjections
 from .method import Method
 
 METHOD = Method(
-    description="keys and values of cross-attention, and the new word",
+    description="keys and values of cross-attention, and the trigger word",
     projections=lambda denoiser, earlier, config: DenseProjections(denoiser, earlier),
     steps=TrainConfig.steps,
     learning_rate=TrainConfig.learning_rate,

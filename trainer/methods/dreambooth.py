@@ -4,7 +4,7 @@ from ..learning.projections import DenseProjections
 from .method import Method
 
 METHOD = Method(
-    description="the whole UNet; the new word stays a rare one",
+    description="the whole UNet; the trigger word stays a rare one",
     projections=lambda denoiser, earlier, config: DenseProjections(denoiser, earlier),
     steps=800,
     learning_rate=5e-6,

@@ -4,7 +4,7 @@ from ..learning.projections import DenseProjections
 from .method import Method
 
 METHOD = Method(
-    description="the whole UNet, and the new word",
+    description="the whole UNet, and the trigger word",
     projections=lambda denoiser, earlier, config: DenseProjections(denoiser, earlier),
     steps=250,
     learning_rate=8e-6,

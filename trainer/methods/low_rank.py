@@ -4,7 +4,7 @@ from ..learning.projections import LowRankProjections
 from .method import Method
 
 METHOD = Method(
-    description="low-rank factors on keys and values, and the new word",
+    description="low-rank factors on keys and values, and the trigger word",
     projections=lambda denoiser, earlier, config: LowRankProjections(
         denoiser, earlier, config.rank, config.seed
     ),
