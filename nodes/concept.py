@@ -12,10 +12,11 @@ from ..host.comfyui.inputs import (
     folders_advice,
     training_concept,
 )
+from ..host.comfyui.jobs.prompts import running_graph
 from ..host.comfyui.paths import NO_FOLDER, input_folders
-from ..trainer.config import TrainConfig
+from ..host.comfyui.settings import as_trained, training_of
 from ..trainer.data.advice import advice
-from .training_inputs import setting_input, setting_inputs
+from .training_inputs import view_inputs
 from .types import CATEGORY, RegularizationSet, TrainingConcept, told
 
 
@@ -152,24 +153,37 @@ class CustomDiffusionViews(io.ComfyNode):
             display_name="Custom Diffusion Views",
             category=CATEGORY,
             description="Shows what a training will see: pictures as they are cropped, resized and "
-            "mirrored, with their captions. Dark areas are not learnt.",
+            "mirrored, with their captions. Dark areas are not learnt. It takes the settings of "
+            "the Custom Diffusion Train that has the same concept.",
             search_aliases=["contact sheet", "dataset preview"],
             is_output_node=True,
             inputs=[
                 TrainingConcept.Input(
                     "concept", tooltip="The Custom Diffusion Concept whose pictures to show."
                 ),
-                setting_input("resolution"),
-                setting_input("seed"),
-                *setting_inputs("views"),
+                *view_inputs(),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The model to teach. Connect it where resolution is 0, to see the "
+                    "resolution that follows it.",
+                ),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             outputs=[io.Image.Output(display_name="contact sheet")],
         )
 
     @classmethod
-    def execute(cls, concept: Any, **settings: Any) -> io.NodeOutput:
-        sheet = draw_contact_sheet(concept, TrainConfig(**settings))
-        return io.NodeOutput(sheet, ui=ui.PreviewImage(sheet, cls=cls))
+    def fingerprint_inputs(cls, **inputs: object) -> str:
+        return str(training_of(running_graph(), str(cls.hidden.unique_id)))
+
+    @classmethod
+    def execute(cls, concept: Any, model: Any = None, **settings: Any) -> io.NodeOutput:
+        training = training_of(cls.hidden.prompt or {}, str(cls.hidden.unique_id))
+        seen, config, lines = as_trained(concept, settings, training, model)
+        sheet = draw_contact_sheet(seen, config)
+        shown = told(*lines, **ui.PreviewImage(sheet, cls=cls).as_dict())
+        return io.NodeOutput(sheet, ui=shown)
 
 
 NODES = [CustomDiffusionConcept, CustomDiffusionViews]

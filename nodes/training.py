@@ -6,10 +6,11 @@ from comfy_api.latest import io
 
 from ..host.comfyui.jobs.service import jobs_to_go_on_with, tell_node
 from ..host.comfyui.jobs.training import start_training, training_outputs
-from ..trainer.config import TrainConfig
+from ..host.comfyui.settings import follow_comfy_model
+from ..trainer.automatic import AUTOMATIC
 from ..trainer.methods import METHODS
-from .training_inputs import method_inputs, setting_inputs
-from .types import CATEGORY, Concept, TrainingConcept, without_leftovers
+from .training_inputs import automatic_inputs, method_inputs, setting_inputs
+from .types import CATEGORY, Concept, TrainingConcept, notes, told, without_leftovers
 
 CHECKPOINT_EVERY_STEPS = 50
 MOST_CONCEPTS = 8
@@ -56,9 +57,12 @@ class CustomDiffusionTrain(io.ComfyNode):
                 ),
                 io.DynamicCombo.Input(
                     "method",
-                    options=[io.DynamicCombo.Option(name, method_inputs(name)) for name in METHODS],
-                    tooltip="What is trained. Use custom diffusion for SD 1.x and 2.x, low-rank "
-                    "for SDXL. "
+                    options=[
+                        io.DynamicCombo.Option(AUTOMATIC, automatic_inputs()),
+                        *(io.DynamicCombo.Option(name, method_inputs(name)) for name in METHODS),
+                    ],
+                    tooltip="What is trained. Keep automatic: it takes custom diffusion for SD 1.x "
+                    "and 2.x, low-rank for SDXL, and the node says so. "
                     + ". ".join(f"{name}: {method.description}" for name, method in METHODS.items())
                     + ".",
                 ),
@@ -148,13 +152,17 @@ class CustomDiffusionTrain(io.ComfyNode):
         **settings: Any,
     ) -> io.NodeOutput:
         node_id = str(cls.hidden.unique_id)
+        taught = list(concepts.values())
+        config, found = follow_comfy_model(model, {**method, **settings}, len(taught), start)
+        lines = [found] if found else []
+        tell_node(node_id, notes=notes(*lines))  # before the time that encoding takes
         job = start_training(
             name,
             model,
             clip,
             vae,
-            list(concepts.values()),
-            TrainConfig(**method, **settings),
+            taught,
+            config,
             start,
             checkpoint_every_steps=checkpoint_every_steps,
             share_device=share_device,
@@ -162,8 +170,9 @@ class CustomDiffusionTrain(io.ComfyNode):
             prompt=cls.hidden.prompt or {},
             node_id=node_id,
         )
-        tell_node(node_id, job)
-        return io.NodeOutput(*training_outputs(job, wait, keep_on_interrupt))
+        tell_node(node_id, job=job.id)
+        outputs = training_outputs(job, wait, keep_on_interrupt)
+        return io.NodeOutput(*outputs, ui=told(*lines))
 
 
 NODES = [CustomDiffusionTrain]

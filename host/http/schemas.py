@@ -66,6 +66,7 @@ _CARD = _object(
     prompts=_list(TEXT),
     method=TEXT,
     steps=MAYBE_COUNT,
+    resolution=_said(MAYBE_COUNT, "Edge in pixels of the pictures it was taught with"),
     created=_said(TEXT, "ISO 8601, UTC"),
     thumbnail=_said(FLAG, "Whether there is a picture beside the file"),
     other=_said(TEXT, "What kind of another tool's file it is; empty for a concept"),

@@ -47,6 +47,7 @@ INSIDE_TRAINER = {
     "methods": {"config", "learning"},
     "jobs": {"config", "data", "checkpoint", "events"},
     "start": {"config", "learning", "methods"},
+    "automatic": {"config", "methods"},
     "prepare": {"config", "data", "learning", "methods"},
     "learner": {"config", "checkpoint", "events", "data", "learning", "methods", "start"},
     "loop": {"config", "checkpoint", "events", "economy", "data", "learning", "learner"},
