@@ -6,16 +6,16 @@ from comfy_api.latest import io, ui
 
 from ..host.comfyui.inputs import (
     KINDS,
+    concept_problem,
     draw_contact_sheet,
-    draw_picture_sheet,
     folder_fingerprint,
     folders_advice,
+    look_through,
     training_concept,
 )
 from ..host.comfyui.jobs.prompts import running_graph
 from ..host.comfyui.paths import NO_FOLDER, input_folders
 from ..host.comfyui.settings import as_trained, training_of
-from ..trainer.data.advice import advice
 from .training_inputs import view_inputs
 from .types import CATEGORY, RegularizationSet, TrainingConcept, told
 
@@ -55,9 +55,9 @@ class CustomDiffusionConcept(io.ComfyNode):
                     "folder",
                     options=input_folders(),
                     default=NO_FOLDER,
-                    tooltip="A folder of pictures in ComfyUI's input folder, used when no images "
-                    "are connected. The first line of cat1.txt or cat1.caption next to cat1.jpg "
-                    "is its caption, cat1.mask.png its mask.",
+                    tooltip="Choosing pictures on this node fills a folder for you. Or take one in "
+                    "ComfyUI's input or datasets folder. The first line of cat1.txt or "
+                    "cat1.caption next to cat1.jpg is its caption, cat1.mask.png its mask.",
                 ),
                 io.String.Input(
                     "class_noun",
@@ -107,6 +107,21 @@ class CustomDiffusionConcept(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(
+        cls,
+        folder: Any,
+        class_noun: Any,
+        modifier_token: Any,
+        regularization_folder: Any,
+        images: Any = None,
+    ) -> bool | str:
+        """Of what is connected there is a list with None."""
+        problem = concept_problem(
+            folder[0], class_noun[0], modifier_token[0], regularization_folder[0], bool(images)
+        )
+        return problem or True
+
+    @classmethod
     def fingerprint_inputs(cls, **inputs: object) -> str:
         return folder_fingerprint(inputs.get("folder"), inputs.get("regularization_folder"))
 
@@ -136,11 +151,11 @@ class CustomDiffusionConcept(io.ComfyNode):
             initializer=initializer[0],
             kind=kind[0],
         )
-        warnings = [*folders_advice(folder[0], regularization_folder[0]), *advice(concept)]
+        found, sheet = look_through(concept)
+        warnings = [*folders_advice(folder[0], regularization_folder[0]), *found]
         words = f"{len(concept.images)} pictures, {len(concept.regularization)} regularization"
         if (often := sum(image.repeats for image in concept.images)) > len(concept.images):
             words += f"; with repeats the pictures count as {often}"
-        sheet = draw_picture_sheet(concept)
         shown = told(words, warnings=warnings, **ui.PreviewImage(sheet, cls=cls).as_dict())
         return io.NodeOutput(concept, ui=shown)
 

@@ -126,8 +126,9 @@ SCHEMAS: dict[str, Schema] = {
     "Deleted": _object(deleted=TEXT),
     "Binned": _object(
         deleted=_said(TEXT, "The name by which it was known"),
-        bin=_said(TEXT, "Where it is now, below the same folder for concepts"),
+        bin=_said(TEXT, "Where it is now, below the same folder"),
     ),
+    "Pictures": _object(folder=TEXT, pictures=_said(_list(TEXT), "Names, in their order")),
     "Losses": _object(after=COUNT, losses=_list(MAYBE_NUMBER)),
     "Graph": _said(_map(ANYTHING), "Id of a node → the node"),
     "Card": _CARD,

@@ -10,8 +10,9 @@ import pytest
 import torch
 from custom_diffusion.concept.errors import DataError
 from custom_diffusion.trainer.config import TrainConfig
+from custom_diffusion.trainer.data.advice import advice
 from custom_diffusion.trainer.data.captioned import CaptionedImage
-from custom_diffusion.trainer.data.contact_sheet import contact_sheet, picture_sheet
+from custom_diffusion.trainer.data.contact_sheet import PictureSheet, contact_sheet
 from custom_diffusion.trainer.data.latents import encode_views
 from custom_diffusion.trainer.data.training_concept import TrainingConcept
 from PIL import Image, ImageChops
@@ -48,6 +49,12 @@ def concept(masks: bool = False) -> TrainingConcept:
         token="<new1>",
         regularization=(CaptionedImage(noise(9), "a cat"),),
     )
+
+
+def picture_sheet(concept: TrainingConcept) -> Image.Image:
+    sheet = PictureSheet(concept)
+    list(advice(concept, sheet.add))
+    return sheet.draw()
 
 
 def settings(**changes: Any) -> TrainConfig:
