@@ -71,7 +71,7 @@ class CustomDiffusionTrain(io.ComfyNode):
                     "wait",
                     default=True,
                     label_on="until trained",
-                    label_off="no, in the background",
+                    label_off="in background",
                     tooltip="On: the node waits for the training and passes the concept on. Off: "
                     "it returns at once, and the training runs in the background.",
                 ),
@@ -96,8 +96,8 @@ class CustomDiffusionTrain(io.ComfyNode):
                     "share_device",
                     default=False,
                     advanced=True,
-                    label_on="trains while prompts run",
-                    label_off="prompts go first",
+                    label_on="beside prompts",
+                    label_off="prompts first",
                     tooltip="Off: the training pauses between steps while a prompt runs. On: both "
                     "run at once, and both are slower.",
                 ),
@@ -105,8 +105,8 @@ class CustomDiffusionTrain(io.ComfyNode):
                     "keep_on_interrupt",
                     default=False,
                     advanced=True,
-                    label_on="continues in the background",
-                    label_off="stops and saves",
+                    label_on="trains on",
+                    label_off="stops, saves",
                     tooltip="What happens when you cancel a prompt that waits for this training. "
                     "Turn it on to let the training continue in the background.",
                 ),
