@@ -64,7 +64,7 @@ def write_thumbnails(folder: Path = WORKFLOWS) -> None:
         7: ([given[0][:3], given[1][:3]], drawn(both, together)[0]),
         8: (
             [given[0][:3], style[:3]],
-            drawn(f"painting of a {one.words} in the style of {_STYLE_WORDS}", painted)[0],
+            drawn(in_style, painted)[0],
         ),
         9: ([plain[:3]], night[0]),
     }

@@ -17,6 +17,7 @@ from support.graphs import draw_pictures
 OLD = Path(__file__).parents[1] / "support" / "workflow_0_1_0.json"
 """`learn_one_concept` as version 0.1.0 had it"""
 RENDERERS = pytest.mark.parametrize("vue_nodes", [False, True], ids=["classic", "vue"])
+TRAIN = "app.graph._nodes.find(node => node.comfyClass === 'CustomDiffusionTrain')"
 NODES = """() => {
     app.graph.clear();
     app.canvas.ds.scale = 1;
@@ -163,30 +164,29 @@ def test_no_text_of_a_node_is_cut(nodes: Any, vue_nodes: bool) -> None:
         nodes.wait_for_timeout(500)
         assert (nodes.evaluate(CUT_HTML) if vue_nodes else found) == []
         screenshot(nodes, f"nodes-{name}{'-unfolded' if unfolded else ''}")
-    nodes.evaluate("app.graph._nodes.forEach(node => node.setSize([140, node.size[1]]))")
+    nodes.evaluate(f"{TRAIN}.setSize([140, {TRAIN}.size[1]])")
     nodes.wait_for_timeout(500)
     assert nodes.evaluate(cut, *([] if vue_nodes else [True]))  # else this would find nothing ever
 
 
 @RENDERERS
 def test_what_is_advanced_is_folded(nodes: Any, vue_nodes: bool) -> None:
-    train = "app.graph._nodes.find(node => node.comfyClass === 'CustomDiffusionTrain')"
-    folded = nodes.evaluate(f"[...{train}.computeSize()]")
+    folded = nodes.evaluate(f"[...{TRAIN}.computeSize()]")
     if vue_nodes:
         node = nodes.locator("[data-node-id]", has_text="Custom Diffusion Train").first
         assert not node.get_by_text("gradient_cut").count()
         node.get_by_text("Show advanced inputs").click()
         node.get_by_text("gradient_cut").wait_for()
         return
-    visible = f"{train}.widgets.filter(one => !one.hidden).map(one => one.name)"
+    visible = f"{TRAIN}.widgets.filter(one => !one.hidden).map(one => one.name)"
     assert "gradient_cut" not in nodes.evaluate(visible)
-    nodes.evaluate(f"{train}.widgets.find(one => one.name === 'advanced').callback()")
+    nodes.evaluate(f"{TRAIN}.widgets.find(one => one.name === 'advanced').callback()")
     assert "gradient_cut" in nodes.evaluate(visible)
-    assert nodes.evaluate(f"{train}.size[1]") > folded[1] + 200
+    assert nodes.evaluate(f"{TRAIN}.size[1]") > folded[1] + 200
     prompt = nodes.evaluate("app.graphToPrompt().then(all => Object.values(all.output))")
     (inputs,) = (one["inputs"] for one in prompt if one["class_type"] == "CustomDiffusionTrain")
     assert "advanced" not in inputs and inputs["gradient_cut"] == "own words"
-    kept = nodes.evaluate(f"{train}.serialize().widgets_values")
+    kept = nodes.evaluate(f"{TRAIN}.serialize().widgets_values")
     assert not any("dvanced" in str(value) for value in kept)
 
 
