@@ -14,6 +14,7 @@ const FOLDER = "custom_diffusion_folder"; // a property of the node: the folder 
 const NONE = "none";
 const HEIGHT = 60;
 const MOST_SHOWN = 60;
+const PREVIEWED_MS = 300; // ComfyUI adds what a run shows as the node is drawn next
 const TAKEN = /\.(txt|caption)$/i; // beside pictures: their captions
 
 /** To be called for every node of the pack. */
@@ -50,6 +51,7 @@ class PictureUpload {
     const show = () => this.show();
     after(this.#folder, "callback", show);
     after(node, "onConfigure", show);
+    after(node, "onExecuted", () => setTimeout(() => fit(node), PREVIEWED_MS));
     show();
   }
 
@@ -141,6 +143,13 @@ class PictureUpload {
     if (place >= 0) (left[Math.min(place, left.length - 1)] ?? this.button).focus();
     this.said.textContent = t("removedPicture", { name, bin: `${folder}/${bin}` });
   }
+}
+
+/** Else the sheet of a run hangs out of a node that has been smaller. */
+function fit(node) {
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
+  node.setDirtyCanvas(true, true);
 }
 
 function complain(error) {
