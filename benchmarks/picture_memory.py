@@ -22,7 +22,7 @@ from _measure import options, write_json
 from custom_diffusion.trainer.config import TrainConfig
 from custom_diffusion.trainer.data.advice import advice
 from custom_diffusion.trainer.data.captioned import CaptionedImage, check_readable
-from custom_diffusion.trainer.data.contact_sheet import contact_sheet, picture_sheet
+from custom_diffusion.trainer.data.contact_sheet import PictureSheet, contact_sheet
 from custom_diffusion.trainer.data.folders import load_folder
 from custom_diffusion.trainer.data.latents import encode_views
 from custom_diffusion.trainer.data.training_concept import TrainingConcept
@@ -60,8 +60,9 @@ def write_photographs(folder: Path, count: int, ending: str) -> None:
 
 
 def show_concept(concept: TrainingConcept, config: TrainConfig) -> None:
-    picture_sheet(concept)
-    list(advice(concept))
+    sheet = PictureSheet(concept)
+    list(advice(concept, sheet.add))
+    sheet.draw()
 
 
 def encode(concept: TrainingConcept, config: TrainConfig) -> None:

@@ -70,6 +70,7 @@ def _card(path: Path, size: int, changed_ns: int, _number: int) -> ConceptCard |
         prompts=tuple(found.tokens) if found else (),
         method="",
         steps=None,
+        resolution=None,
         created=_date(changed_ns),
         thumbnail=False,
         other=kind,

@@ -5,6 +5,7 @@ listed in no time.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ..concept.header import ConceptHeader
 from ..concept.naming import THUMBNAIL
 from ..concept.tensors import read_header
 
+_LARGEST = 1 << 16  # no training's pictures are: what is stranger is not shown
 PICTURES = (THUMBNAIL, ".preview.jpg", ".preview.jpeg", ".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -31,6 +33,8 @@ class ConceptCard:
     """How prompts speak of it: `<new1> cat`"""
     method: str
     steps: int | None
+    resolution: int | None
+    """Edge in pixels of the pictures it was taught with"""
     created: str
     """ISO 8601, UTC"""
     thumbnail: bool
@@ -62,9 +66,17 @@ def read_card(path: Path) -> ConceptCard:
         prompts=tuple(f"{word.name} {word.class_noun}".strip() for word in header.words),
         method=header.method,
         steps=header.steps,
+        resolution=_resolution(header.provenance),
         created=header.created,
         thumbnail=thumbnail(path) is not None,
     )
+
+
+def _resolution(provenance: Mapping[str, Any]) -> int | None:
+    """None where the file does not say, or something else."""
+    config = provenance.get("config")
+    value = config.get("resolution") if isinstance(config, Mapping) else None
+    return value if type(value) is int and 0 < value <= _LARGEST else None
 
 
 def thumbnail(path: Path) -> Path | None:

@@ -25,8 +25,9 @@ class CustomDiffusionExtension(ComfyExtension):
         # Not in on_load, which ComfyUI 0.11 never calls for a pack.
         register_model_folder()
         add_routes()
-        concepts = (files, inspection, merging, compression, applying, composition, attention)
-        modules = (concept, training, jobs, regularization, *concepts)
+        # A link that is dropped is offered what takes it in this order: first Apply Concept, Train.
+        concepts = (applying, composition, merging, files, compression, inspection, attention)
+        modules = (*concepts, training, concept, jobs, regularization)
         nodes = [node for module in modules for node in module.NODES]
         watch_prompts({node.define_schema().node_id for node in nodes})
         return nodes

@@ -143,18 +143,6 @@ class ConceptRegion(io.ComfyNode):
 class ApplyRegions(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        options = [
-            io.DynamicCombo.Option(
-                str(count),
-                [
-                    RegionSocket.Input(
-                        f"region_{n}", tooltip="A place with its concept, from Concept Region."
-                    )
-                    for n in range(1, count + 1)
-                ],
-            )
-            for count in range(1, MOST_CONCEPTS + 1)
-        ]
         return io.Schema(
             node_id="ApplyRegions",
             display_name="Apply Regions",
@@ -175,10 +163,17 @@ class ApplyRegions(io.ComfyNode):
                     default="photo of a <new1> cat next to a <new2> dog",
                     tooltip="The prompt for the whole picture, with the words of all its concepts.",
                 ),
-                io.DynamicCombo.Input(
+                # A combination of sockets alone makes no node: ComfyUI's page 1.49 throws.
+                io.Autogrow.Input(
                     "regions",
-                    options=options,
-                    tooltip="How many regions. The inputs below follow this number.",
+                    template=io.Autogrow.TemplateNames(
+                        RegionSocket.Input(
+                            "region", tooltip="A place with its concept, from Concept Region."
+                        ),
+                        names=[f"region_{number}" for number in range(1, MOST_CONCEPTS + 1)],
+                        min=1,
+                    ),
+                    tooltip="One region for each concept, up to eight.",
                 ),
             ],
             outputs=[
@@ -191,13 +186,14 @@ class ApplyRegions(io.ComfyNode):
     @classmethod
     @without_leftovers
     def execute(cls, model: Any, clip: Any, prompt: str, regions: Any) -> io.NodeOutput:
-        numbers = range(1, int(regions["regions"]) + 1)
-        placed = [regions[f"region_{number}"] for number in numbers]
+        placed = list(regions.values())
         routed, knowing, positive, remarks = apply_regions(model, clip, prompt, placed)
         table = [("region", "concept", "share of the picture")]
-        for number, region in zip(numbers, placed, strict=True):
+        for name, region in regions.items():
             share = f"{float(region.mask.mean()):.0%}"
-            table.append((str(number), ", ".join(own_phrases(region.route.concept)), share))
+            table.append(
+                (name.removeprefix("region_"), ", ".join(own_phrases(region.route.concept)), share)
+            )
         shown = told(warnings=remarks, table=table)
         return io.NodeOutput(routed, knowing, positive, ui=shown)
 

@@ -6,16 +6,17 @@ from comfy_api.latest import io, ui
 
 from ..concept.prompts import KINDS
 from ..host.comfyui.inputs import (
+    concept_problem,
     draw_contact_sheet,
-    draw_picture_sheet,
     folder_fingerprint,
     folders_advice,
+    look_through,
     training_concept,
 )
+from ..host.comfyui.jobs.prompts import running_graph
 from ..host.comfyui.paths import NO_FOLDER, input_folders
-from ..trainer.config import TrainConfig
-from ..trainer.data.advice import advice
-from .training_inputs import setting_input, setting_inputs
+from ..host.comfyui.settings import as_trained, training_of
+from .training_inputs import view_inputs
 from .types import CATEGORY, RegularizationSet, TrainingConcept, told
 
 
@@ -54,9 +55,9 @@ class CustomDiffusionConcept(io.ComfyNode):
                     "folder",
                     options=input_folders(),
                     default=NO_FOLDER,
-                    tooltip="A folder of pictures in ComfyUI's input folder, used when no images "
-                    "are connected. The first line of cat1.txt or cat1.caption next to cat1.jpg "
-                    "is its caption, cat1.mask.png its mask.",
+                    tooltip="Choosing pictures on this node fills a folder for you. Or take one in "
+                    "ComfyUI's input or datasets folder. The first line of cat1.txt or "
+                    "cat1.caption next to cat1.jpg is its caption, cat1.mask.png its mask.",
                 ),
                 io.String.Input(
                     "class_noun",
@@ -106,6 +107,21 @@ class CustomDiffusionConcept(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(
+        cls,
+        folder: Any,
+        class_noun: Any,
+        modifier_token: Any,
+        regularization_folder: Any,
+        images: Any = None,
+    ) -> bool | str:
+        """Of what is connected there is a list with None."""
+        problem = concept_problem(
+            folder[0], class_noun[0], modifier_token[0], regularization_folder[0], bool(images)
+        )
+        return problem or True
+
+    @classmethod
     def fingerprint_inputs(cls, **inputs: object) -> str:
         return folder_fingerprint(inputs.get("folder"), inputs.get("regularization_folder"))
 
@@ -135,11 +151,11 @@ class CustomDiffusionConcept(io.ComfyNode):
             initializer=initializer[0],
             kind=kind[0],
         )
-        warnings = [*folders_advice(folder[0], regularization_folder[0]), *advice(concept)]
+        found, sheet = look_through(concept)
+        warnings = [*folders_advice(folder[0], regularization_folder[0]), *found]
         words = f"{len(concept.images)} pictures, {len(concept.regularization)} regularization"
         if (often := sum(image.repeats for image in concept.images)) > len(concept.images):
             words += f"; with repeats the pictures count as {often}"
-        sheet = draw_picture_sheet(concept)
         shown = told(words, warnings=warnings, **ui.PreviewImage(sheet, cls=cls).as_dict())
         return io.NodeOutput(concept, ui=shown)
 
@@ -152,24 +168,37 @@ class CustomDiffusionViews(io.ComfyNode):
             display_name="Custom Diffusion Views",
             category=CATEGORY,
             description="Shows what a training will see: pictures as they are cropped, resized and "
-            "mirrored, with their captions. Dark areas are not learnt.",
+            "mirrored, with their captions. Dark areas are not learnt. It takes the settings of "
+            "the Custom Diffusion Train that has the same concept.",
             search_aliases=["contact sheet", "dataset preview"],
             is_output_node=True,
             inputs=[
                 TrainingConcept.Input(
                     "concept", tooltip="The Custom Diffusion Concept whose pictures to show."
                 ),
-                setting_input("resolution"),
-                setting_input("seed"),
-                *setting_inputs("views"),
+                *view_inputs(),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The model to teach. Connect it where resolution is 0, to see the "
+                    "resolution that follows it.",
+                ),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             outputs=[io.Image.Output(display_name="contact sheet")],
         )
 
     @classmethod
-    def execute(cls, concept: Any, **settings: Any) -> io.NodeOutput:
-        sheet = draw_contact_sheet(concept, TrainConfig(**settings))
-        return io.NodeOutput(sheet, ui=ui.PreviewImage(sheet, cls=cls))
+    def fingerprint_inputs(cls, **inputs: object) -> str:
+        return str(training_of(running_graph(), str(cls.hidden.unique_id)))
+
+    @classmethod
+    def execute(cls, concept: Any, model: Any = None, **settings: Any) -> io.NodeOutput:
+        training = training_of(cls.hidden.prompt or {}, str(cls.hidden.unique_id))
+        seen, config, lines = as_trained(concept, settings, training, model)
+        sheet = draw_contact_sheet(seen, config)
+        shown = told(*lines, **ui.PreviewImage(sheet, cls=cls).as_dict())
+        return io.NodeOutput(sheet, ui=shown)
 
 
 NODES = [CustomDiffusionConcept, CustomDiffusionViews]

@@ -6,11 +6,12 @@ from comfy_api.latest import io
 
 from ..host.comfyui.jobs.service import jobs_to_go_on_with, tell_node
 from ..host.comfyui.jobs.training import Origin, start_training, training_outputs
-from ..trainer.config import TrainConfig
+from ..host.comfyui.settings import follow_comfy_model
+from ..trainer.automatic import AUTOMATIC
 from ..trainer.methods import METHODS
 from ..trainer.request import TrainingRequest
-from .training_inputs import job_input, method_inputs, setting_inputs
-from .types import CATEGORY, Concept, TrainingConcept, without_leftovers
+from .training_inputs import automatic_inputs, job_input, method_inputs, setting_inputs
+from .types import CATEGORY, Concept, TrainingConcept, notes, told, without_leftovers
 
 MOST_CONCEPTS = 8
 
@@ -56,9 +57,12 @@ class CustomDiffusionTrain(io.ComfyNode):
                 ),
                 io.DynamicCombo.Input(
                     "method",
-                    options=[io.DynamicCombo.Option(name, method_inputs(name)) for name in METHODS],
-                    tooltip="What is trained. Use custom diffusion for SD 1.x and 2.x, low-rank "
-                    "for SDXL. "
+                    options=[
+                        io.DynamicCombo.Option(AUTOMATIC, automatic_inputs()),
+                        *(io.DynamicCombo.Option(name, method_inputs(name)) for name in METHODS),
+                    ],
+                    tooltip="What is trained. Keep automatic: it takes custom diffusion for SD 1.x "
+                    "and 2.x, low-rank for SDXL, and the node says so. "
                     + ". ".join(f"{name}: {method.description}" for name, method in METHODS.items())
                     + ".",
                 ),
@@ -67,7 +71,7 @@ class CustomDiffusionTrain(io.ComfyNode):
                     "wait",
                     default=True,
                     label_on="until trained",
-                    label_off="no, in the background",
+                    label_off="in background",
                     tooltip="On: the node waits for the training and passes the concept on. Off: "
                     "it returns at once, and the training runs in the background.",
                 ),
@@ -84,8 +88,8 @@ class CustomDiffusionTrain(io.ComfyNode):
                     "share_device",
                     default=False,
                     advanced=True,
-                    label_on="trains while prompts run",
-                    label_off="prompts go first",
+                    label_on="beside prompts",
+                    label_off="prompts first",
                     tooltip="Off: the training pauses between steps while a prompt runs. On: both "
                     "run at once, and both are slower.",
                 ),
@@ -93,8 +97,8 @@ class CustomDiffusionTrain(io.ComfyNode):
                     "keep_on_interrupt",
                     default=False,
                     advanced=True,
-                    label_on="continues in the background",
-                    label_off="stops and saves",
+                    label_on="trains on",
+                    label_off="stops, saves",
                     tooltip="What happens when you cancel a prompt that waits for this training. "
                     "Turn it on to let the training continue in the background.",
                 ),
@@ -132,17 +136,21 @@ class CustomDiffusionTrain(io.ComfyNode):
         **settings: Any,
     ) -> io.NodeOutput:
         node_id = str(cls.hidden.unique_id)
-        request = TrainingRequest(TrainConfig(**method, **settings), list(concepts.values()), start)
+        taught = list(concepts.values())
+        config, found = follow_comfy_model(model, {**method, **settings}, len(taught), start)
+        lines = [found] if found else []
+        tell_node(node_id, notes=notes(*lines))  # before the time that encoding takes
         job = start_training(
             name,
-            request,
+            TrainingRequest(config, taught, start),
             Origin(model, clip, vae, cls.hidden.prompt or {}, node_id),
             checkpoint_every_steps=checkpoint_every_steps,
             share_device=share_device,
             keep_best=keep_best,
         )
-        tell_node(node_id, job)
-        return io.NodeOutput(*training_outputs(job, wait, keep_on_interrupt))
+        tell_node(node_id, job=job.id)
+        outputs = training_outputs(job, wait, keep_on_interrupt)
+        return io.NodeOutput(*outputs, ui=told(*lines))
 
 
 NODES = [CustomDiffusionTrain]

@@ -72,16 +72,24 @@ def without_leftovers(execute: Callable[..., io.NodeOutput]) -> Callable[..., io
     return executing
 
 
+def notes(
+    *lines: str, warnings: Iterable[str] = (), table: Sequence[Sequence[str]] = ()
+) -> dict[str, Any]:
+    """What a node says of its run: web/js/node_notes.js draws it. The first row of a table is its
+    head.
+    """
+    return {"lines": lines, "warnings": list(warnings), "table": table}
+
+
 def told(
     *lines: str,
     warnings: Iterable[str] = (),
     table: Sequence[Sequence[str]] = (),
     **more: Any,
 ) -> dict[str, Any]:
-    """What a node shows of itself after it ran: web/js/node_notes.js draws it, `text` is for those
-    who read the history. The first row of a table is its head.
+    """What a node shows of itself after it ran: its notes, as `text` too for those who read the
+    history.
     """
-    warned = list(warnings)
-    shown = {"lines": lines, "warnings": warned, "table": table}
-    text = "\n".join([*lines, *("\t".join(row) for row in table), *warned])
+    shown = notes(*lines, warnings=warnings, table=table)
+    text = "\n".join([*lines, *("\t".join(row) for row in table), *shown["warnings"]])
     return {"custom_diffusion": [shown], "text": [text], **more}

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ...concept.concept import Concept
-from ...concept.errors import DataError
+from ...concept.errors import CustomDiffusionError, DataError
 from ...concept.prompts import KINDS
 from ...merge.captions import read_captions
 from ...merge.merging import merge_concepts
@@ -22,8 +22,9 @@ from ...merge.projection import project_on_own_words
 from ...merge.report import MergeReport
 from ...pictures.tensors import to_picture, to_tensor
 from ...trainer.config import TrainConfig
+from ...trainer.data.advice import advice
 from ...trainer.data.captioned import CaptionedImage
-from ...trainer.data.contact_sheet import contact_sheet, picture_sheet
+from ...trainer.data.contact_sheet import PictureSheet, contact_sheet
 from ...trainer.data.folders import folder_advice, load_folder
 from ...trainer.data.training_concept import TrainingConcept, instance_caption
 from .models.text import text_encoder
@@ -64,7 +65,10 @@ def training_concept(
     elif folder != NO_FOLDER:
         instances = load_folder(input_folder(folder), default)
     else:
-        instances = ()
+        raise DataError(
+            "There are no pictures yet. Press 'Choose pictures' on the node or drop 4 to 20 on it, "
+            "choose a folder, or connect images."
+        )
     regularization = regularization_set
     if regularization and regularization_folder != NO_FOLDER:
         raise DataError(
@@ -75,6 +79,35 @@ def training_concept(
         ordinary = instance_caption("", class_noun, template)
         regularization = load_folder(input_folder(regularization_folder), ordinary)
     return TrainingConcept(instances, class_noun, token, initializer, regularization, template)
+
+
+def concept_problem(
+    folder: str | None,
+    class_noun: str | None,
+    token: str | None,
+    regularization_folder: str | None,
+    has_images: bool,
+) -> str:
+    """What is wrong with inputs before anything runs; empty where nothing is. None stands for what
+    another node will give.
+    """
+    stand_in = [torch.zeros(1, 1, 1, 3)] if has_images or folder is None else []
+    try:
+        training_concept(
+            stand_in,
+            masks=(),
+            captions=(),
+            folder=NO_FOLDER if folder is None else folder,
+            class_noun="cat" if class_noun is None else class_noun,
+            token="" if token is None else token,
+            regularization_folder=regularization_folder or NO_FOLDER,
+            regularization_set=(),
+            initializer="",
+            kind="thing",
+        )
+    except CustomDiffusionError as error:
+        return str(error)
+    return ""
 
 
 def folders_advice(*folders: str) -> Iterator[str]:
@@ -165,9 +198,11 @@ def draw_contact_sheet(concept: TrainingConcept, config: TrainConfig) -> torch.T
     return to_tensor(contact_sheet(concept, config))[None]
 
 
-def draw_picture_sheet(concept: TrainingConcept) -> torch.Tensor:
-    """`picture_sheet` as an IMAGE (1, h, w, 3)."""
-    return to_tensor(picture_sheet(concept))[None]
+def look_through(concept: TrainingConcept) -> tuple[list[str], torch.Tensor]:
+    """`advice` on the pictures, and all of them as an IMAGE (1, h, w, 3); each is opened once."""
+    sheet = PictureSheet(concept)
+    found = list(advice(concept, sheet.add))
+    return found, to_tensor(sheet.draw())[None]
 
 
 def _from_tensors(

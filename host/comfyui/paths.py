@@ -13,6 +13,8 @@ from ...formats.content import ENDINGS
 MODEL_FOLDER = "custom_diffusion"
 JOBS_FOLDER = "custom_diffusion_jobs"
 NO_FOLDER = NO_FILE = "none"
+DATASETS = " [datasets]"
+"""Ends the names of folders that do not lie below `input/`, as ComfyUI writes it for files"""
 _TEXT_MODELS = "text_encoders"
 
 
@@ -90,12 +92,19 @@ def clip_weights_path(name: str) -> Path:
 
 
 def input_folders() -> list[str]:
-    """Folders of pictures below `input/`, for a drop-down; first the choice of none."""
-    return [NO_FOLDER, *sorted(folder_paths.get_input_subfolders())]
+    """Folders of pictures, for a drop-down: first the choice of none, then those below `input/`,
+    then those in ComfyUI's folders of data sets, where this ComfyUI has such; none that is hidden.
+    """
+    own = [name for name in folder_paths.get_input_subfolders() if not _is_hidden(name)]
+    return [NO_FOLDER, *sorted(own), *sorted(_dataset_folders())]
 
 
 def input_folder(name: str) -> Path:
-    """The folder below `input/`; names that lead outside are refused."""
+    """The folder below `input/`, or of a data set; names that lead outside are refused."""
+    if name.endswith(DATASETS):
+        if name not in _dataset_folders():
+            raise DataError(f"There is no folder {name!r} in ComfyUI's folder of data sets.")
+        return _dataset_folders()[name]
     root = Path(os.path.abspath(folder_paths.get_input_directory()))
     path = Path(os.path.abspath(root / name))  # links that the user put there may lead outside
     if not path.is_relative_to(root):
@@ -103,6 +112,22 @@ def input_folder(name: str) -> Path:
             f"The folder {name!r} is outside ComfyUI's input folder {root}. Move it there."
         )
     return path
+
+
+def _dataset_folders() -> dict[str, Path]:
+    """Name in a drop-down → folder. ComfyUI has folders of data sets since 0.30."""
+    roots, _ = folder_paths.folder_names_and_paths.get("datasets", ((), set()))
+    found: dict[str, Path] = {}
+    for root in roots:
+        for place, _, _ in os.walk(root):
+            name = Path(os.path.relpath(place, root)).as_posix()
+            if name != "." and not _is_hidden(name):
+                found.setdefault(f"{name}{DATASETS}", Path(place))
+    return found
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 def jobs_folder() -> Path:

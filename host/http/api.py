@@ -25,7 +25,7 @@ JSON_TYPE = "application/json"
 PICTURE_TYPES = ("image/png", "image/jpeg", "image/webp")
 PICTURE = "picture"
 
-Lane = Literal["jobs", "concepts", "inspections"]
+Lane = Literal["jobs", "concepts", "inspections", "pictures"]
 """Which threads answer: nobody who looks at jobs waits for somebody who reads files."""
 
 
@@ -146,6 +146,8 @@ _JOB = Parameter("id", "path", "The job's id, which is its folder's name")
 _CONCEPT = Parameter(
     "name", "path", "The file below ComfyUI's folders for concepts; a slash in it may be %2F"
 )
+_FOLDER = Parameter("folder", "query", "As Custom Diffusion Concept offers it")
+_PICTURE = Parameter("name", "path", "One of the folder's `pictures`")
 _CONCEPT_FAULT = "The file cannot be read as what it claims to be"
 _NOT_NOW = "The job cannot do that in the state it is in; the answer says why"
 
@@ -284,6 +286,36 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         (_CONCEPT,),
         lane="inspections",
         conflict=_CONCEPT_FAULT,
+    ),
+    Endpoint(
+        "list_pictures",
+        "GET",
+        "/pictures",
+        "The pictures directly in a folder of ComfyUI's input",
+        "Pictures",
+        (_FOLDER,),
+        lane="pictures",
+        conflict="There is no such folder, or it cannot be read",
+    ),
+    Endpoint(
+        "show_picture",
+        "GET",
+        "/pictures/{name}",
+        "A small copy of a picture",
+        PICTURE,
+        (_PICTURE, _FOLDER),
+        lane="pictures",
+        conflict="The file is no picture",
+    ),
+    Endpoint(
+        "delete_picture",
+        "DELETE",
+        "/pictures/{name}",
+        "Moves the picture, with its caption and its mask, into a hidden folder beside it",
+        "Binned",
+        (_PICTURE, _FOLDER),
+        lane="pictures",
+        conflict="The file cannot be moved",
     ),
     Endpoint(
         "show_concept",

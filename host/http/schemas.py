@@ -66,6 +66,7 @@ _CARD = _object(
     prompts=_list(TEXT),
     method=TEXT,
     steps=MAYBE_COUNT,
+    resolution=_said(MAYBE_COUNT, "Edge in pixels of the pictures it was taught with"),
     created=_said(TEXT, "ISO 8601, UTC"),
     thumbnail=_said(FLAG, "Whether there is a picture beside the file"),
     other=_said(TEXT, "What kind of another tool's file it is; empty for a concept"),
@@ -125,8 +126,9 @@ SCHEMAS: dict[str, Schema] = {
     "Deleted": _object(deleted=TEXT),
     "Binned": _object(
         deleted=_said(TEXT, "The name by which it was known"),
-        bin=_said(TEXT, "Where it is now, below the same folder for concepts"),
+        bin=_said(TEXT, "Where it is now, below the same folder"),
     ),
+    "Pictures": _object(folder=TEXT, pictures=_said(_list(TEXT), "Names, in their order")),
     "Losses": _object(after=COUNT, losses=_list(MAYBE_NUMBER)),
     "Graph": _said(_map(ANYTHING), "Id of a node → the node"),
     "Card": _CARD,

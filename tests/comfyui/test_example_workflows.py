@@ -131,15 +131,32 @@ def test_workflow_opens_and_runs(bench: ComfyServer, open_in_browser: Open, path
 
 
 @every_workflow
-def test_workflow_keeps_to_the_recipe(open_in_browser: Open, path: Path) -> None:
+def test_workflow_leaves_to_the_model_what_follows_it(open_in_browser: Open, path: Path) -> None:
     graph = open_in_browser(path).graph
+    recipe = TrainConfig().as_json()
+    follows = {"method": "automatic", "steps": 0, "resolution": 0}
     for inputs in inputs_of(graph, "CustomDiffusionTrain", "CustomDiffusionViews"):
-        together = sum(name.startswith("concepts.") for name in inputs) or 1
-        recipe = TrainConfig(steps=together * TrainConfig().steps).as_json()
         given = {name.removeprefix("method."): value for name, value in inputs.items()}
         shared = given.keys() & recipe.keys()
         assert {"resolution", "seed", "augment", "flip", "fit"} <= shared
-        assert {name: given[name] for name in shared} == {name: recipe[name] for name in shared}
+        expected = {**recipe, **follows}
+        assert {name: given[name] for name in shared} == {name: expected[name] for name in shared}
+    for inputs in inputs_of(graph, "CustomDiffusionViews"):
+        assert inputs["model"] == [loader_of(graph), 0]  # or it could not follow it
+
+
+def loader_of(graph: Graph) -> str:
+    (loader,) = (k for k, node in graph.items() if node["class_type"] == "CheckpointLoaderSimple")
+    return loader
+
+
+def test_names_are_a_path_to_learn_that_people_find() -> None:
+    names = [path.stem for path in WORKFLOWS]
+    assert [name.split()[0] for name in names] == [str(n) for n in range(1, len(names) + 1)]
+    for words in ("Teach a concept", "train", "LoRA", "SDXL", "Merge two saved concepts"):
+        assert any(words in name for name in names), words
+    for name in names:  # they are parts of addresses, and of files on Windows
+        assert re.fullmatch(r"[\w -]+", name)
 
 
 @every_workflow

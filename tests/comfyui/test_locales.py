@@ -35,8 +35,9 @@ def inputs_of(groups: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 def slots_of(template: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     ((_, options),) = inputs_of(template["input"])
-    for number in range(template["max"]):
-        yield f"{prefix}{template['prefix']}{number}", options
+    numbered = [f"{template.get('prefix')}{number}" for number in range(template.get("max", 0))]
+    for name in template.get("names", numbered):
+        yield f"{prefix}{name}", options
 
 
 def english(node: str, info: Mapping[str, Any]) -> Texts:

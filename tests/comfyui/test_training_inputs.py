@@ -19,7 +19,18 @@ FIRST = json.loads(
 """Node → what /object_info of version 0.1.0 said of its inputs, but for the words."""
 _, _cut = FIRST["CustomDiffusionTrain"]["required"]["gradient_cut"]
 _cut |= {"default": "own words", "options": [*_cut["options"], "own words"]}
-"""The one default that is another on purpose; what graphs have stored is still to be chosen."""
+_, _resolution = FIRST["CustomDiffusionTrain"]["required"]["resolution"]
+_resolution |= {"default": 0, "min": 0}
+_, _method = FIRST["CustomDiffusionTrain"]["required"]["method"]
+_steps = _method["options"][0]["inputs"]["required"]["steps"]
+_followed = [_steps[0], {**_steps[1], "default": 0, "min": 0}]
+_automatic = {"key": "automatic", "inputs": {"required": {"steps": _followed}}}
+_method["options"].insert(0, _automatic)
+"""Defaults that are others on purpose; what graphs have stored is still to be chosen."""
+FIRST["CustomDiffusionViews"]["required"]["resolution"][1].update(_resolution)
+for _name in ("resolution", "seed", "augment", "flip", "fit"):
+    FIRST["CustomDiffusionViews"]["required"][_name][1]["advanced"] = True
+"""Folded, because Views takes the settings of its Train node."""
 
 
 WORDS = ("tooltip", "label_on", "label_off", "display_name")

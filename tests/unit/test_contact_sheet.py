@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,9 @@ import pytest
 import torch
 from custom_diffusion.concept.errors import DataError
 from custom_diffusion.trainer.config import TrainConfig
+from custom_diffusion.trainer.data.advice import advice
 from custom_diffusion.trainer.data.captioned import CaptionedImage
-from custom_diffusion.trainer.data.contact_sheet import contact_sheet, picture_sheet
+from custom_diffusion.trainer.data.contact_sheet import PictureSheet, contact_sheet
 from custom_diffusion.trainer.data.latents import encode_views
 from custom_diffusion.trainer.data.training_concept import TrainingConcept
 from PIL import Image, ImageChops
@@ -48,6 +51,12 @@ def concept(masks: bool = False) -> TrainingConcept:
         token="<new1>",
         regularization=(CaptionedImage(noise(9), "a cat"),),
     )
+
+
+def picture_sheet(concept: TrainingConcept) -> Image.Image:
+    sheet = PictureSheet(concept)
+    list(advice(concept, sheet.add))
+    return sheet.draw()
 
 
 def settings(**changes: Any) -> TrainConfig:
@@ -133,3 +142,23 @@ def test_a_sheet_refuses_what_the_run_would_refuse() -> None:
     )
     with pytest.raises(DataError, match="500 x 100 pixels, too long for a letterbox"):
         contact_sheet(long, settings(fit="letterbox"))
+
+
+def test_pictures_are_opened_once_for_the_sheet_and_the_advice(tmp_path: Path) -> None:
+    files = [tmp_path / f"{seed}.png" for seed in range(3)]
+    for seed, file in enumerate(files):
+        noise(seed).save(file)
+    shown = TrainingConcept(
+        tuple(CaptionedImage(one, "a <new1> cat") for one in files), "cat", "<new1>"
+    )
+    opened: list[str] = []
+    watching = [opened]
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:  # hooks stay as long as the process
+        if event == "open" and watching:
+            watching[0].append(str(arguments[0]))
+
+    sys.addaudithook(watch)
+    assert picture_sheet(shown).height > TILE
+    watching.clear()
+    assert [opened.count(str(file)) for file in files] == [1, 1, 1]

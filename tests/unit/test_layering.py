@@ -49,6 +49,7 @@ INSIDE_TRAINER = {
     "methods": {"config", "learning"},
     "jobs": {"settings", "config", "data", "checkpoint", "events", "request"},
     "earlier": {"config", "learning", "methods"},
+    "automatic": {"config", "methods"},
     "prepare": {"config", "data", "learning", "methods"},
     "learner": {"config", "checkpoint", "events", "data", "learning", "methods", "earlier"},
     "loop": {"config", "checkpoint", "events", "economy", "data", "learning", "learner"},

@@ -20,7 +20,7 @@ import torch
 from custom_diffusion.trainer.config import TrainConfig
 from custom_diffusion.trainer.data.advice import advice
 from custom_diffusion.trainer.data.captioned import CaptionedImage, check_readable
-from custom_diffusion.trainer.data.contact_sheet import contact_sheet, picture_sheet
+from custom_diffusion.trainer.data.contact_sheet import PictureSheet, contact_sheet
 from custom_diffusion.trainer.data.folders import load_folder
 from custom_diffusion.trainer.data.latents import encode_views
 from custom_diffusion.trainer.data.training_concept import TrainingConcept
@@ -33,8 +33,9 @@ class Encoder:
 def use(images):
     concept = TrainingConcept(images, "cat", "<new1>")
     config = TrainConfig(resolution=256, augment=False, flip=False)
-    picture_sheet(concept)
-    list(advice(concept))
+    sheet = PictureSheet(concept)
+    list(advice(concept, sheet.add))
+    sheet.draw()
     contact_sheet(concept, config)
     check_readable(concept.images)
     encode_views(concept, Encoder(), config)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from .captioned import open_each
+from .captioned import Picture, open_each
 from .folders import some
 from .training_concept import TrainingConcept
 
@@ -25,9 +25,11 @@ _SYNTAX = re.compile(r"\([^()]*:\s*-?[\d.]+\s*\)|\{[^{}]*\|[^{}]*\}|<lora:[^>]*>
 """What prompts weight, choose from and load: for a training it is words like others"""
 
 
-def advice(concept: TrainingConcept) -> Iterator[str]:
-    """One sentence for each thing that a user may want to mend. Opens every instance image, and
-    raises one DataError that names all that cannot be read.
+def advice(
+    concept: TrainingConcept, on_picture: Callable[[int, Picture], None] = lambda *opened: None
+) -> Iterator[str]:
+    """One sentence for each thing that a user may want to mend. Opens every instance image, once,
+    and hands it to `on_picture` too; raises one DataError that names all that cannot be read.
     """
     count = len(concept.images)
     if count < FEWEST:
@@ -40,6 +42,7 @@ def advice(concept: TrainingConcept) -> Iterator[str]:
     alike: list[str] = []
     looks: dict[bytes, str] = {}
     for place, opened in open_each(concept.images):
+        on_picture(place, opened)
         name, picture = names[place], opened.image
         if min(picture.size) < SMALL_PIXELS:
             small.append(f"{name} ({picture.width} x {picture.height} pixels)")

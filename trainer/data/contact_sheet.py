@@ -12,7 +12,7 @@ from ...pictures.sheet import Row, lay_out
 from ...pictures.tensors import of_network, to_picture
 from ..config import TrainConfig
 from .augmentation import View
-from .captioned import CaptionedImage
+from .captioned import Picture
 from .latents import instance_views, regularization_view, views_per_image
 from .training_concept import TrainingConcept
 
@@ -53,22 +53,33 @@ def contact_sheet(concept: TrainingConcept, config: TrainConfig) -> Image.Image:
     return lay_out(rows, _TILE)
 
 
-def picture_sheet(concept: TrainingConcept) -> Image.Image:
-    """Every instance image as it was given, with its caption; what does not count is dark."""
-    rows = []
-    first = concept.images[: _MOST_ROWS * _GIVEN_COLUMNS]
-    for start in range(0, len(first), _GIVEN_COLUMNS):
-        shown = first[start : start + _GIVEN_COLUMNS]
-        pictures = [_fitted(captioned) for captioned in shown]
-        rows.append(Row("", "", pictures, [captioned.caption for captioned in shown]))
-    if more := len(concept.images) - len(first):
-        rows.append(Row(f"{more} more pictures", "are not shown", ()))
-    return lay_out(rows, _TILE, label=0)
+class PictureSheet:
+    """Every instance image as it was given, with its caption; what does not count is dark. It takes
+    them as somebody else opens them, one after the other.
+    """
+
+    def __init__(self, concept: TrainingConcept) -> None:
+        self._images = concept.images
+        self._tiles: dict[int, Image.Image] = {}
+
+    def add(self, place: int, picture: Picture) -> None:
+        if place < _MOST_ROWS * _GIVEN_COLUMNS:
+            self._tiles[place] = _fitted(picture)
+
+    def draw(self) -> Image.Image:
+        places = sorted(self._tiles)
+        rows = []
+        for start in range(0, len(places), _GIVEN_COLUMNS):
+            shown = places[start : start + _GIVEN_COLUMNS]
+            captions = [self._images[place].caption for place in shown]
+            rows.append(Row("", "", [self._tiles[place] for place in shown], captions))
+        if more := len(self._images) - len(places):
+            rows.append(Row(f"{more} more pictures", "are not shown", ()))
+        return lay_out(rows, _TILE, label=0)
 
 
-def _fitted(captioned: CaptionedImage) -> Image.Image:
+def _fitted(picture: Picture) -> Image.Image:
     """All of a picture in a square."""
-    picture = captioned.open()
     image = picture.image
     if picture.mask:
         dark = image.point(lambda shade: round(shade * _DIMMED))

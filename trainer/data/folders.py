@@ -101,6 +101,22 @@ def load_folder(folder: Path, default_caption: str) -> tuple[CaptionedImage, ...
     return tuple(images)
 
 
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures directly in a folder, by name. Raises DataError where it cannot be read."""
+    if not os.path.isdir(folder):
+        raise DataError(f"There is no folder {folder}. Make it and put the pictures in.")
+    return _Listing.of(folder).pictures
+
+
+def files_beside(picture: Path) -> list[Path]:
+    """Captions and mask of a picture, without those that another picture has too."""
+    listing = _Listing.of(picture.parent)
+    if any(path.stem == picture.stem and path != picture for path in listing.pictures):
+        return []
+    mask = listing.masks.get(picture.stem.lower())
+    return [*listing.captions.get(picture.stem, []), *([mask] if mask else [])]
+
+
 def folder_advice(folder: Path) -> Iterator[str]:
     """One sentence for each kind of thing in a folder that `load_folder` does not use."""
     yield from _left_out(folder)

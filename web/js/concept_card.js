@@ -37,7 +37,7 @@ async function fill(card, name) {
 export function conceptParts(concept) {
   const size = { family: concept.family, size: concept.megabytes || "< 0.01" };
   const lines = [t(concept.family ? "card" : "cardSize", size)];
-  if (concept.steps) lines.push(t("cardSteps", concept));
+  if (concept.steps) lines.push(t(concept.resolution ? "cardTraining" : "cardSteps", concept));
   if (concept.other) lines.push(t("otherFile", { kind: t(`${concept.other}Kind`) }));
   const facts = element("div", "cd-facts", ...concept.prompts.map(wordButton));
   facts.append(...lines.map((line) => element("p", "cd-taught", line)));

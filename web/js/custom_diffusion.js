@@ -4,6 +4,7 @@ import { app } from "../../../scripts/app.js";
 import { registerCompletion } from "./completion.js";
 import { showConcept } from "./concept_card.js";
 import * as jobs from "./jobs.js";
+import { colourSockets, foldAdvanced, widen } from "./node_looks.js";
 import { registerRuns, showRuns } from "./node_runs.js";
 import { workflowId } from "./nodes.js";
 import { registerNotices } from "./notices.js";
@@ -52,6 +53,7 @@ app.registerExtension({
   menuCommands: [{ path: ["Extensions", "Custom Diffusion"], commands: ["CustomDiffusion.TogglePanel", "CustomDiffusion.PauseAll"] }],
   async setup() {
     addStyle();
+    colourSockets();
     await loadWords();
     panel = registerPanel();
     registerTraining();
@@ -62,8 +64,10 @@ app.registerExtension({
   nodeCreated(node) {
     if (!isOurs(node.comfyClass)) return;
     workflowId(); // a graph without one gets it before it runs
+    foldAdvanced(node);
     showConcept(node);
     offerUpload(node);
+    widen(node);
     for (const [name, setting] of Object.entries(BEGIN_WITH)) {
       const widget = node.widgets?.find((each) => each.name === name);
       if (widget) widget.value = app.extensionManager.setting.get(setting);

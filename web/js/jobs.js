@@ -80,7 +80,10 @@ export function listen(onJob, onReturn = () => {}) {
   api.addEventListener("reconnected", onReturn);
 }
 
-/** Calls `onBegun` with {node, job, prompt} when a node of this page's prompt has begun or found a job. */
-export function listenToNodes(onBegun) {
-  api.addEventListener(NODE_EVENT, ({ detail }) => onBegun(detail));
+/**
+ * Calls `onTold` with {node, prompt} and what a node of this page's prompt shows before it is done:
+ * its `notes`, or the `job` that it has begun or found.
+ */
+export function listenToNodes(onTold) {
+  api.addEventListener(NODE_EVENT, ({ detail }) => onTold(detail));
 }

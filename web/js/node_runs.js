@@ -112,18 +112,25 @@ async function putOfPrompt(prompt, id, shown) {
 
 /** @param {function(string): boolean} isOurs whether a class of nodes is the pack's */
 export function registerRuns(isOurs) {
-  jobs.listenToNodes(({ node, job, prompt }) => putOfPrompt(prompt, node, { job }));
+  jobs.listenToNodes(({ node, prompt, notes, ...shown }) => {
+    if (notes) shown.notes = worthShowing(notes);
+    putOfPrompt(prompt, node, shown);
+  });
   api.addEventListener("executed", ({ detail: { prompt_id, node, output } }) => {
     const [notes] = output?.[NOTES] ?? [];
     if (!notes) return;
-    const said = [notes.lines, notes.warnings, notes.table].some((part) => part.length);
-    putOfPrompt(prompt_id, node, { notes: said ? notes : null, error: null }); // no empty box
+    putOfPrompt(prompt_id, node, { notes: worthShowing(notes), error: null });
   });
   api.addEventListener("execution_error", ({ detail }) => {
     if (!isOurs(detail.node_type)) return;
     putOfPrompt(detail.prompt_id, detail.node_id, { error: detail.exception_message.trim() });
   });
   hearRefusals(isOurs);
+}
+
+/** Notes, or null for an empty box. */
+function worthShowing(notes) {
+  return [notes.lines, notes.warnings, notes.table].some((part) => part.length) ? notes : null;
 }
 
 /** What ComfyUI refuses before anything runs is in no message, only in the answer to its page. */
@@ -134,7 +141,7 @@ function hearRefusals(isOurs) {
     forget(workflow);
     const tell = (refused) => {
       for (const [id, { class_type, errors }] of Object.entries(refused ?? {})) {
-        if (isOurs(class_type)) put(workflow, id, class_type, { error: errors.map(sentence).join("\n") });
+        if (isOurs(class_type)) put(workflow, id, class_type, { error: sentences(errors) });
       }
     };
     try {
@@ -147,6 +154,9 @@ function hearRefusals(isOurs) {
     }
   };
 }
+
+/** ComfyUI says what a node's own check has found once for each input that it was shown. */
+const sentences = (errors) => [...new Set(errors.map(sentence))].join("\n");
 
 /** A node's own check says all in its details, after the input's name. */
 function sentence({ type, message, details }) {

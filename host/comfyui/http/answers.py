@@ -19,6 +19,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from ....concept.errors import CustomDiffusionError, UnknownConceptError, UnknownJobError
 from ....concept.regular_files import read_regular
 from ...http.api import JSON_TYPE, MOST_BODY_BYTES, PICTURE_TYPES, Endpoint, UnusableRequestError
+from ..pictures import UnknownPictureError
 from .workers import TooBusyError, Workers
 
 log = logging.getLogger("custom_diffusion")
@@ -26,7 +27,7 @@ log = logging.getLogger("custom_diffusion")
 Values = Mapping[str, Any]
 """The parameters of a route, by name; as its description says"""
 Handler = Callable[[Values], Any]
-"""Returns what JSON can hold, or the path of a picture. Runs on a worker's thread."""
+"""Returns what JSON can hold, or a picture: its path, or its bytes. Runs on a worker's thread."""
 Responder = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _MOST_PICTURE_BYTES = 64 * 2**20
@@ -160,7 +161,9 @@ def _no_number(constant: str) -> Any:
 
 
 def _result(result: Any) -> Answer:
-    return _picture(result) if isinstance(result, Path) else Answer(_json(result))
+    if isinstance(result, Path):
+        return _picture(result)
+    return _tagged(result, _WEBP) if isinstance(result, bytes) else Answer(_json(result))
 
 
 def _json(result: Any) -> bytes:
@@ -187,6 +190,10 @@ def _picture(path: Path) -> Answer:
             f"{path.name} is no PNG, JPEG or WebP of at most {_MOST_PICTURE_BYTES // 2**20} MiB. "
             f"Put another picture in its place."
         )
+    return _tagged(content, kind)
+
+
+def _tagged(content: bytes, kind: str) -> Answer:
     tag = hashlib.sha256(content).hexdigest()[:32]
     return Answer(content, type=kind, headers={"ETag": f'"{tag}"'})
 
@@ -201,7 +208,7 @@ def _picture_type(content: bytes) -> str | None:
 
 def _refusal(what: str, error: CustomDiffusionError) -> Answer:
     status, headers = 409, {}
-    if isinstance(error, (UnknownJobError, UnknownConceptError, GoneError)):
+    if isinstance(error, (UnknownJobError, UnknownConceptError, UnknownPictureError, GoneError)):
         status = 404
     elif isinstance(error, UnusableRequestError):
         status = error.status

@@ -25,6 +25,7 @@ from ....trainer.jobs.job import Job
 from ...http.api import ENDPOINTS, PREFIX, Endpoint, Lane
 from ..jobs.service import delete_job, device_memory, training_service
 from ..paths import concept_files, concept_path, listed_concept_path
+from ..pictures import bin_picture, picture_names, picture_thumbnail
 from .answers import Handler, Values, answering, refusing
 from .workers import Workers
 
@@ -120,6 +121,19 @@ def _thumbnail(sent: Values) -> Path:
     return picture
 
 
+def _pictures(sent: Values) -> dict[str, Any]:
+    return {"folder": sent["folder"], "pictures": picture_names(sent["folder"])}
+
+
+def _picture(sent: Values) -> bytes:
+    return picture_thumbnail(sent["folder"], sent["name"])
+
+
+def _delete_picture(sent: Values) -> dict[str, Any]:
+    binned = bin_picture(sent["folder"], sent["name"])
+    return {"deleted": sent["name"], "bin": f"{binned.parent.name}/{binned.name}"}
+
+
 HANDLERS: Mapping[str, Handler] = {
     "list_jobs": _list,
     "show_job": _show,
@@ -137,6 +151,9 @@ HANDLERS: Mapping[str, Handler] = {
     "delete_concept": _delete_concept,
     "inspect_concept": _inspection,
     "show_concept": _concept,
+    "list_pictures": _pictures,
+    "show_picture": _picture,
+    "delete_picture": _delete_picture,
 }
 
 
@@ -149,6 +166,7 @@ def add_routes() -> None:
         "jobs": Workers("jobs", threads=2, waiting=64, retry_after_s=1),
         "concepts": Workers("concepts", threads=2, waiting=64, retry_after_s=2),
         "inspections": Workers("inspections", threads=1, waiting=4, retry_after_s=10),
+        "pictures": Workers("pictures", threads=1, waiting=256, retry_after_s=5),
     }
     methods: dict[str, list[str]] = {}
     for endpoint in ENDPOINTS:

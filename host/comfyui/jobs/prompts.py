@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from server import PromptServer
 
@@ -35,3 +36,10 @@ def prompts_begun() -> int:
     """How many there were since ComfyUI's start."""
     server = getattr(PromptServer, "instance", None)
     return int(server.prompt_queue.task_counter) if server else 0
+
+
+def running_graph() -> Mapping[str, Any]:
+    """The nodes of the prompt that is executed, as it was sent; none where there is no prompt."""
+    server = getattr(PromptServer, "instance", None)
+    running = list(server.prompt_queue.currently_running.values()) if server else []
+    return running[0][2] if running else {}

@@ -46,14 +46,14 @@ def training_service() -> TrainingService:
     return service
 
 
-def tell_node(node_id: str, job: Job) -> None:
-    """Tells the browser whose prompt it is which job a node has begun, or found; nobody, where a
-    script sent the prompt.
+def tell_node(node_id: str, **shown: Any) -> None:
+    """Tells the browser whose prompt it is what a node has to show before it is done: its `notes`,
+    the id of the `job` that it has begun, or found. Nobody, where a script sent the prompt.
     """
     server = getattr(PromptServer, "instance", None)
     if server and server.client_id:
-        begun = {"node": node_id, "job": job.id, "prompt": server.last_prompt_id}
-        server.send_sync(NODE_EVENT, begun, server.client_id)
+        told = {"node": node_id, "prompt": server.last_prompt_id, **shown}
+        server.send_sync(NODE_EVENT, told, server.client_id)
 
 
 def device_memory() -> dict[str, Any]:
