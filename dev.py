@@ -24,7 +24,7 @@ PYPROJECT = ROOT / "pyproject.toml"
 CONSTRAINTS = ROOT / "tests" / "constraints.txt"
 STRICTLY_TYPED = [
     *("concept", "diffusion", "pictures", "merge", "compression", "inspection", "formats"),
-    *("composition", "trainer", "host", "nodes", "miniature", "cli"),
+    *("composition", "evaluation", "trainer", "host", "nodes", "miniature", "cli"),
 ]
 TWO_AT_A_TIME = ["-n2", "--dist=loadfile", "--no-loadscope-reorder"]
 LOWEST_PYTHON = "3.10"

@@ -18,10 +18,11 @@ from ...concept.errors import DataError, IncompatibleModelError
 from ...concept.naming import safe_file_name
 from ...concept.prompts import DEFAULT_TEMPLATE
 from ...diffusion.latents import LATENT_PIXELS
+from ...pictures.kept import settings_hash
 from ...trainer.data.captioned import CaptionedImage
 from ...trainer.regularization.caption_index import CaptionIndex
 from ...trainer.regularization.collection import parts_of
-from ...trainer.regularization.drawn import generated_set, settings_hash
+from ...trainer.regularization.drawn import generated_set
 from ...trainer.regularization.retrieved import retrieve
 from ..open_clip.text import OpenClipText, check_clip_model
 from .models.weights import cross_attention_unet, patched_fingerprint
