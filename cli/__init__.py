@@ -15,6 +15,7 @@ from ..concept.errors import CustomDiffusionError
 from . import (
     compression,
     demo,
+    evaluation,
     exchange,
     inspection,
     jobs,
@@ -60,6 +61,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
     commands = parser.add_subparsers(required=True)
     concepts = (merging, compression, inspection, exchange)
-    for part in (demo, training, jobs, *concepts, sampling, regularization):
+    for part in (demo, training, jobs, *concepts, sampling, evaluation, regularization):
         part.add_to(commands)
     return parser

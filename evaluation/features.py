@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,7 +12,11 @@ from torch import Tensor
 
 from ..concept.errors import DataError, IncompatibleModelError
 
-_BATCH_SIZE = 16
+WORD = 320
+"""The id of `a` in the vocabulary that every CLIP has"""
+_BATCH_SIZE, _BATCH_PIXELS = 16, 4_000_000
+_EDGE = 1024
+"""Photographs are reduced to about this before a model, which reads 224 pixels, scales them."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,23 @@ class Judge:
     """Pictures (b, h, w, 3) in 0..1 → (b, d)"""
     text_features: Callable[[Sequence[str]], Tensor] | None = None
     """n texts → (n, d), of the same space; None for a model that reads no text"""
+    word: Tensor | None = None
+    """Its embedding (d,) of `WORD`, by which its text encoder is known again"""
     remarks: tuple[str, ...] = ()
     """What users should know of it, a sentence each"""
+
+    def judging(self, encoder_words: Iterable[Tensor]) -> Judge:
+        """The same, with a remark where it reads with a text encoder that the concept was trained
+        with; these are its embeddings of `WORD`.
+        """
+        words = [word.reshape(-1).float().cpu() for word in encoder_words]
+        if self.word is None or not any(_same(self.word, word) for word in words):
+            return self
+        remark = (
+            "The judge reads prompts with the text encoder of the model that it judges, so it is "
+            "pleased more easily by what that model draws. Take another CLIP for figures to publish."
+        )
+        return replace(self, remarks=(*self.remarks, remark))
 
 
 @torch.no_grad()
@@ -70,13 +89,20 @@ def _batches(pictures: Iterable[Image.Image]) -> Iterator[list[Tensor]]:
     """Neighbours of one size, as (h, w, 3) in 0..255."""
     batch: list[Tensor] = []
     for picture in pictures:
-        one = torch.from_numpy(np.array(picture.convert("RGB")))
-        if batch and (len(batch) == _BATCH_SIZE or batch[0].shape != one.shape):
+        smaller = max(1, min(picture.size) // _EDGE)
+        one = torch.from_numpy(np.array(picture.convert("RGB").reduce(smaller)))
+        full = len(batch) == _BATCH_SIZE or (len(batch) + 1) * one.numel() > 3 * _BATCH_PIXELS
+        if batch and (full or batch[0].shape != one.shape):
             yield batch
             batch = []
         batch.append(one)
     if batch:
         yield batch
+
+
+def _same(word: Tensor, other: Tensor) -> bool:
+    """Up to what half precision rounds."""
+    return word.shape == other.shape and bool((word - other).norm() <= 1e-2 * word.norm())
 
 
 def _unit(features: Tensor, judge: Judge, what: str) -> Tensor:

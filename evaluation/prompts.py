@@ -47,10 +47,17 @@ def read_prompts(text: str) -> tuple[str, ...]:
     return lines or PROMPTS
 
 
+def names_of(concept: Concept) -> list[str]:
+    """What it is called in prompts, `<new1> cat`: a name for each of its words, as a rule one."""
+    names = [subject(token.name, token.class_noun) for token in concept.tokens]
+    return names or [class_of(concept)]
+
+
 def concept_prompt(prompt: str, concept: Concept) -> str:
     """The prompt with the concept in place of `{}`: `<new1> cat`; of several words all of them."""
-    names = [subject(token.name, token.class_noun) for token in concept.tokens]
-    return prompt.replace("{}", " and a ".join(names)) if names else plain_prompt(prompt, concept)
+    if not concept.tokens:
+        return plain_prompt(prompt, concept)
+    return prompt.replace("{}", " and a ".join(names_of(concept)))
 
 
 def plain_prompt(prompt: str, concept: Concept) -> str:

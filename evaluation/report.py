@@ -13,7 +13,7 @@ from ..pictures.opening import read_picture
 from ..pictures.plot import COLOURS, Axis, Series, line_plot
 from ..pictures.sheet import Row, lay_out
 from .scores import Evaluation, Score, standard_error
-from .trials import BASE, Trial
+from .trials import BASE, Plan, Trial
 
 _COLUMNS = 8
 _NAME = 24
@@ -139,18 +139,29 @@ def alignment_plot(found: Evaluation) -> Image.Image:
 
 
 def sheet(
-    found: Evaluation, folder: Path, references: Sequence[Image.Image], tile: int = 160
+    plan: Plan,
+    folder: Path,
+    references: Sequence[Image.Image],
+    found: Evaluation | None = None,
+    tile: int = 160,
 ) -> Image.Image:
-    """References, then what the base model and each strength draw of the first prompts."""
+    """References, then what the base model and each strength draw of the first prompts, with scores
+    where there are some.
+    """
+    words = {score.strength: _words(score) for score in found.scores} if found else {}
     rows = [Row("Your pictures", "", [image.convert("RGB") for image in references[:_COLUMNS]])]
-    for score in found.scores:
-        trials = _first(found.plan.trials(score.strength), len(found.plan.seeds))
-        title = "Base model" if score.strength == BASE else f"Strength {score.strength:g}"
-        words = "" if score.text is None else f"text {score.text.mean():.3f}"
-        words += "".join(f"\nimage {values.mean():.3f}" for values in score.image.values())
+    for strength in (BASE, *plan.strengths):
+        trials = _first(plan.trials(strength), len(plan.seeds))
+        title = "Base model" if strength == BASE else f"Strength {strength:g}"
         pictures = [read_picture(trial.path(folder)) for trial in trials]
-        rows.append(Row(title, words.strip(), pictures, [trial.prompt for trial in trials]))
-    return lay_out(rows, tile, label=190)
+        captions = [trial.prompt for trial in trials]
+        rows.append(Row(title, words.get(strength, ""), pictures, captions))
+    return lay_out([row for row in rows if row.images], tile, label=190)
+
+
+def _words(score: Score) -> str:
+    text = [] if score.text is None else [f"text {score.text.mean():.3f}"]
+    return "\n".join([*text, *(f"image {v.mean():.3f}" for v in score.image.values())])
 
 
 def _first(trials: Sequence[Trial], seeds: int) -> Sequence[Trial]:

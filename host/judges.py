@@ -1,0 +1,217 @@
+"""Feature models from folders on disk, read as data: CLIP and DINOv2 as transformers writes them,
+CLIP as open_clip does.
+
+As with pipelines (`diffusers/folder.py`), classes are fixed, of a configuration only known plain
+settings are read, weights are .safetensors alone, and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..concept.errors import ConfigError, IncompatibleModelError
+from ..concept.tensors import read_tensors
+from ..evaluation.features import WORD, Judge
+from .diffusers.folder import known, read_settings, read_weights
+from .diffusers.tokenizer import read_tokenizer
+
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_DINO_MEAN, _DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_DINO_EDGES = 256, 224
+"""To which a picture's shorter side is scaled, and what is cut out of its middle"""
+_LAYERS = {
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("hidden_act", "layer_norm_eps", "projection_dim"),
+}
+_TEXT = {*_LAYERS, "vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id"}
+_VISION = {*_LAYERS, "image_size", "patch_size", "num_channels"}
+_DINO = {*_VISION, "mlp_ratio", "qkv_bias", "use_swiglu_ffn", "layerscale_value"}
+_OPEN_VISION = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}
+_OPEN_TEXT = {"context_length", "vocab_size", "width", "heads", "layers"}
+_MOST_LAYERS = 64
+_OPEN_CONFIG, _OPEN_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+_ADVICE = (
+    "Download the files of a CLIP (openai/clip-vit-large-patch14, for one: config.json, "
+    "model.safetensors, vocab.json, merges.txt), or for likeness alone of a DINOv2 "
+    "(facebook/dinov2-base: config.json, model.safetensors) into a folder, and give that. Nothing is "
+    "downloaded here."
+)
+
+
+def read_judge(folder: Path, device: str = "cpu") -> Judge:
+    """The feature model of a folder, in float32.
+
+    Raises IncompatibleModelError that names the folder, what is wrong, and what to get instead.
+    """
+    if not os.path.isdir(folder):
+        raise IncompatibleModelError(f"There is no folder {folder} of a feature model. {_ADVICE}")
+    with _reading(folder):
+        if (folder / _OPEN_CONFIG).is_file():
+            return _open_clip(folder, device)
+        settings = read_settings(folder / "config.json")
+        readers = {"clip": _clip, "dinov2": _dinov2}
+        reader = readers.get(str(settings.get("model_type")))
+        if reader is None:
+            raise IncompatibleModelError(
+                f"it is a {settings.get('model_type')!r}; known are {', '.join(readers)} and "
+                f"open_clip's"
+            )
+        return reader(folder, settings, device)
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Whatever an odd folder makes the libraries raise, as a message that names it."""
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(
+            f"The feature model {folder} needs a package that is not installed ({error}). Install "
+            f"it into the same Python."
+        ) from error
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise IncompatibleModelError(
+            f"{folder} could not be loaded as a feature model ({reason}). {_ADVICE}"
+        ) from error
+
+
+def _clip(folder: Path, settings: Mapping[str, Any], device: str) -> Judge:
+    from transformers import CLIPConfig, CLIPModel
+
+    text, vision = settings.get("text_config", {}), settings.get("vision_config", {})
+    config = CLIPConfig(
+        text_config=_bounded(known(text, _TEXT)),
+        vision_config=_bounded(known(vision, _VISION)),
+        projection_dim=settings.get("projection_dim", 512),
+    )
+    tokenizer = read_tokenizer(folder, config.text_config.vocab_size)
+    with torch.device("meta"):
+        model = CLIPModel(config)
+    _fill(model, read_weights(folder, "model"))
+    for part in (model.text_model, model.vision_model):
+        count = part.embeddings.position_embedding.num_embeddings
+        part.embeddings.register_buffer("position_ids", torch.arange(count)[None], False)
+    model = model.to(device).train(False)
+
+    def image_features(images_bhwc: Tensor) -> Tensor:
+        edge = config.vision_config.image_size
+        pixels = prepare(images_bhwc.to(device), edge, edge, _CLIP_MEAN, _CLIP_STD)
+        found: Tensor = model.visual_projection(model.vision_model(pixel_values=pixels)[1])
+        return found
+
+    def text_features(texts: Sequence[str]) -> Tensor:
+        length = config.text_config.max_position_embeddings
+        tokens = tokenizer(
+            list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt"
+        )
+        read = model.text_model(tokens.input_ids.to(device), tokens.attention_mask.to(device))
+        found: Tensor = model.text_projection(read[1])
+        return found
+
+    words = model.text_model.embeddings.token_embedding.weight
+    return Judge(f"CLIP {folder.name}", image_features, text_features, _word(words))
+
+
+def _dinov2(folder: Path, settings: Mapping[str, Any], device: str) -> Judge:
+    from transformers import Dinov2Config, Dinov2Model
+
+    with torch.device("meta"):
+        model = Dinov2Model(Dinov2Config(**_bounded(known(settings, _DINO))))
+    _fill(model, read_weights(folder, "model"), optional=("embeddings.mask_token",))
+    model = model.to(device).train(False)
+
+    def image_features(images_bhwc: Tensor) -> Tensor:
+        pixels = prepare(images_bhwc.to(device), *_DINO_EDGES, _DINO_MEAN, _DINO_STD)
+        found: Tensor = model(pixel_values=pixels)[1]
+        return found
+
+    return Judge(f"DINOv2 {folder.name}", image_features)
+
+
+def _open_clip(folder: Path, device: str) -> Judge:
+    from open_clip import CLIP, SimpleTokenizer
+
+    settings = read_settings(folder / _OPEN_CONFIG)
+    config, pictures = settings.get("model_cfg", {}), settings.get("preprocess_cfg", {})
+    vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
+    foreign = [k for k in (*vision, *text) if k.startswith(("timm_", "hf_"))]
+    if foreign:
+        raise IncompatibleModelError(f"it is built of another library's model ({foreign[0]})")
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = CLIP(
+            embed_dim=config["embed_dim"],
+            vision_cfg=_bounded(known(vision, _OPEN_VISION)),
+            text_cfg=_bounded(known(text, _OPEN_TEXT)),
+            quick_gelu=bool(config.get("quick_gelu", False)),
+        )
+    tensors, _ = read_tensors(folder / _OPEN_WEIGHTS)
+    _fill(model, {name: tensor.float() for name, tensor in tensors.items()})
+    model.attn_mask = torch.full((text["context_length"],) * 2, -torch.inf).triu_(1)
+    model = model.to(device).train(False)
+    tokenize = SimpleTokenizer(context_length=text["context_length"])
+    mean, std = pictures.get("mean", _CLIP_MEAN), pictures.get("std", _CLIP_STD)
+
+    def image_features(images_bhwc: Tensor) -> Tensor:
+        edge = vision["image_size"]
+        found: Tensor = model.encode_image(
+            prepare(images_bhwc.to(device), edge, edge, mean, std), normalize=False
+        )
+        return found
+
+    def text_features(texts: Sequence[str]) -> Tensor:
+        found: Tensor = model.encode_text(tokenize(list(texts)).to(device), normalize=False)
+        return found
+
+    words = model.token_embedding.weight
+    return Judge(f"open_clip {folder.name}", image_features, text_features, _word(words))
+
+
+def prepare(
+    images_bhwc: Tensor, shorter: int, edge: int, mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
+    """Pictures in 0..1 as these models read them, (b, 3, edge, edge): scaled until their shorter
+    side is `shorter`, cut out of the middle, in 256 shades.
+    """
+    images = images_bhwc.movedim(-1, 1)
+    height, width = images.shape[2:]
+    scale = shorter / min(height, width)
+    size = (max(edge, round(height * scale)), max(edge, round(width * scale)))
+    if size != (height, width):
+        images = F.interpolate(images, size, mode="bicubic", antialias=True)
+    top, left = (size[0] - edge) // 2, (size[1] - edge) // 2
+    images = images[:, :, top : top + edge, left : left + edge]
+    images = (images.clamp(0, 1) * 255).round() / 255
+    shift, spread = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
+    return (images - shift) / spread
+
+
+def _fill(model: nn.Module, weights: Mapping[str, Tensor], optional: Sequence[str] = ()) -> None:
+    """Weights into a model without any. Others, such as `position_ids` in older files, are left."""
+    needed = model.state_dict()
+    chosen = {name: tensor for name, tensor in weights.items() if name in needed}
+    chosen |= {name: torch.zeros(needed[name].shape) for name in optional if name not in chosen}
+    missing = sorted(needed.keys() - chosen.keys())
+    if missing:
+        raise IncompatibleModelError(f"it lacks {len(missing)} weights, {missing[0]} for one")
+    model.load_state_dict(chosen, assign=True)
+    model.requires_grad_(False)
+
+
+def _bounded(settings: dict[str, Any]) -> dict[str, Any]:
+    layers = settings.get("num_hidden_layers", settings.get("layers", 1))
+    if type(layers) is not int or not 0 < layers <= _MOST_LAYERS:
+        raise IncompatibleModelError(f"its configuration asks for {layers!r} layers")
+    return settings
+
+
+def _word(words: Tensor) -> Tensor | None:
+    return words[WORD].float().cpu() if len(words) > WORD else None
