@@ -39,8 +39,8 @@ def add_to(commands: Any) -> None:
     judged = commands.add_parser(
         "evaluate",
         help="say how good a concept is, with figures and a sheet of pictures",
-        description="Draws prompts with a concept at each strength and with the base model, and has "
-        "a feature model compare the pictures with the prompts and with yours. Stop it at any time: "
+        description="Draws prompts with a concept at each strength and with the base model. A "
+        "feature model compares the pictures with the prompts and with yours. Stop it at any time: "
         "the same command resumes. More prompts, seeds or strengths draw only what is new.",
         example="evaluate --model sd15 --concept cat.safetensors --references my_cat "
         "--judge clip-vit-large-patch14 --output cat_evaluation",

@@ -43,7 +43,7 @@ class Judge:
             return self
         remark = (
             "The judge reads prompts with the text encoder of the model that it judges, so it is "
-            "pleased more easily by what that model draws. Take another CLIP for figures to publish."
+            "pleased more easily by what that model draws. Take another CLIP for publication."
         )
         return replace(self, remarks=(*self.remarks, remark))
 

@@ -20,9 +20,9 @@ from .features import Judge, picture_features, text_features
 from .prompts import plain_prompt, unweighted
 from .trials import BASE, Plan, Trial
 
-AS_BEFORE = 0.02
-"""Text alignment may be so much less and is still called as before: what the paper's own ways of
-training differ by. Or two standard errors, where that is more.
+AS_BEFORE = 0.95
+"""Share of the base model's text alignment from which on prompts are called followed as before. In
+the paper Textual Inversion has 84 % of Custom Diffusion's, DreamBooth 98 %.
 """
 
 
@@ -83,9 +83,7 @@ class Evaluation:
         """Whether prompts are followed as the base model follows them; None without text."""
         if score.text is None or self.base.text is None:
             return None
-        differences = score.text - self.base.text
-        slack = max(AS_BEFORE, 2 * standard_error(differences))
-        return float(differences.mean()) > -slack
+        return float(score.text.mean()) >= AS_BEFORE * float(self.base.text.mean())
 
     def best(self) -> Score:
         """The strength that looks most like the concept, of those that follow prompts as before,

@@ -41,8 +41,8 @@ _OPEN_CONFIG, _OPEN_WEIGHTS = "open_clip_config.json", "open_clip_model.safetens
 _ADVICE = (
     "Download the files of a CLIP (openai/clip-vit-large-patch14, for one: config.json, "
     "model.safetensors, vocab.json, merges.txt), or for likeness alone of a DINOv2 "
-    "(facebook/dinov2-base: config.json, model.safetensors) into a folder, and give that. Nothing is "
-    "downloaded here."
+    "(facebook/dinov2-base: config.json, model.safetensors) into a folder, and give that. Nothing "
+    "is downloaded here."
 )
 
 
