@@ -16,6 +16,7 @@ from .scores import Evaluation, Score, standard_error
 from .trials import BASE, Plan, Trial
 
 _COLUMNS = 8
+_GREY = "#888888"
 _NAME = 24
 """Characters of a name in a table or a legend"""
 
@@ -118,23 +119,19 @@ def alignment_plot(found: Evaluation) -> Image.Image:
     """Text against image alignment, as in the paper's Fig. 8, a mark a strength; over the strength
     where no text was read.
     """
-    read = found.base.text is not None
-    x = Axis("text alignment" if read else "strength")
-    series = []
-    for number, name in enumerate(found.references):
-        points = [
-            (
+    x = Axis("strength" if found.base.text is None else "text alignment")
+    several = len(found.references) > 1
+    series: list[Series] = []
+    for name in found.references:
+        for score in found.scores:
+            point = (
                 score.strength if score.text is None else float(score.text.mean()),
                 float(score.image[name].mean()),
             )
-            for score in found.scores
-        ]
-        colour = COLOURS[number % len(COLOURS)]
-        strengths = ", ".join(f"{s:g}" for s in found.plan.strengths)
-        series += [
-            Series(f"{name[:_NAME]}: base", points[:1], "#888888", marks=points[:1]),
-            Series(f"strength {strengths}"[:_NAME], points, colour, dashed=True, marks=points[1:]),
-        ]
+            title = "base model" if score.strength == BASE else f"strength {score.strength:g}"
+            colour = _GREY if score.strength == BASE else COLOURS[(len(series) - 1) % len(COLOURS)]
+            title = f"{title}, {name[:_NAME]}" if several else title
+            series.append(Series(title, [point], colour, marks=[point]))
     return line_plot("Text and image alignment", x, Axis("image alignment"), series)
 
 

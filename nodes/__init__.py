@@ -10,6 +10,7 @@ from . import (
     composition,
     compression,
     concept,
+    evaluation,
     files,
     inspection,
     jobs,
@@ -24,7 +25,7 @@ class CustomDiffusionExtension(ComfyExtension):
         # Not in on_load, which ComfyUI 0.11 never calls for a pack.
         register_model_folder()
         add_routes()
-        concepts = (files, inspection, merging, compression, applying, composition)
+        concepts = (files, inspection, merging, compression, applying, composition, evaluation)
         modules = (concept, training, jobs, regularization, *concepts)
         nodes = [node for module in modules for node in module.NODES]
         watch_prompts({node.define_schema().node_id for node in nodes})

@@ -164,15 +164,15 @@ def _listed(folder: Path) -> list[Path]:
 
 def draw_contact_sheet(concept: TrainingConcept, config: TrainConfig) -> torch.Tensor:
     """`contact_sheet` as an IMAGE (1, h, w, 3)."""
-    return _as_image(contact_sheet(concept, config))
+    return as_image(contact_sheet(concept, config))
 
 
 def draw_picture_sheet(concept: TrainingConcept) -> torch.Tensor:
     """`picture_sheet` as an IMAGE (1, h, w, 3)."""
-    return _as_image(picture_sheet(concept))
+    return as_image(picture_sheet(concept))
 
 
-def _as_image(picture: Image.Image) -> torch.Tensor:
+def as_image(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(picture)).float()[None].div_(255)
 
 
@@ -194,7 +194,7 @@ def _from_tensors(
     texts = [text.strip() or default for text in captions or [""] * len(pictures)]
     found: dict[tuple[object, ...], CaptionedImage] = {}
     for picture, text, mask in zip(pictures, texts, shades or [None] * len(pictures), strict=True):
-        one = CaptionedImage(_picture(picture), text, None if mask is None else _picture(mask))
+        one = CaptionedImage(as_picture(picture), text, None if mask is None else as_picture(mask))
         # ComfyUI's loader of folders gives the pictures of `10_cat` ten times.
         key = (text, _pixels(one.source), _pixels(one.mask))
         found[key] = replace(found[key], repeats=found[key].repeats + 1) if key in found else one
@@ -207,6 +207,6 @@ def _pixels(image: Image.Image | Path | None) -> object:
     return image and (image.size, hashlib.sha256(np.asarray(image).data).digest())
 
 
-def _picture(image: torch.Tensor) -> Image.Image:
+def as_picture(image: torch.Tensor) -> Image.Image:
     """(h, w, 3) or (h, w) in 0..1 → a picture in colours or shades."""
     return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
