@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..concept.errors import ConfigError, IncompatibleModelError
 from ..concept.tensors import read_tensors
@@ -94,13 +94,7 @@ def _clip(folder: Path, settings: Mapping[str, Any], device: str) -> Judge:
         projection_dim=settings.get("projection_dim", 512),
     )
     tokenizer = read_tokenizer(folder, config.text_config.vocab_size)
-    with torch.device("meta"):
-        model = CLIPModel(config)
-    _fill(model, read_weights(folder, "model"))
-    for part in (model.text_model, model.vision_model):
-        count = part.embeddings.position_embedding.num_embeddings
-        part.embeddings.register_buffer("position_ids", torch.arange(count)[None], False)
-    model = model.to(device).train(False)
+    model = _of_transformers(CLIPModel, config, folder).to(device)
 
     def image_features(images_bhwc: Tensor) -> Tensor:
         edge = config.vision_config.image_size
@@ -124,10 +118,8 @@ def _clip(folder: Path, settings: Mapping[str, Any], device: str) -> Judge:
 def _dinov2(folder: Path, settings: Mapping[str, Any], device: str) -> Judge:
     from transformers import Dinov2Config, Dinov2Model
 
-    with torch.device("meta"):
-        model = Dinov2Model(Dinov2Config(**_bounded(known(settings, _DINO))))
-    _fill(model, read_weights(folder, "model"), optional=("embeddings.mask_token",))
-    model = model.to(device).train(False)
+    config = Dinov2Config(**_bounded(known(settings, _DINO)))
+    model = _of_transformers(Dinov2Model, config, folder).to(device)
 
     def image_features(images_bhwc: Tensor) -> Tensor:
         pixels = prepare(images_bhwc.to(device), *_DINO_EDGES, _DINO_MEAN, _DINO_STD)
@@ -154,9 +146,10 @@ def _open_clip(folder: Path, device: str) -> Judge:
             quick_gelu=bool(config.get("quick_gelu", False)),
         )
     tensors, _ = read_tensors(folder / _OPEN_WEIGHTS)
-    _fill(model, {name: tensor.float() for name, tensor in tensors.items()})
+    _check_complete(sorted(model.state_dict().keys() - tensors.keys()))
+    model.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
     model.attn_mask = torch.full((text["context_length"],) * 2, -torch.inf).triu_(1)
-    model = model.to(device).train(False)
+    model = model.to(device).requires_grad_(False).train(False)
     tokenize = SimpleTokenizer(context_length=text["context_length"])
     mean, std = pictures.get("mean", _CLIP_MEAN), pictures.get("std", _CLIP_STD)
 
@@ -194,16 +187,25 @@ def prepare(
     return (images - shift) / spread
 
 
-def _fill(model: nn.Module, weights: Mapping[str, Tensor], optional: Sequence[str] = ()) -> None:
-    """Weights into a model without any. Others, such as `position_ids` in older files, are left."""
-    needed = model.state_dict()
-    chosen = {name: tensor for name, tensor in weights.items() if name in needed}
-    chosen |= {name: torch.zeros(needed[name].shape) for name in optional if name not in chosen}
-    missing = sorted(needed.keys() - chosen.keys())
+def _of_transformers(kind: Any, config: Any, folder: Path) -> Any:
+    """A model of these settings with the folder's weights. Releases differ in what they call some,
+    and read the older names. Without a name of a model nothing is looked up.
+    """
+    model, loaded = kind.from_pretrained(
+        None,
+        config=config,
+        state_dict=read_weights(folder, "model"),
+        output_loading_info=True,
+        local_files_only=True,
+    )
+    missing = sorted(set(loaded["missing_keys"]) - {"embeddings.mask_token"})
+    _check_complete([*missing, *map(str, loaded["mismatched_keys"])])
+    return model.requires_grad_(False).train(False)
+
+
+def _check_complete(missing: Sequence[str]) -> None:
     if missing:
         raise IncompatibleModelError(f"it lacks {len(missing)} weights, {missing[0]} for one")
-    model.load_state_dict(chosen, assign=True)
-    model.requires_grad_(False)
 
 
 def _bounded(settings: dict[str, Any]) -> dict[str, Any]:
