@@ -87,7 +87,7 @@ def test_its_pictures_are_those_of_ksampler_and_it_says_which_judge_to_get(
 
     ((with_concept, _),) = drawn(bench, "1").items()
     ((without, _),) = drawn(bench, "0").items()
-    assert with_concept.parents[1].name.startswith("new1-cat-")
+    assert with_concept.parents[1].name.startswith("new1--cat-")
     stock = draw("photo of a <new1> cat", ["concept", 0]) | {"concept": graph["concept"]}
     for path, wanted in ((with_concept, stock), (without, draw("photo of a cat"))):
         (image,) = bench.images(bench.run(wanted), "image")

@@ -164,3 +164,20 @@ def test_what_the_miniature_has_learnt_scores_higher_than_the_base_model(tmp_pat
     assert taught.image[subject.words].mean() > base.image[subject.words].mean() + 0.08
     assert taught.text.mean() > 0.9 * base.text.mean()
     assert (found.looks_like(taught, subject.words) or 0) > found.looks_like(base, subject.words)
+
+
+def test_the_distance_of_concepts_is_a_table(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dog = write_concept(
+        concept_for(tiny_pipeline(), "<new2>", "dog", 1), tmp_path / "dog.safetensors"
+    )
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a cat on a mat\na dog in the snow\na red mug\n")
+    words = ["--model", str(folder / "model"), "--captions", str(captions)]
+    assert main(["distance", str(folder / "cat.safetensors"), str(dog), *words]) == 0
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split() == ["concepts", "trigger", "words", "overlap", "verdict"]
+    assert row.startswith("cat and dog")
+    assert main(["distance", str(dog), *words]) == 1
+    assert "Give two or more" in capsys.readouterr().err
