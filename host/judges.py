@@ -8,7 +8,7 @@ settings are read, weights are .safetensors alone, and nothing is downloaded.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..concept.errors import ConfigError, IncompatibleModelError
+from ..concept.plain import read_json
+from ..concept.regular_files import read_regular
 from ..concept.tensors import read_tensors
 from ..evaluation.features import WORD, Judge
-from .diffusers.folder import known, read_settings, read_weights
-from .diffusers.tokenizer import read_tokenizer
+from ..formats.base import weight_files
+from .diffusers.tokenizer import MOST_JSON_BYTES, read_tokenizer
 
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _DINO_MEAN, _DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -56,7 +58,7 @@ def read_judge(folder: Path, device: str = "cpu") -> Judge:
     with _reading(folder):
         if (folder / _OPEN_CONFIG).is_file():
             return _open_clip(folder, device)
-        settings = read_settings(folder / "config.json")
+        settings = _settings(folder / "config.json")
         readers = {"clip": _clip, "dinov2": _dinov2}
         reader = readers.get(str(settings.get("model_type")))
         if reader is None:
@@ -89,8 +91,8 @@ def _clip(folder: Path, settings: Mapping[str, Any], device: str) -> Judge:
 
     text, vision = settings.get("text_config", {}), settings.get("vision_config", {})
     config = CLIPConfig(
-        text_config=_bounded(known(text, _TEXT)),
-        vision_config=_bounded(known(vision, _VISION)),
+        text_config=_known(text, _TEXT),
+        vision_config=_known(vision, _VISION),
         projection_dim=settings.get("projection_dim", 512),
     )
     tokenizer = read_tokenizer(folder, config.text_config.vocab_size)
@@ -118,7 +120,7 @@ def _clip(folder: Path, settings: Mapping[str, Any], device: str) -> Judge:
 def _dinov2(folder: Path, settings: Mapping[str, Any], device: str) -> Judge:
     from transformers import Dinov2Config, Dinov2Model
 
-    config = Dinov2Config(**_bounded(known(settings, _DINO)))
+    config = Dinov2Config(**_known(settings, _DINO))
     model = _of_transformers(Dinov2Model, config, folder).to(device)
 
     def image_features(images_bhwc: Tensor) -> Tensor:
@@ -132,7 +134,7 @@ def _dinov2(folder: Path, settings: Mapping[str, Any], device: str) -> Judge:
 def _open_clip(folder: Path, device: str) -> Judge:
     from open_clip import CLIP, SimpleTokenizer
 
-    settings = read_settings(folder / _OPEN_CONFIG)
+    settings = _settings(folder / _OPEN_CONFIG)
     config, pictures = settings.get("model_cfg", {}), settings.get("preprocess_cfg", {})
     vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
     foreign = [k for k in (*vision, *text) if k.startswith(("timm_", "hf_"))]
@@ -141,8 +143,8 @@ def _open_clip(folder: Path, device: str) -> Judge:
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = CLIP(
             embed_dim=config["embed_dim"],
-            vision_cfg=_bounded(known(vision, _OPEN_VISION)),
-            text_cfg=_bounded(known(text, _OPEN_TEXT)),
+            vision_cfg=_known(vision, _OPEN_VISION),
+            text_cfg=_known(text, _OPEN_TEXT),
             quick_gelu=bool(config.get("quick_gelu", False)),
         )
     tensors, _ = read_tensors(folder / _OPEN_WEIGHTS)
@@ -194,7 +196,7 @@ def _of_transformers(kind: Any, config: Any, folder: Path) -> Any:
     model, loaded = kind.from_pretrained(
         None,
         config=config,
-        state_dict=read_weights(folder, "model"),
+        state_dict=_weights(folder),
         output_loading_info=True,
         local_files_only=True,
     )
@@ -208,11 +210,31 @@ def _check_complete(missing: Sequence[str]) -> None:
         raise IncompatibleModelError(f"it lacks {len(missing)} weights, {missing[0]} for one")
 
 
-def _bounded(settings: dict[str, Any]) -> dict[str, Any]:
+def _settings(file: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    if not file.is_file():
+        raise IncompatibleModelError(f"it has no {file.name}")
+    settings = read_json(read_regular(file, MOST_JSON_BYTES).decode())
+    if not isinstance(settings, dict):
+        raise IncompatibleModelError(f"its {file.name} is no JSON object")
+    return settings
+
+
+def _known(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     layers = settings.get("num_hidden_layers", settings.get("layers", 1))
     if type(layers) is not int or not 0 < layers <= _MOST_LAYERS:
         raise IncompatibleModelError(f"its configuration asks for {layers!r} layers")
-    return settings
+    return {name: settings[name] for name in names if name in settings}
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """In float32, in memory of their own."""
+    tensors = [read_tensors(file)[0] for file in weight_files(folder, "model")]
+    return {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for part in tensors
+        for name, tensor in part.items()
+    }
 
 
 def _word(words: Tensor) -> Tensor | None:

@@ -70,12 +70,12 @@ def read_pipeline(folder: Path) -> Any:
             f"model_index.json. Give the folder of a downloaded pipeline."
         )
     with _reading(folder):
-        kind = read_settings(folder / "model_index.json").get("_class_name")
+        kind = _settings(folder / "model_index.json").get("_class_name")
         if kind not in (_SD, _SDXL):
             raise IncompatibleModelError(
                 f"it is a {kind}; needed is a {_SD} or a {_SDXL}, not a refiner"
             )
-        settings = read_settings(folder / "scheduler" / "scheduler_config.json")
+        settings = _settings(folder / "scheduler" / "scheduler_config.json")
         noise = noise_of(str(settings.get("_class_name")), settings)
     with _naming(folder):
         if noise.other_schedule:
@@ -158,7 +158,7 @@ def _filled(folder: Path, frame: Mapping[str, Any]) -> Any:
     parts["text_encoder_2"] = _text_model(
         CLIPTextModelWithProjection, frame["text_encoder_2"], folder / "text_encoder_2"
     )
-    index = read_settings(folder / "model_index.json")
+    index = _settings(folder / "model_index.json")
     return diffusers.StableDiffusionXLPipeline(
         **parts,
         force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
@@ -168,17 +168,17 @@ def _filled(folder: Path, frame: Mapping[str, Any]) -> Any:
 
 def _network(kind: Any, folder: Path) -> Any:
     """A model of diffusers, which must be of this kind, without its weights."""
-    settings = read_settings(folder / "config.json")
+    settings = _settings(folder / "config.json")
     if settings.get("_class_name", kind.__name__) != kind.__name__:
         raise IncompatibleModelError(
             f"its {folder.name} is a {settings['_class_name']}; needed is a {kind.__name__}"
         )
     with torch.device("meta"):  # weights that are replaced at once need not be drawn
-        return kind.from_config(known(settings, inspect.signature(kind.__init__).parameters))
+        return kind.from_config(_known(settings, inspect.signature(kind.__init__).parameters))
 
 
 def _load_network(network: Any, folder: Path) -> None:
-    weights = read_weights(folder, "diffusion_pytorch_model")
+    weights = _weights(folder, "diffusion_pytorch_model")
     renamed = {_OLD_ATTENTION.sub(_attention_name, name): w for name, w in weights.items()}
     network.load_state_dict(renamed, assign=True)
     network.train(False)
@@ -191,14 +191,14 @@ def _attention_name(match: re.Match[str]) -> str:
 def _text_config(folder: Path) -> Any:
     from transformers import CLIPTextConfig
 
-    return CLIPTextConfig(**known(read_settings(folder / "config.json"), _TEXT_SETTINGS))
+    return CLIPTextConfig(**_known(_settings(folder / "config.json"), _TEXT_SETTINGS))
 
 
 def _text_model(kind: Any, config: Any, folder: Path) -> Any:
     weights = {
         # transformers 5 writes names without the prefix, and reads both; 4 reads them with it
         name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": w
-        for name, w in read_weights(folder, "model").items()
+        for name, w in _weights(folder, "model").items()
     }
     # Without a name nothing is looked up: no configuration, no adapter.
     model, loaded = kind.from_pretrained(
@@ -221,17 +221,17 @@ def _text_model(kind: Any, config: Any, folder: Path) -> Any:
 def _scheduler(folder: Path) -> Any:
     import diffusers
 
-    settings = read_settings(folder / "scheduler_config.json")
+    settings = _settings(folder / "scheduler_config.json")
     name = settings.get("_class_name")
     if not isinstance(name, str) or name not in _SCHEDULERS:
         raise IncompatibleModelError(
             f"its scheduler is a {name}; known are {', '.join(sorted(_SCHEDULERS))}"
         )
     kind = getattr(diffusers, name)
-    return kind.from_config(known(settings, inspect.signature(kind.__init__).parameters))
+    return kind.from_config(_known(settings, inspect.signature(kind.__init__).parameters))
 
 
-def read_settings(file: Path) -> dict[str, Any]:
+def _settings(file: Path) -> dict[str, Any]:
     """The object in a JSON file."""
     if not file.is_file():
         raise IncompatibleModelError(f"it has no {file.parent.name}/{file.name}")
@@ -257,11 +257,11 @@ def _flat(value: Any) -> list[Any]:
     return [] if value is None else [value]
 
 
-def known(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def _known(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {name: settings[name] for name in names if name in settings}
 
 
-def read_weights(folder: Path, stem: str) -> dict[str, Tensor]:
+def _weights(folder: Path, stem: str) -> dict[str, Tensor]:
     """The weights of a part, floating point as float32, in memory of their own."""
     weights: dict[str, Tensor] = {}
     for file in weight_files(folder, stem):

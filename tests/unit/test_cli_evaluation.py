@@ -173,7 +173,7 @@ def test_the_distance_of_concepts_is_a_table(
         concept_for(tiny_pipeline(), "<new2>", "dog", 1), tmp_path / "dog.safetensors"
     )
     captions = tmp_path / "captions.txt"
-    captions.write_text("a cat on a mat\na dog in the snow\na red mug\n")
+    captions.write_text("\n".join(f"a cat and {n} dogs in the snow" for n in range(20)))
     words = ["--model", str(folder / "model"), "--captions", str(captions)]
     assert main(["distance", str(folder / "cat.safetensors"), str(dog), *words]) == 0
     head, row = capsys.readouterr().out.splitlines()

@@ -111,7 +111,7 @@ def test_a_model_of_two_widths_is_refused(tmp_path: Path) -> None:
     ("spoil", "message"),
     [
         (lambda f: shutil.rmtree(f), "There is no folder"),
-        (lambda f: (f / "config.json").unlink(), "has no .*config.json"),
+        (lambda f: (f / "config.json").unlink(), "has no config.json"),
         (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
         (lambda f: (f / "config.json").write_text("{"), "could not be loaded"),
         (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "'bert'; known are"),
