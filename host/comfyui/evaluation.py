@@ -101,34 +101,39 @@ def evaluate(
     }
     name = safe_file_name(" and ".join(names_of(concept)))
     folder = evaluation_folder() / f"{name}-{settings_hash(settings)}"
-    everything = plan.everything()
-    steps = comfy.utils.ProgressBar(2 * len(everything))
+    total = len(plan.everything())
+    steps = comfy.utils.ProgressBar(2 * total)
     draw_trials(
         folder,
         settings,
-        everything,
+        plan.everything(),
         _drawing(model, clip, vae, concept, sampling),
         batch_size=batch_size,
-        on_progress=lambda done, total: steps.update_absolute(done, 2 * total),
+        on_progress=lambda done, _: steps.update_absolute(done, 2 * total),
     )
-    warnings = check_prompts(plan.prompts, concept)
-    first = own.first(_ON_SHEET)
-    if judge is None:
-        pictures = as_image(sheet(plan, folder, first))
-        return Shown([], [*warnings, NO_JUDGE], [], torch.zeros(1, 64, 64, 3), pictures, folder)
 
     def one_judged(done: int, total: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         steps.update_absolute(total + done, 2 * total)
 
-    found = measure(
-        plan,
-        folder,
-        judge,
-        {names_of(concept)[0]: own.each()},
-        real.each() if real else (),
-        one_judged,
-    )
+    return _shown(plan, folder, judge, own, real, one_judged)
+
+
+def _shown(
+    plan: Plan,
+    folder: Path,
+    judge: Judge | None,
+    own: _Pictures,
+    real: _Pictures | None,
+    on_progress: Callable[[int, int], None],
+) -> Shown:
+    warnings = check_prompts(plan.prompts, plan.concept)
+    first = own.first(_ON_SHEET)
+    if judge is None:
+        pictures = as_image(sheet(plan, folder, first))
+        return Shown([], [*warnings, NO_JUDGE], [], torch.zeros(1, 64, 64, 3), pictures, folder)
+    references = {names_of(plan.concept)[0]: own.each()}
+    found = measure(plan, folder, judge, references, real.each() if real else (), on_progress)
     write_text_atomically(folder / "scores.json", json_text(as_json(found)))
     return Shown(
         verdict(found),

@@ -32,13 +32,19 @@ def cat() -> Concept:
     return made_concept({LAYER: (320, 768)})
 
 
+def dog() -> Concept:
+    return made_concept({LAYER: (320, 768)}, "<new2>", "dog", seed=1)
+
+
 @pytest.fixture(scope="module")
 def bench(
     comfyui_path: Path, checkpoint_file: Callable[[str], Path], base: Path
 ) -> Iterator[ComfyServer]:
     """A server that forgets results, with a concept and pictures to compare with."""
     draw_pictures(base / "input" / "mine")
-    write_concept(cat(), base / "models" / "custom_diffusion" / "cat.safetensors")
+    concepts = base / "models" / "custom_diffusion"
+    write_concept(cat(), concepts / "cat.safetensors")
+    write_concept(dog(), concepts / "dog.safetensors")
     with ComfyServer(
         comfyui_path, base, checkpoints=[checkpoint_file("sd15")], arguments=["--cache-none"]
     ) as running:
@@ -128,6 +134,22 @@ def test_what_is_wrong_is_said_on_the_node(
     with pytest.raises(ComfyPromptError, match=message):
         bench.run(evaluated(**changes))
     assert drawn(bench) == before
+
+
+def test_the_distance_of_two_concepts_is_told(bench: ComfyServer) -> None:
+    """With the thousand captions of a merge, which the CLIP reads once."""
+    concepts = {
+        name: node("LoadConcept", concept_name=f"{name}.safetensors", rename_token="")
+        for name in ("cat", "dog")
+    }
+    distance = node("ConceptDistance", clip=["checkpoint", 1], concept=["cat", 0], other=["dog", 0])
+    checkpoint = {"checkpoint": evaluated()["checkpoint"]}
+    history = bench.run({**checkpoint, **concepts, "distance": distance}, timeout=540)
+    (text,) = history["outputs"]["distance"]["text"]
+    _, row = text.splitlines()
+    names, words, overlap, verdict = row.split("\t")
+    assert "<new1> cat" in names and "<new2> dog" in names
+    assert -1 <= float(words) <= 1 and 0 <= float(overlap) <= 1 and verdict
 
 
 @pytest.fixture(scope="module")
