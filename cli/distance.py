@@ -18,18 +18,18 @@ from .output import progress
 
 
 def add_to(commands: Any) -> None:
-    near = commands.add_parser(
+    distance = commands.add_parser(
         "distance",
         help="say how close concepts are, before they are merged",
         description="Of every two concepts: how alike their trigger words are, and how much of "
         "what a merge has to keep of one belongs to the other (overlap 0 to 1).",
         example="distance cat.safetensors dog.safetensors --model sd15",
     )
-    near.add_argument("concepts", type=Path, nargs="+", metavar="CONCEPT")
-    near.add_argument("--model", required=True, help="base model; its text encoder is used")
-    near.add_argument("--captions", type=Path, help="your own captions, one a line")
-    near.add_argument("--cache", type=Path, help="folder that keeps the captions' factor")
-    near.set_defaults(command=distance_command)
+    distance.add_argument("concepts", type=Path, nargs="+", metavar="CONCEPT")
+    distance.add_argument("--model", required=True, help="base model; its text encoder is used")
+    distance.add_argument("--captions", type=Path, help="your own captions, one a line")
+    distance.add_argument("--cache", type=Path, help="folder that keeps the captions' factor")
+    distance.set_defaults(command=distance_command)
 
 
 def distance_command(options: argparse.Namespace) -> None:

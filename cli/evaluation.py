@@ -36,7 +36,7 @@ _ON_SHEET = 8
 
 
 def add_to(commands: Any) -> None:
-    judged = commands.add_parser(
+    evaluate = commands.add_parser(
         "evaluate",
         help="say how good a concept is, with figures and a sheet of pictures",
         description="Draws prompts with a concept at each strength and with the base model. A "
@@ -45,9 +45,9 @@ def add_to(commands: Any) -> None:
         example="evaluate --model sd15 --concept cat.safetensors --references my_cat "
         "--judge clip-vit-large-patch14 --output cat_evaluation",
     )
-    add_model_options(judged)
-    judged.add_argument("--concept", type=Path, required=True)
-    judged.add_argument(
+    add_model_options(evaluate)
+    evaluate.add_argument("--concept", type=Path, required=True)
+    evaluate.add_argument(
         "--references",
         type=Path,
         nargs="+",
@@ -55,34 +55,34 @@ def add_to(commands: Any) -> None:
         metavar="FOLDER",
         help="your pictures; of a merge a folder for each trigger word, in the order of `inspect`",
     )
-    judged.add_argument(
+    evaluate.add_argument(
         "--judge",
         required=True,
         metavar="FOLDER",
         help="of a CLIP or DINOv2 as transformers or open_clip writes it; nothing is downloaded",
     )
-    judged.add_argument(
+    evaluate.add_argument(
         "--prompts", type=Path, metavar="FILE", help="one a line, {} is the concept; default: ours"
     )
-    judged.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    judged.add_argument("--strengths", type=float, nargs="+", default=[1.0])
-    judged.add_argument(
+    evaluate.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    evaluate.add_argument("--strengths", type=float, nargs="+", default=[1.0])
+    evaluate.add_argument(
         "--class-pictures",
         type=Path,
         metavar="FOLDER",
         help="real pictures of the class that were not trained on, to measure its drift (KID)",
     )
-    judged.add_argument(
+    evaluate.add_argument(
         "--class-count", type=positive, default=50, help="pictures of the class to draw for that"
     )
-    judged.add_argument(
+    evaluate.add_argument(
         "--resolution", type=int, help=f"default {DEFAULTS.resolution}; take 1024 for SDXL"
     )
-    judged.add_argument("--steps", type=positive, default=50, help="of the sampler, DDIM")
-    judged.add_argument("--guidance", type=float, default=6.0)
-    judged.add_argument("--batch-size", type=positive, default=4)
-    judged.add_argument("--output", type=Path, required=True, metavar="FOLDER")
-    judged.set_defaults(command=evaluate_command)
+    evaluate.add_argument("--steps", type=positive, default=50, help="of the sampler, DDIM")
+    evaluate.add_argument("--guidance", type=float, default=6.0)
+    evaluate.add_argument("--batch-size", type=positive, default=4)
+    evaluate.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    evaluate.set_defaults(command=evaluate_command)
 
 
 def evaluate_command(options: argparse.Namespace) -> None:
@@ -100,7 +100,7 @@ def evaluate_command(options: argparse.Namespace) -> None:
         print(f"warning: {remark}")
     judge = _judge(options)
     pipeline = load(options.model, options.device, precision(options.precision, options.device))
-    judge = judge.judging(_words(pipeline))
+    judge = judge.compared_with(_words(pipeline))
     _draw(options, plan, pipeline)
     with tqdm(desc="judging", unit="picture") as bar:
         found = measure(

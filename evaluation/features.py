@@ -34,7 +34,7 @@ class Judge:
     remarks: tuple[str, ...] = ()
     """What users should know of it, a sentence each"""
 
-    def judging(self, encoder_words: Iterable[Tensor]) -> Judge:
+    def compared_with(self, encoder_words: Iterable[Tensor]) -> Judge:
         """The same, with a remark where it reads with a text encoder that the concept was trained
         with; these are its embeddings of `WORD`.
         """

@@ -52,7 +52,7 @@ class Sampling:
         return vae.decode(latents)  # type: ignore[no-any-return]
 
 
-def encoded(clip: Any, text: str) -> Any:
+def conditioning(clip: Any, text: str) -> Any:
     """A prompt as a sampler takes it."""
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 

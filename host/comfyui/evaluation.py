@@ -29,7 +29,7 @@ from ...evaluation.trials import Plan, Trial, concept_fingerprint, draw_trials
 from ...pictures.kept import settings_hash
 from ...trainer.data.folders import load_folder
 from .apply import apply_concept, check_models
-from .drawing import Sampling, drawing_models, encoded
+from .drawing import Sampling, conditioning, drawing_models
 from .inputs import as_image, as_picture
 from .models.text import encoder_names
 from .paths import MODEL_FOLDER, NO_FOLDER, input_folder
@@ -205,7 +205,7 @@ def _drawing(
         noise = torch.cat(
             [comfy.sample.prepare_noise(sampling.empty(1), trial.seed) for trial in trials]
         )
-        positive, negative = (encoded(reading, text) for text in (trials[0].prompt, ""))
+        positive, negative = (conditioning(reading, text) for text in (trials[0].prompt, ""))
         return sampling.draw(drawing, vae, positive, negative, noise, trials[0].seed)
 
     return draw
@@ -238,7 +238,7 @@ def _judge(clip_vision: Any, judge_clip: Any, clip: Any, example: Image.Image) -
         )
     words = _words(reader)
     judge = Judge("CLIP vision and its text half", image_features, text_features, words[-1])
-    return judge.judging(_words(clip))
+    return judge.compared_with(_words(clip))
 
 
 def projection_width(clip: Any) -> int:

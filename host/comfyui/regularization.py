@@ -22,7 +22,7 @@ from ...trainer.regularization.collection import parts_of
 from ...trainer.regularization.drawn import generated_set
 from ...trainer.regularization.retrieved import retrieve
 from ..open_clip.text import OpenClipText, check_clip_model
-from .drawing import Sampling, drawing_models, encoded
+from .drawing import Sampling, conditioning, drawing_models
 from .models.weights import cross_attention_unet
 from .paths import NO_FOLDER, cache_folder, clip_weights_path, input_folder, regularization_folder
 
@@ -59,7 +59,7 @@ def draw_regularization(
         "scheduler": scheduler,
         "resolution": resolution,
     }
-    positive, negative = (encoded(clip, text) for text in (caption, ""))
+    positive, negative = (conditioning(clip, text) for text in (caption, ""))
     sampling = Sampling(steps, cfg, sampler_name, scheduler, resolution)
 
     def draw(numbers: Sequence[int]) -> Tensor:

@@ -89,9 +89,9 @@ def test_open_clip_sees_and_reads_as_there(tmp_path: Path) -> None:
 def test_the_encoder_that_a_concept_was_trained_with_is_known_again(tmp_path: Path) -> None:
     judge = read_judge_of_clip(tmp_path)
     assert judge.word is not None
-    own = judge.judging([torch.zeros(1, 8), judge.word.half()[None]])
+    own = judge.compared_with([torch.zeros(1, 8), judge.word.half()[None]])
     assert "with the text encoder of the model that it judges" in own.remarks[0]
-    assert judge.judging([torch.randn(1, 32), torch.zeros(1, 0)]).remarks == ()
+    assert judge.compared_with([torch.randn(1, 32), torch.zeros(1, 0)]).remarks == ()
 
 
 def read_judge_of_clip(folder: Path) -> Any:
