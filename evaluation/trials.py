@@ -7,6 +7,7 @@ that was interrupted goes on, and more prompts, seeds or strengths draw only wha
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -36,7 +37,8 @@ class Trial:
 
     def path(self, folder: Path) -> Path:
         mark = hashlib.blake2b(self.prompt.encode(), digest_size=6).hexdigest()
-        return folder / f"strength-{self.strength:g}" / f"{mark}-{self.seed}.png"
+        strength = str(float(self.strength)).removesuffix(".0")
+        return folder / f"strength-{strength}" / f"{mark}-{self.seed}.png"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Plan:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ConfigError(f"Of {name} {list(values)} were given. Give some, each once.")
+        if not all(map(math.isfinite, self.strengths)):
+            raise ConfigError(f"Strengths {list(self.strengths)} were given. Give finite numbers.")
         if BASE in self.strengths:
             raise ConfigError(
                 f"Strengths {list(self.strengths)} were given. Leave out 0: it is the base model, "

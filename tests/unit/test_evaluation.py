@@ -129,6 +129,7 @@ def test_prompts_are_read_a_line_each() -> None:
     [
         ({"strengths": (0.0, 1.0)}, "Leave out 0"),
         ({"strengths": ()}, "Of strengths"),
+        ({"strengths": (math.nan,)}, "Give finite numbers"),
         ({"seeds": (1, 1)}, "each once"),
     ],
 )
