@@ -24,7 +24,7 @@ PYPROJECT = ROOT / "pyproject.toml"
 CONSTRAINTS = ROOT / "tests" / "constraints.txt"
 STRICTLY_TYPED = [
     *("concept", "diffusion", "pictures", "merge", "compression", "inspection", "formats"),
-    *("attention", "composition", "trainer", "host", "nodes", "miniature", "cli"),
+    *("attention", "composition", "evaluation", "trainer", "host", "nodes", "miniature", "cli"),
 ]
 TWO_AT_A_TIME = ["-n2", "--dist=loadfile", "--no-loadscope-reorder"]
 LOWEST_PYTHON = "3.10"

@@ -15,6 +15,8 @@ from ..concept.errors import CustomDiffusionError
 from . import (
     compression,
     demo,
+    distance,
+    evaluation,
     exchange,
     inspection,
     jobs,
@@ -59,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
     commands = parser.add_subparsers(required=True)
-    concepts = (merging, compression, inspection, exchange)
-    for part in (demo, training, jobs, *concepts, sampling, regularization):
+    concepts = (merging, distance, compression, inspection, exchange)
+    for part in (demo, training, jobs, *concepts, sampling, evaluation, regularization):
         part.add_to(commands)
     return parser

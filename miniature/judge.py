@@ -21,6 +21,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..evaluation import distances
 from .recognizer import Seen
 from .world import BACKGROUNDS, COLORS, MARKS, PATTERNS, PLACES, RELATIONS, SHAPES, Color, Look
 
@@ -129,22 +130,9 @@ def bleeds(seen: Seen, looks: Sequence[Look]) -> Tensor:
 
 
 def kernel_distance(features: Tensor, reference: Tensor) -> float:
-    """KID: the squared maximum mean discrepancy, unbiased, with the kernel (xᵀy / d + 1)³.
-
-    Binkowski et al. 2018; `features` are (n, d), standardised by the reference's deviation.
-    """
+    """KID of features (n, d) that are standardised by the reference's deviation."""
     center, scale = reference.mean(0), reference.std(0) + 1e-6
-    x, y = (((f - center) / scale).double() for f in (features, reference))
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    def off_diagonal_mean(k: Tensor) -> Tensor:
-        n = len(k)
-        return (k.sum() - k.trace()) / (n * (n - 1))
-
-    within = off_diagonal_mean(kernel(x, x)) + off_diagonal_mean(kernel(y, y))
-    return float(within - 2 * kernel(x, y).mean())
+    return distances.kernel_distance((features - center) / scale, (reference - center) / scale)
 
 
 def block_kernel_distance(features: Tensor, reference: Tensor) -> float:

@@ -11,6 +11,7 @@ from . import (
     composition,
     compression,
     concept,
+    evaluation,
     files,
     inspection,
     jobs,
@@ -26,7 +27,16 @@ class CustomDiffusionExtension(ComfyExtension):
         register_model_folder()
         add_routes()
         # A link that is dropped is offered what takes it in this order: first Apply Concept, Train.
-        concepts = (applying, composition, merging, files, compression, inspection, attention)
+        concepts = (
+            applying,
+            composition,
+            merging,
+            files,
+            compression,
+            inspection,
+            attention,
+            evaluation,
+        )
         modules = (*concepts, training, concept, jobs, regularization)
         nodes = [node for module in modules for node in module.NODES]
         watch_prompts({node.define_schema().node_id for node in nodes})

@@ -9,8 +9,10 @@ from ..host.comfyui.inputs import (
     BUILT_IN_CAPTIONS,
     caption_files,
     captions_fingerprint,
+    distances_in_comfyui,
     merge_in_comfyui,
 )
+from ..merge.distance import distance_table
 from ..merge.merging import DEFAULT_RELATIVE_RIDGE
 from ..merge.report import MergeReport
 from .types import CATEGORY, Concept, chosen_concepts, concepts_input, told, without_leftovers
@@ -89,4 +91,33 @@ def _told(concepts: Sequence[Any], report: MergeReport) -> dict[str, Any]:
     return told(*report.summary(), warnings=report.warnings(), table=table)
 
 
-NODES = [ConceptMerge]
+class ConceptDistance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptDistance",
+            display_name="Concept Distance",
+            category=CATEGORY,
+            description="Says how close two concepts are before you merge them: what they share, a "
+            "merge cannot tell apart.",
+            search_aliases=["compare concepts", "similar concepts", "before merge"],
+            is_output_node=True,
+            inputs=[
+                io.Clip.Input(
+                    "clip",
+                    tooltip="The CLIP of the base checkpoint, straight from its loader.",
+                ),
+                Concept.Input("concept", tooltip="One of the two. It is not changed."),
+                Concept.Input("other", tooltip="The concept to compare it with."),
+            ],
+            outputs=[io.Float.Output(display_name="overlap")],
+        )
+
+    @classmethod
+    def execute(cls, clip: Any, concept: Any, other: Any) -> io.NodeOutput:
+        pairs = distances_in_comfyui(clip, [concept, other])
+        names = [concept.describe(), other.describe()]
+        return io.NodeOutput(pairs[0].overlap, ui=told(table=distance_table(pairs, names)))
+
+
+NODES = [ConceptMerge, ConceptDistance]

@@ -17,6 +17,7 @@ from ...concept.concept import Concept
 from ...concept.errors import CustomDiffusionError, DataError
 from ...concept.prompts import KINDS
 from ...merge.captions import read_captions
+from ...merge.distance import PairDistance, concept_distances
 from ...merge.merging import merge_concepts
 from ...merge.projection import project_on_own_words
 from ...merge.report import MergeReport
@@ -134,6 +135,17 @@ def merge_in_comfyui(
         strengths=strengths,
         captions=None if captions == BUILT_IN_CAPTIONS else read_captions(input_folder(captions)),
         relative_ridge=relative_ridge,
+        cache_folder=cache_folder(),
+        on_progress=lambda fraction: progress.update_absolute(int(100 * fraction), 100),
+    )
+
+
+def distances_in_comfyui(clip: Any, concepts: Sequence[Concept]) -> list[PairDistance]:
+    """`concept_distances` with a CLIP's text encoder and the user's cache folder."""
+    progress = comfy.utils.ProgressBar(100)
+    return concept_distances(
+        concepts,
+        text_encoder(clip),
         cache_folder=cache_folder(),
         on_progress=lambda fraction: progress.update_absolute(int(100 * fraction), 100),
     )

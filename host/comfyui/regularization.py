@@ -9,27 +9,24 @@ from typing import Any
 
 import comfy.model_management
 import comfy.sample
-import comfy.samplers
 import comfy.utils
-import torch
 from torch import Tensor
 
 from ...concept.errors import DataError, IncompatibleModelError
 from ...concept.naming import safe_file_name
 from ...concept.prompts import DEFAULT_TEMPLATE
-from ...diffusion.latents import LATENT_PIXELS
+from ...pictures.kept import settings_hash
 from ...trainer.data.captioned import CaptionedImage
 from ...trainer.regularization.caption_index import CaptionIndex
 from ...trainer.regularization.collection import parts_of
-from ...trainer.regularization.drawn import generated_set, settings_hash
+from ...trainer.regularization.drawn import generated_set
 from ...trainer.regularization.retrieved import retrieve
 from ..open_clip.text import OpenClipText, check_clip_model
-from .models.weights import cross_attention_unet, patched_fingerprint
+from .drawing import Sampling, conditioning, drawing_models
+from .models.weights import cross_attention_unet
 from .paths import NO_FOLDER, cache_folder, clip_weights_path, input_folder, regularization_folder
 
 log = logging.getLogger("custom_diffusion")
-SAMPLERS: list[str] = comfy.samplers.KSampler.SAMPLERS
-SCHEDULERS: list[str] = comfy.samplers.KSampler.SCHEDULERS
 
 
 def draw_regularization(
@@ -54,9 +51,7 @@ def draw_regularization(
     cross_attention_unet(model)
     caption = DEFAULT_TEMPLATE.format(class_noun)
     settings = {
-        "model": patched_fingerprint(model),
-        "clip": f"{patched_fingerprint(clip.patcher)}, layer {clip.layer_idx}",
-        "vae": patched_fingerprint(vae.patcher),
+        **drawing_models(model, clip, vae),
         "seed": seed,
         "steps": steps,
         "cfg": cfg,
@@ -64,26 +59,12 @@ def draw_regularization(
         "scheduler": scheduler,
         "resolution": resolution,
     }
-    positive, negative = (
-        clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (caption, "")
-    )
-    edge = resolution // LATENT_PIXELS
+    positive, negative = (conditioning(clip, text) for text in (caption, ""))
+    sampling = Sampling(steps, cfg, sampler_name, scheduler, resolution)
 
     def draw(numbers: Sequence[int]) -> Tensor:
-        empty = torch.zeros(len(numbers), 4, edge, edge)
-        latents = comfy.sample.sample(
-            model,
-            comfy.sample.prepare_noise(empty, seed, list(numbers)),
-            steps,
-            cfg,
-            sampler_name,
-            scheduler,
-            positive,
-            negative,
-            empty,
-            seed=seed,
-        )
-        return vae.decode(latents)  # type: ignore[no-any-return]
+        noise = comfy.sample.prepare_noise(sampling.empty(len(numbers)), seed, list(numbers))
+        return sampling.draw(model, vae, positive, negative, noise, seed)
 
     progress = comfy.utils.ProgressBar(count)
     return generated_set(

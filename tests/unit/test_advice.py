@@ -11,7 +11,7 @@ from custom_diffusion.concept.errors import DataError
 from custom_diffusion.trainer.data.advice import advice
 from custom_diffusion.trainer.data.captioned import CaptionedImage
 from custom_diffusion.trainer.data.training_concept import TrainingConcept
-from PIL import Image
+from PIL import Image, ImageFilter
 
 OWN = "a <new1> cat on a sofa"
 
@@ -20,6 +20,18 @@ def scene(seed: int, edge: int = 300) -> Image.Image:
     """Large shapes, as in photographs: scaling does not change which side is the lighter."""
     shades = np.random.default_rng(seed).integers(0, 256, (9, 9), dtype=np.uint8)
     return Image.fromarray(shades).resize((edge, edge), Image.Resampling.BICUBIC)
+
+
+def textured(seed: int) -> Image.Image:
+    """The same with fur: detail in each pixel."""
+    fur = np.random.default_rng(seed).normal(0, 25, (600, 600))
+    shades = np.asarray(scene(seed, 600), np.float32) + fur
+    return Image.fromarray(shades.clip(0, 255).astype(np.uint8))
+
+
+def next_shot(picture: Image.Image) -> Image.Image:
+    """The camera a little further to the right."""
+    return picture.crop((4, 0, picture.width, picture.height - 4))
 
 
 def cats(*pictures: Image.Image, caption: str = OWN) -> TrainingConcept:
@@ -78,6 +90,14 @@ def test_repeats_make_no_more_pictures_of_few() -> None:
         (
             cats(*(scene(s) for s in range(4)), scene(2).resize((450, 450))),
             "picture 5 looks the same as picture 3",
+        ),
+        (
+            cats(*(scene(s) for s in range(4)), next_shot(scene(2))),
+            "picture 5 looks nearly the same as picture 3",
+        ),
+        (
+            cats(*(textured(s) for s in range(4)), textured(4).filter(ImageFilter.GaussianBlur(6))),
+            "Blurred next to the others, and blur is learnt: picture 5.",
         ),
         (replace(GOOD, token="", regularization=()), "no regularization pictures"),
         (

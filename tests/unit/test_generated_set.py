@@ -8,12 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from custom_diffusion.concept.errors import ConceptFileError, ConfigError, DataError
+from custom_diffusion.pictures.kept import SETTINGS_FILE, settings_hash
 from custom_diffusion.trainer.data.folders import load_folder
-from custom_diffusion.trainer.regularization.drawn import (
-    SETTINGS_FILE,
-    generated_set,
-    settings_hash,
-)
+from custom_diffusion.trainer.regularization.drawn import generated_set
 from PIL import Image
 from torch import Tensor
 

@@ -88,16 +88,8 @@ def test_nothing_is_shipped_that_only_the_repository_needs() -> None:
     names = shipped_files()
     folders = {name.split("/")[0] for name in names if "/" in name}
     assert folders == {
-        *(
-            "attention",
-            "cli",
-            "composition",
-            "compression",
-            "concept",
-            "diffusion",
-            "example_workflows",
-        ),
-        *("formats", "host"),
+        *("attention", "cli", "composition", "compression", "concept", "diffusion"),
+        *("evaluation", "example_workflows", "formats", "host"),
         *("inspection", "locales", "pictures"),
         *("merge", "nodes", "trainer", "web"),
     }

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
+from ...pictures.looks import SAME_BITS, bits_apart, difference_hash, sharpness
 from .captioned import Picture, open_each
 from .folders import some
 from .training_concept import TrainingConcept
@@ -16,7 +15,10 @@ from .training_concept import TrainingConcept
 FEWEST, MOST = 4, 20
 """Pictures that the paper calls enough"""
 SMALL_PIXELS = 256
-_HASH_EDGE = 8
+BLURRED = 0.05
+"""Share of the middle sharpness below which a picture is called blurred: backgrounds alone make
+pictures of one thing differ several times
+"""
 _MOST_TOKENS = 75
 """That CLIP reads, besides the start and the end"""
 _PIECES = re.compile(r"[^\W\d_]+|\d|[^\w\s]+|_+")
@@ -40,18 +42,24 @@ def advice(
     ]
     small: list[str] = []
     alike: list[str] = []
-    looks: dict[bytes, str] = {}
+    looks: dict[int, str] = {}
+    sharp: dict[str, float] = {}
     for place, opened in open_each(concept.images):
         on_picture(place, opened)
         name, picture = names[place], opened.image
         if min(picture.size) < SMALL_PIXELS:
             small.append(f"{name} ({picture.width} x {picture.height} pixels)")
-        look = _difference_hash(picture)
-        if look in looks:
-            alike.append(f"{name} looks the same as {looks[look]}: it counts twice.")
+        sharp[name] = sharpness(picture)
+        look = difference_hash(picture)
+        near = min(looks, key=lambda other: bits_apart(look, other), default=None)
+        if near is not None and bits_apart(look, near) <= SAME_BITS:
+            nearly = "" if near == look else "nearly "
+            alike.append(f"{name} looks {nearly}the same as {looks[near]}: it counts twice.")
         looks.setdefault(look, name)
     if small:
         yield f"Small, so it is enlarged, and its blur is learnt: {some(small)}."
+    if blurred := _blurred(sharp):
+        yield f"Blurred next to the others, and blur is learnt: {some(blurred)}."
     yield from alike
     plain = [
         name
@@ -86,8 +94,9 @@ def _caption_advice(names: list[str], concept: TrainingConcept) -> Iterator[str]
         yield f"Captions have no weights or choices; this is learnt as it stands: {some(prompts)}."
 
 
-def _difference_hash(picture: Image.Image) -> bytes:
-    """Which of neighbouring shades is the lighter, in a small copy: survives scaling and JPEG."""
-    small = picture.convert("L").resize((_HASH_EDGE + 1, _HASH_EDGE), Image.Resampling.BOX)
-    shades = np.asarray(small, np.int16)
-    return np.packbits(shades[:, 1:] > shades[:, :-1]).tobytes()
+def _blurred(sharp: Mapping[str, float]) -> list[str]:
+    """Names of pictures that are much less sharp than the middle one; of two nobody knows which."""
+    if len(sharp) < FEWEST - 1:
+        return []
+    least = BLURRED * statistics.median(sharp.values())
+    return [name for name, value in sharp.items() if value < least]

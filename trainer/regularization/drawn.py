@@ -6,21 +6,17 @@ with real pictures.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ...concept.atomic import write_atomically, write_text_atomically
-from ...concept.errors import ConfigError, DataError
-from ...pictures.tensors import to_picture
+from ...concept.atomic import write_text_atomically
+from ...concept.errors import ConfigError
+from ...pictures.kept import claim_folder, save_picture
 from ..data.captioned import CaptionedImage
 
-SETTINGS_FILE = "settings.json"
 Draw = Callable[[Sequence[int]], Tensor]
 """Numbers of pictures → those pictures (b, h, w, 3) in 0..1. A number always means one picture."""
 
@@ -51,31 +47,6 @@ def generated_set(
         numbers = missing[start : start + batch_size]
         for number, image_hwc in zip(numbers, draw(numbers), strict=True):
             write_text_atomically(paths[number].with_suffix(".txt"), caption)
-            picture = to_picture(image_hwc)
-            write_atomically(paths[number], partial(picture.save, format="PNG"))
+            save_picture(paths[number], image_hwc)
         on_progress(count - len(missing) + start + len(numbers), count)
     return tuple(CaptionedImage(path, caption) for path in paths)
-
-
-def settings_hash(settings: Mapping[str, Any]) -> str:
-    """A short name for the pictures that these settings give."""
-    text = json.dumps(settings, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-
-
-def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Makes a folder one for pictures of these settings, or checks that it is."""
-    note = folder / SETTINGS_FILE
-    wanted = json.dumps(settings, sort_keys=True, indent=1)
-    if note.is_file():
-        if note.stat().st_size != len(wanted) or note.read_bytes() != wanted.encode():
-            raise DataError(
-                f"{folder} holds pictures that were made with other settings ({note.name} there "
-                f"has them). Choose another folder, or use the same settings to resume."
-            )
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise DataError(
-            f"{folder} holds files that were not made here. Choose a new or an empty folder."
-        )
-    else:
-        write_text_atomically(note, wanted)

@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 
 from ...concept.atomic import write_bytes_atomically, write_text_atomically
 from ...concept.errors import DataError
+from ...pictures.kept import claim_folder, settings_hash
 from ...pictures.opening import PictureError, decode_picture
 from ..data.captioned import CaptionedImage
 from .caption_index import CaptionIndex, CaptionMatch, Embed
-from .drawn import claim_folder, settings_hash
 
 COUNT, LEAST_SIMILARITY = 200, 0.85
 _SPARE = 2  # times as many as wanted are looked at: crawled collections hold broken files

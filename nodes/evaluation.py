@@ -1,0 +1,167 @@
+"""How good a concept is."""
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..evaluation.prompts import PROMPTS
+from ..host.comfyui.drawing import SAMPLERS, SCHEDULERS, Sampling
+from ..host.comfyui.evaluation import evaluate
+from ..host.comfyui.inputs import folder_fingerprint
+from ..host.comfyui.paths import NO_FOLDER, input_folders
+from .types import CATEGORY, Concept, told
+
+
+class EvaluateConcept(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EvaluateConcept",
+            display_name="Evaluate Concept",
+            category=CATEGORY,
+            description="Draws prompts with a concept and without, and measures how well the "
+            "pictures follow the prompts and look like yours. Interrupting keeps what is drawn.",
+            search_aliases=["score concept", "compare strengths", "clip score", "test concept"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The checkpoint, straight from its loader."),
+                io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
+                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+                Concept.Input("concept", tooltip="The concept to evaluate. It is not changed."),
+                io.Combo.Input(
+                    "reference_folder",
+                    options=input_folders(),
+                    default=NO_FOLDER,
+                    tooltip="A folder in ComfyUI's input folder with pictures of the concept to "
+                    "compare with. Best are some that it was not trained on.",
+                ),
+                io.Combo.Input(
+                    "class_folder",
+                    options=input_folders(),
+                    default=NO_FOLDER,
+                    advanced=True,
+                    tooltip="A folder of real pictures of the class, other cats for one, 50 or "
+                    "more. With it you see how far the bare class has moved (KID).",
+                ),
+                io.String.Input(
+                    "prompts",
+                    default="\n".join(PROMPTS),
+                    multiline=True,
+                    tooltip="One prompt per line. Write {} where the concept belongs. Leave it "
+                    "empty for twenty prompts of our own.",
+                ),
+                io.String.Input(
+                    "strengths",
+                    default="1.0",
+                    tooltip="The strengths to compare, such as 0.6, 0.8, 1. The base model is "
+                    "always drawn too.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1_000_001,
+                    control_after_generate=False,
+                    tooltip="The first seed. Every strength draws from the same noise.",
+                ),
+                io.Int.Input(
+                    "pictures_per_prompt",
+                    default=2,
+                    min=1,
+                    max=1000,
+                    tooltip="Pictures of each prompt at each strength. The paper draws 50; raise "
+                    "it later, and only the new ones are drawn.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=25,
+                    min=1,
+                    max=1000,
+                    tooltip="Sampling steps per picture, as on KSampler. Lower it to draw faster.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=6.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="How closely the pictures follow the prompt, as on KSampler.",
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=SAMPLERS,
+                    tooltip="The sampler, as on KSampler. Use the one you draw with.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=SCHEDULERS,
+                    tooltip="The noise schedule, as on KSampler. Use the one you draw with.",
+                ),
+                io.Int.Input(
+                    "resolution",
+                    default=512,
+                    min=64,
+                    max=2048,
+                    step=8,
+                    tooltip="Width and height in pixels. Use the one you draw with.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=4,
+                    min=1,
+                    max=256,
+                    advanced=True,
+                    tooltip="How many pictures are drawn at once. Lower it if memory runs out.",
+                ),
+                io.Image.Input(
+                    "references",
+                    optional=True,
+                    tooltip="Pictures of the concept to compare with, instead of a folder.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="What compares pictures, from Load CLIP Vision: a CLIP or DINOv2. "
+                    "Without it you get the sheet alone.",
+                ),
+                io.Clip.Input(
+                    "judge_clip",
+                    optional=True,
+                    advanced=True,
+                    tooltip="The text half of the same CLIP as clip_vision, from Load CLIP "
+                    "(clip_l.safetensors for ViT-L/14), to measure how prompts are followed.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="report"),
+                io.Image.Output(display_name="plot"),
+                io.Image.Output(display_name="sheet"),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, reference_folder: Any, class_folder: Any, **inputs: object) -> str:
+        return folder_fingerprint(reference_folder, class_folder)
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        concept: Any,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        resolution: int,
+        references: Any = None,
+        **settings: Any,
+    ) -> io.NodeOutput:
+        sampling = Sampling(steps, cfg, sampler_name, scheduler, resolution)
+        found = evaluate(model, clip, vae, concept, sampling, references=references, **settings)
+        shown = told(*found.lines, warnings=found.warnings, table=found.table)
+        return io.NodeOutput(shown["text"][0], found.plot, found.sheet, ui=shown)
+
+
+NODES = [EvaluateConcept]
