@@ -68,7 +68,9 @@ every_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: pat
 
 
 @pytest.fixture(scope="module")
-def bench(comfyui_path: Path, checkpoints: Path, base: Path) -> Iterator[ComfyServer]:
+def bench(
+    comfyui_path: Path, checkpoints: Path, base: Path, built_in_captions: None
+) -> Iterator[ComfyServer]:
     for seed, folder in enumerate(FOLDERS.values()):
         draw_pictures(base / "input" / folder, count=2, seed=seed)
     server = ComfyServer(comfyui_path, base, checkpoints=[checkpoints / "sd15.safetensors"])
