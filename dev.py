@@ -3,7 +3,6 @@
 `python3 dev.py test --fast` checks what two minutes can: linters, types, and the tests that need no
 ComfyUI and take no training. `python3 dev.py test --lowest` runs the unit tests in `.venv-lowest`,
 on the lowest versions that pyproject.toml allows, of Python too where it is found.
-`python3 dev.py install` and `python3 dev.py install --lowest` only make the environment of either.
 
 Needs nothing but Python 3.10 or newer. When a ComfyUI is found (COMFYUI_PATH, an enclosing one, or
 ~/comfy/ComfyUI) its requirements are installed too and the tests run against it.
@@ -36,12 +35,6 @@ def main() -> int:
     if command == "demo":
         install(VENV, sys.executable, "headless", CONSTRAINTS)
         return run(VENV / BIN / "custom-diffusion", "demo", *sys.argv[2:])
-    if command == "install" and sys.argv[2:] == ["--lowest"]:
-        install_lowest()
-        return 0
-    if command == "install" and not sys.argv[2:]:
-        install(VENV, sys.executable, "test", CONSTRAINTS, find_comfyui())
-        return 0
     if command == "test" and sys.argv[2:3] == ["--lowest"]:
         return test_lowest(sys.argv[3:])
     if command == "test" and sys.argv[2:3] == ["--fast"]:
@@ -76,15 +69,6 @@ def install(
 
 def test_lowest(arguments: list[str]) -> int:
     """The unit tests, but for those marked as saying nothing about versions."""
-    install_lowest()
-    chosen = ["-m", "not any_version", ROOT / "tests" / "unit"]
-    interpreter = VENV_LOWEST / BIN / "python"
-    return run(
-        interpreter, "-m", "pytest", *TWO_AT_A_TIME, *chosen, *arguments, OMP_NUM_THREADS="1"
-    )
-
-
-def install_lowest() -> None:
     python = lowest_python()
     print(f"Lowest versions, on Python {version_of(python)}")
     if version_of(python).rpartition(".")[0] != LOWEST_PYTHON:
@@ -95,6 +79,11 @@ def install_lowest() -> None:
     constraints.write_text("\n".join(pins) + "\n")
     print("\n".join(pins), flush=True)
     install(VENV_LOWEST, python, "unit", constraints)
+    chosen = ["-m", "not any_version", ROOT / "tests" / "unit"]
+    interpreter = VENV_LOWEST / BIN / "python"
+    return run(
+        interpreter, "-m", "pytest", *TWO_AT_A_TIME, *chosen, *arguments, OMP_NUM_THREADS="1"
+    )
 
 
 def lowest_versions(pyproject: str) -> list[str]:
