@@ -30,6 +30,8 @@ STEPS_IN_A_ROW = 3
 QUEUED = 10
 ENDED = ("finished", "stopped", "failed")
 _POLL_S = 0.01
+SETTINGS = {"batch_size": 2, "flip": True}
+"""Of every training"""
 
 
 class Bench:
@@ -50,7 +52,7 @@ class Bench:
     def begin(self, steps: int = 100_000, wait: bool = False, **settings: Any) -> None:
         """Starts a job, and leaves when it has made three steps; or waits for its end."""
         self._trained += 1
-        settings = {"seed": self._trained, "steps": steps, **settings}
+        settings = {**SETTINGS, "seed": self._trained, "steps": steps, **settings}
         self._server.run(teach("cat", "cat", "cat", "<new1>", wait=wait, **settings))
         if not wait:
             self._until(lambda job: job["step"] >= 3)
@@ -58,7 +60,7 @@ class Bench:
     def queue(self) -> None:
         """Adds a job that waits for its turn."""
         self._trained += 1
-        settings = {"seed": self._trained, "steps": 100_000}
+        settings = {**SETTINGS, "seed": self._trained, "steps": 100_000}
         self._server.run(teach("cat", "cat", "cat", "<new1>", wait=False, **settings))
 
     def drop_all(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import hashlib
+import os
 import shutil
 import sys
 import tempfile
@@ -102,6 +103,19 @@ def base(
     yield folder
     if request.session.testsfailed == failed:
         shutil.rmtree(folder, ignore_errors=True)  # a process that was killed may write still
+
+
+@pytest.fixture(scope="module")
+def built_in_captions(base: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the server of a file computes of the built-in captions serves the other files too: a
+    thousand captions through CLIP take forty seconds of a core.
+    """
+    run = tmp_path_factory.getbasetemp()
+    shared = (run.parent if "PYTEST_XDIST_WORKER" in os.environ else run) / "caption factors"
+    shared.mkdir(exist_ok=True)
+    cache = base / "user" / "custom_diffusion" / "cache"
+    cache.parent.mkdir(parents=True)
+    cache.symlink_to(shared, target_is_directory=True)
 
 
 @pytest.fixture(scope="session")

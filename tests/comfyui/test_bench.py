@@ -16,10 +16,18 @@ Graph = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def stock_server(comfyui_path: Path, base: Path) -> Iterator[ComfyServer]:
+def server_of_this_file(comfyui_path: Path, base: Path) -> Iterator[ComfyServer]:
     # Without a cache, the same prompt queued twice is computed twice.
     with ComfyServer(comfyui_path, base, pack=None, arguments=["--cache-none"]) as running:
         yield running
+
+
+@pytest.fixture
+def stock_server(server_of_this_file: ComfyServer) -> ComfyServer:
+    """Running, also when the test before has stopped it."""
+    if server_of_this_file.process is None:
+        server_of_this_file.start()
+    return server_of_this_file
 
 
 def text_to_image(checkpoint: str, *, text: str = "a cat", steps: int = 2, side: int = 64) -> Graph:
@@ -143,11 +151,9 @@ def test_unknown_route_is_an_http_error(stock_server: ComfyServer) -> None:
     assert caught.value.status == 404
 
 
-def test_stop_ends_the_server_cleanly(comfyui_path: Path, tmp_path: Path) -> None:
-    server = ComfyServer(comfyui_path, tmp_path, pack=None)
-    server.start()
-    assert server.stop() == 0
-    assert server.stop() is None
+def test_stop_ends_the_server_cleanly(stock_server: ComfyServer) -> None:
+    assert stock_server.stop() == 0
+    assert stock_server.stop() is None
 
 
 def test_failed_start_shows_the_log(comfyui_path: Path, tmp_path: Path) -> None:

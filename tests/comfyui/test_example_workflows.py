@@ -31,7 +31,7 @@ OTHER, OTHER_WORDS = "delta.bin", "<new1> cat"
 """Of another tool, which does not say the noun"""
 # What makes a run small enough for a test; everything else stays as shipped.
 SMALL = {
-    "CustomDiffusionTrain": {"method.steps": 2, "batch_size": 2, "resolution": 64},
+    "CustomDiffusionTrain": {"method.steps": 2, "batch_size": 1, "resolution": 64},
     "CustomDiffusionViews": {"resolution": 64},
     "EmptyLatentImage": {"width": 64, "height": 64},
     "KSampler": {"steps": 2},
@@ -68,9 +68,11 @@ every_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: pat
 
 
 @pytest.fixture(scope="module")
-def bench(comfyui_path: Path, checkpoints: Path, base: Path) -> Iterator[ComfyServer]:
+def bench(
+    comfyui_path: Path, checkpoints: Path, base: Path, built_in_captions: None
+) -> Iterator[ComfyServer]:
     for seed, folder in enumerate(FOLDERS.values()):
-        draw_pictures(base / "input" / folder, count=2, seed=seed)
+        draw_pictures(base / "input" / folder, count=1, seed=seed)
     server = ComfyServer(comfyui_path, base, checkpoints=[checkpoints / "sd15.safetensors"])
     layer = "input_blocks.1.1.transformer_blocks.0.attn2.to_k"
     folder = server.models / "custom_diffusion"

@@ -52,10 +52,11 @@ def main_job(bench: ComfyServer, base_picture: np.ndarray) -> dict[str, Any]:
             "cat",
             "<new1>",
             "regularization",
-            preview_every_steps=2,
+            steps=3,
             augment=True,
+            flip=True,
         ),
-        **teach("my-dog", "dog", "dog", "<new2>", "regularization", batch_size=4),
+        **teach("my-dog", "dog", "dog", "<new2>", "regularization", batch_size=4, steps=1),
         "merged": merge(["my-cat", 0], ["my-dog", 0], strengths=(1.0, 0.8)),
         "saved": node(
             "SaveConcept", concept=["merged", 0], name="cat and dog", precision="half (fp16)"
@@ -206,7 +207,7 @@ def test_interrupting_saves_what_was_learnt(bench: ComfyServer) -> None:
 def test_background_training_leaves_the_queue_usable(
     bench: ComfyServer, base_picture: np.ndarray
 ) -> None:
-    graph = teach("background", "cat", "cat", "<new1>", steps=16, wait=False)
+    graph = teach("background", "cat", "cat", "<new1>", steps=8, wait=False)
     graph["shown"] = node("PreviewAny", source=["background", 2])
     graph["never"] = node(
         "SaveConcept", concept=["background", 0], name="never", precision="half (fp16)"
@@ -218,12 +219,12 @@ def test_background_training_leaves_the_queue_usable(
     steps_when_drawn = len(losses(folder))
     saved = concepts(bench) / "background.safetensors"
     wait_until(saved.exists, "the background training")
-    assert steps_when_drawn < 16 == len(losses(folder))
+    assert steps_when_drawn < 8 == len(losses(folder))
     assert not (concepts(bench) / "never.safetensors").exists()
 
 
 def test_progress_and_previews_reach_the_browser(bench: ComfyServer) -> None:
-    graph = teach("watched", "cat", "cat", "<new1>", steps=4, preview_every_steps=2)
+    graph = teach("watched", "cat", "cat", "<new1>", steps=4, preview_every_steps=4)
     messages = watch(
         bench, lambda client: bench.post("/prompt", {"prompt": graph, "client_id": client})
     )

@@ -18,7 +18,10 @@ NAME = "mine"
 
 @pytest.fixture(scope="module")
 def bench(
-    comfyui_path: Path, checkpoint_file: Callable[[str], Path], base: Path
+    comfyui_path: Path,
+    checkpoint_file: Callable[[str], Path],
+    base: Path,
+    built_in_captions: None,
 ) -> Iterator[ComfyServer]:
     """A server that has taught a concept, which was given regularization pictures for nothing."""
     draw_pictures(base / "input" / "cat")

@@ -65,13 +65,7 @@ def page(bench: ComfyServer) -> Iterator[Any]:
 
 
 def train(name: str = "my cat", **settings: Any) -> dict[str, Any]:
-    settings = {
-        "steps": 10_000,
-        "wait": False,
-        "checkpoint_every_steps": 2,
-        "preview_every_steps": 4,
-        **settings,
-    }
+    settings = {"steps": 10_000, "wait": False, "checkpoint_every_steps": 2, **settings}
     return teach(name, "cat", "cat", "<new1>", **settings)
 
 
@@ -80,7 +74,7 @@ def test_a_training_is_watched_and_steered_to_its_end(bench: ComfyServer, page: 
     assert "No training yet" in panel.inner_text()
     screenshot(page, "panel-empty")
 
-    bench.run(train())
+    bench.run(train(preview_every_steps=4))
     running = card(page, "running")
     assert page.locator(f".{TAB}-tab-button, [data-testid={TAB}-tab-button]").inner_text() == "1"
     bar = running.get_by_role("progressbar", name="progress of my cat")
@@ -121,7 +115,7 @@ def test_a_training_is_watched_and_steered_to_its_end(bench: ComfyServer, page: 
 
 
 def test_the_bar_fills_as_far_as_the_training_is(bench: ComfyServer, page: Any) -> None:
-    bench.run(train(steps=200, preview_every_steps=0))
+    bench.run(train(steps=200))
     open_panel(page)
     card(page, "running")
     bar = page.locator(".cd-job").get_by_role("progressbar")
@@ -183,7 +177,7 @@ def test_the_state_follows_a_click_at_once_and_a_second_one_is_harmless(
 
 
 def test_a_word_that_moved_far_is_said_in_plain_words(bench: ComfyServer, page: Any) -> None:
-    bench.run(train(steps=20, learning_rate=0.02, preview_every_steps=0))
+    bench.run(train(steps=20, learning_rate=0.02))
     open_panel(page)
     finished = card(page, "finished")
     warning = finished.locator(".cd-warning")
@@ -241,7 +235,7 @@ def test_the_panel_survives_a_reload_and_a_restart_of_the_server(
 
 def test_it_looks_native(bench: ComfyServer, page: Any) -> None:
     """Looked at; what can be computed is whether text can be told from its background."""
-    bench.run(train())
+    bench.run(train(preview_every_steps=4))
     open_panel(page)
     running = card(page, "running")
     until(page, lambda: running.locator(".cd-sample").count() > 0)
@@ -273,7 +267,7 @@ def test_two_tabs_agree(bench: ComfyServer, page: Any) -> None:
 def test_it_can_be_used_with_the_keyboard_at_any_width_and_by_a_screen_reader(
     bench: ComfyServer, page: Any
 ) -> None:
-    bench.run(train())
+    bench.run(train(preview_every_steps=4))
     page.locator("#graph-canvas").focus()
     page.keyboard.press("t")
     running = card(page, "running")
@@ -299,7 +293,7 @@ def test_it_can_be_used_with_the_keyboard_at_any_width_and_by_a_screen_reader(
 
 
 def test_a_part_of_the_chart_is_enlarged(bench: ComfyServer, page: Any) -> None:
-    bench.run(train(steps=8, preview_every_steps=0))
+    bench.run(train(steps=8))
     open_panel(page)
     finished = card(page, "finished")
     chart, caption = finished.locator(".cd-chart svg"), finished.locator("figcaption")

@@ -78,7 +78,10 @@ def drawn_set(count: int = COUNT, **changes: Any) -> dict[str, Any]:
 
 
 def taught(name: str, drawn: dict[str, Any], folder: str = "none") -> Graph:
-    graph = {**teach(name, "cat", "cat", "<new1>", folder), "set": drawn}
+    graph = {
+        **teach(name, "cat", "cat", "<new1>", folder, steps=1, batch_size=2),
+        "set": drawn,
+    }
     graph[f"{name}-data"]["inputs"]["regularization_set"] = ["set", 0]
     return graph
 

@@ -127,11 +127,11 @@ def combined(how: str, clip: Any) -> Conditioning:
         if how == "multiply":
             return [[first[0][0] * 1.5, first[0][1]]]
         if how == "area":
-            left = comfy_nodes.ConditioningSetArea().append(first, 64, 128, 0, 0, 1.0)[0]
+            left = comfy_nodes.ConditioningSetArea().append(first, 32, 64, 0, 0, 1.0)[0]
             return comfy_nodes.ConditioningCombine().combine(left, second)[0]
         if how == "mask":
-            half = torch.zeros(1, 16, 16)
-            half[..., :8] = 1
+            half = torch.zeros(1, 8, 8)
+            half[..., :4] = 1
             left = comfy_nodes.ConditioningSetMask().append(first, half, "default", 1.0)[0]
             return comfy_nodes.ConditioningCombine().combine(left, second)[0]
         early = comfy_nodes.ConditioningSetTimestepRange().set_range(first, 0.0, 0.5)[0]

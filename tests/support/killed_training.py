@@ -23,7 +23,7 @@ from .tiny_models import RESOLUTION, tiny_pipeline
 from .tiny_training import train_cat
 
 CONFIG = TrainConfig(
-    steps=20, batch_size=2, learning_rate=1e-3, resolution=RESOLUTION, preview_every_steps=5
+    steps=20, batch_size=2, learning_rate=1e-3, resolution=RESOLUTION, preview_every_steps=10
 )
 
 

@@ -45,7 +45,7 @@ def sample(
     negative: Conditioning,
     batch: int = 1,
     steps: int = 2,
-    size: tuple[int, int] = (16, 16),
+    size: tuple[int, int] = (8, 8),
 ) -> Tensor:
     """What Euler's method makes of seeded noise."""
     import comfy.samplers

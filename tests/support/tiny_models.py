@@ -47,21 +47,30 @@ TINY_CLIP = {
 
 
 def tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusionPipeline:
-    """A whole pipeline on the CPU in float32; the same seed gives the same weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        pipeline = StableDiffusionPipeline(
-            vae=tiny_vae(),
-            text_encoder=tiny_text_model(),
-            tokenizer=clip_tokenizer(),
-            unet=tiny_unet(),
-            scheduler=sd_scheduler(prediction_type),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+    """A whole pipeline on the CPU in float32, all of it but the tokenizer the caller's own; the
+    same seed gives the same weights.
+    """
+    vae, text_encoder, unet = copy.deepcopy(_drawn_models(seed))
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=clip_tokenizer(),
+        unet=unet,
+        scheduler=sd_scheduler(prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@cache
+def _drawn_models(seed: int) -> tuple[AutoencoderKL, CLIPTextModel, UNet2DConditionModel]:
+    """Drawn once, since a whole vocabulary takes longer to draw than a training of three steps."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return tiny_vae(), tiny_text_model(), tiny_unet()
 
 
 def tiny_xl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:

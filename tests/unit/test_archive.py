@@ -242,6 +242,7 @@ def test_a_forged_structure_is_refused_in_no_time(case: str, tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+@pytest.mark.slow
 def test_forged_structures_take_little_memory(tmp_path: Path) -> None:
     """All of them in one process: no more than the pack itself and a few times the largest."""
     for place, (content, _) in enumerate(FORGED.values()):

@@ -182,6 +182,7 @@ def test_a_whole_unet_is_saved_loaded_and_drawn_with(
     assert "holds no UNet" in capsys.readouterr().err
 
 
+@pytest.mark.any_version
 def test_a_regularization_set_is_drawn_gone_on_with_and_used(
     model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,6 +217,7 @@ def test_a_regularization_set_is_drawn_gone_on_with_and_used(
         assert "other settings" in capsys.readouterr().err
 
 
+@pytest.mark.any_version
 def test_concepts_are_taught_together_and_a_category_without_a_token(
     model: Path, photos: Path, tmp_path: Path
 ) -> None:
@@ -233,6 +235,7 @@ def test_concepts_are_taught_together_and_a_category_without_a_token(
     )
 
 
+@pytest.mark.any_version
 def test_equal_tokens_can_be_renamed_in_a_merge(
     model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -321,6 +324,7 @@ def test_an_existing_file_is_not_replaced(model: Path, photos: Path, tmp_path: P
     assert path.read_bytes() == b"precious"
 
 
+@pytest.mark.any_version
 def test_ctrl_c_saves_what_was_learnt(model: Path, photos: Path, tmp_path: Path) -> None:
     path = tmp_path / "cat.safetensors"
     command = ["train", "--model", str(model), "--images", str(photos), "--class-noun", "cat"]
@@ -330,6 +334,7 @@ def test_ctrl_c_saves_what_was_learnt(model: Path, photos: Path, tmp_path: Path)
     assert 1 <= read_concept(path).provenance["steps"] < 100_000
 
 
+@pytest.mark.any_version
 def test_a_training_that_is_a_job_goes_on_where_it_was_interrupted(
     model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -405,6 +410,7 @@ def test_an_interrupted_command_says_so(
     assert "interrupted" in capsys.readouterr().err
 
 
+@pytest.mark.any_version
 def test_the_demo_leaves_concepts_and_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -435,6 +441,7 @@ def test_the_demo_leaves_concepts_and_a_picture(
     assert (tmp_path / "sample.png").is_file()
 
 
+@pytest.mark.any_version
 def test_ctrl_c_in_the_demo_leaves_only_whole_files(tmp_path: Path) -> None:
     assert interrupted(["demo", "--output", "demo"], b"2/", tmp_path) == 130
     left = [path for path in (tmp_path / "demo").rglob("*") if path.is_file()]

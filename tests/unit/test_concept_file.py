@@ -365,6 +365,7 @@ class TestWrongFiles:
         assert "custom-diffusion import" in message
 
     @needs_posix
+    @pytest.mark.slow
     def test_a_file_that_may_not_be_read(self, tmp_path: Path) -> None:
         write_concept(random_concept(family=SD15, rank=1), tmp_path / "secret.safetensors")
         code = """
@@ -534,6 +535,7 @@ class TestWriting:
         assert (tmp_path / "a.json").read_bytes() == "Mütze 帽子\n".encode()
 
     @needs_posix
+    @pytest.mark.slow
     def test_a_full_disk_leaves_the_old_file_and_nothing_else(self, tmp_path: Path) -> None:
         """Real failing writes: the process may not write a file larger than 64 KiB."""
         (tmp_path / "cat.safetensors").write_bytes(OLD)
@@ -565,6 +567,7 @@ class TestWriting:
         assert os.listdir(tmp_path) == ["cat.safetensors"]
 
     @needs_posix
+    @pytest.mark.slow
     def test_text_that_does_not_fit_leaves_the_old_file_too(self, tmp_path: Path) -> None:
         (tmp_path / "state.json").write_bytes(OLD)
         code = """
@@ -598,6 +601,7 @@ class TestWriting:
         assert (tmp_path / "file").read_bytes() == OLD
 
     @needs_posix
+    @pytest.mark.slow
     def test_a_folder_without_permission_to_write(self, tmp_path: Path) -> None:
         code = """
             import os

@@ -24,7 +24,7 @@ from PIL import Image
 from support.concepts import random_concept
 from support.tiny_models import cat_concept, dog_concept, tiny_pipeline
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.any_version]
 
 Inputs = dict[str, Any]
 

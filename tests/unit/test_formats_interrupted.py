@@ -23,6 +23,7 @@ from support.made_concepts import made_concept
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="the process is forked"),
     pytest.mark.slow,
+    pytest.mark.any_version,
 ]
 
 SHAPES = {

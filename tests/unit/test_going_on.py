@@ -24,7 +24,7 @@ from diffusers import StableDiffusionPipeline
 from support.naive_training import layer_of, naive_training
 from support.tiny_models import RESOLUTION, cat_concept, dog_concept, random_bank
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.any_version]
 
 KEPT: tuple[MethodName, ...] = (
     "custom diffusion",

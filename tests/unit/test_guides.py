@@ -25,6 +25,8 @@ from diffusers import StableDiffusionPipeline
 from support.concepts import random_concept
 from support.tiny_models import RESOLUTION, cat_concept, random_bank
 
+pytestmark = pytest.mark.any_version
+
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 

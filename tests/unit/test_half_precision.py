@@ -74,12 +74,12 @@ def with_fresh_casts(unet: Any) -> Any:
     return unet
 
 
-@pytest.mark.parametrize("steps", [2, 10])
 @pytest.mark.parametrize("method", ["custom diffusion", "cross-attention", *WHOLE_NETWORK])
 def test_steps_in_bfloat16_equal_those_of_a_naive_loop_and_are_near_those_in_float32(
-    pipeline: StableDiffusionPipeline, method: MethodName, steps: int
+    pipeline: StableDiffusionPipeline, method: MethodName
 ) -> None:
-    """With casts that are a step old, losses are 5e-3 to 0.6 away and keys and values 10 to 94 %.
+    """The loss of each of ten, and what they leave. With casts that are a step old, losses are 5e-3
+    to 0.6 away and keys and values 10 to 94 %.
 
     Two that differ by rounding alone part as far as this too, since Adam makes much of the smallest
     gradients.
@@ -90,7 +90,7 @@ def test_steps_in_bfloat16_equal_those_of_a_naive_loop_and_are_near_those_in_flo
         return method in WHOLE_NETWORK or is_key_or_value(name) or name.endswith(further)
 
     half = in_precision(pipeline, torch.bfloat16)
-    settings = config(method, steps=steps, preview_every_steps=0)
+    settings = config(method, steps=10, preview_every_steps=0)
     ours, network = trained(half, settings)
     exact = copy.copy(half)
     exact.unet = copy.deepcopy(half.unet).float()

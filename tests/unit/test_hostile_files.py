@@ -108,6 +108,7 @@ def test_the_command_lists_them(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="uses POSIX users")
+@pytest.mark.slow
 def test_a_file_that_may_not_be_read_is_one_of_them(tmp_path: Path) -> None:
     """And can be read as soon as it may be: the refusal is not kept."""
     (tmp_path / "secret.safetensors").write_bytes(concept())

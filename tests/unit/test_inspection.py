@@ -213,6 +213,7 @@ class TestCommand:
             assert "fits the model: yes" in told
             assert told.count("another checkpoint") == remarks
 
+    @pytest.mark.slow
     def test_no_model_library_is_needed(self, file: Path) -> None:
         code = f"""
 import sys

@@ -35,7 +35,7 @@ from support.tiny_models import RESOLUTION
 from support.tiny_training import train_cat
 from support.windows import as_on_windows, files_in_use
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.any_version]
 
 LONG_S = 60.0
 LAYER = "output_blocks.3.1.transformer_blocks.0.attn2.to_k"

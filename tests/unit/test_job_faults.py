@@ -38,7 +38,7 @@ from support.graphs import draw_pictures
 from support.killed_training import CONFIG, Processes
 from support.tiny_models import cat_concept
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.any_version]
 
 LONG_S = 120.0
 KILLS = 50
@@ -51,7 +51,6 @@ def tensors(path: Path) -> bytes:
     return data[8 + int.from_bytes(data[:8], "little") :]
 
 
-@pytest.mark.any_version
 def test_a_job_killed_fifty_times_learns_what_one_learns_that_was_not(tmp_path: Path) -> None:
     """Killed at random moments, every fifth time in the middle of writing a file."""
     rng = random.Random(0)

@@ -36,6 +36,8 @@ from support.odd_jobs import (
     old_job,
 )
 
+pytestmark = pytest.mark.any_version
+
 LONG_S = 20.0
 
 

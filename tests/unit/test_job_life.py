@@ -28,7 +28,7 @@ from support.concepts import random_concept
 from support.tiny_models import RESOLUTION
 from support.tiny_training import train_cat
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.any_version]
 
 LONG_S = 60.0
 STEPS = 8

@@ -298,6 +298,7 @@ def test_the_trainer_thread_does_not_keep_the_program_alive(
     assert daemons == [True]
 
 
+@pytest.mark.slow
 def test_snapshots_are_consistent_while_the_job_runs(
     service: TrainingService, save: Callable[[Concept], Path]
 ) -> None:

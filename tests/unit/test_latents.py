@@ -460,6 +460,7 @@ def test_without_repeats_the_order_is_the_one_it_always_was() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the memory")
+@pytest.mark.slow
 def test_a_thousand_repeats_cost_no_memory_and_no_time(tmp_path: Path) -> None:
     """Of 20 pictures, as a folder and as all that is drawn from."""
     (tmp_path / "1000_cat").mkdir()

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from support.pack import ROOT, pack_files
 
+pytestmark = pytest.mark.any_version
+
 PACKAGE = "custom_diffusion"
 
 LOW = {

@@ -774,6 +774,7 @@ class TestCaptionCache:
             merge([CAT, DOG], cache=tmp_path / "file" / "cache")
 
     @pytest.mark.skipif(os.name == "nt", reason="uses POSIX limits")
+    @pytest.mark.slow
     def test_a_full_disk_is_an_error_that_can_be_read(self, tmp_path: Path) -> None:
         """Real failing writes: the process may not write a file larger than 4 KiB."""
         code = f"""

@@ -14,6 +14,8 @@ from types import EllipsisType
 import pytest
 from support.pack import ROOT, pack_files
 
+pytestmark = pytest.mark.any_version
+
 NEEDED: Mapping[str, Mapping[str, bool | EllipsisType]] = {
     "from_pretrained": {"local_files_only": True},
     "Image.open": {"formats": ...},

@@ -74,6 +74,7 @@ def test_a_training_goes_on_to_the_bit(pipeline: StableDiffusionPipeline, tmp_pa
     assert any(dense.any() for dense in whole.values())
 
 
+@pytest.mark.slow
 def test_without_the_package_the_message_says_what_to_install() -> None:
     """In a Python that does not find bitsandbytes."""
     script = """if True:

@@ -56,6 +56,7 @@ def write_photographs(folder: Path, count: int, ending: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the memory")
 @pytest.mark.parametrize("ending", ["jpg", "png"])
+@pytest.mark.slow
 def test_photographs_are_decoded_one_at_a_time(ending: str, tmp_path: Path) -> None:
     """Shown, looked through and encoded: the peak stands still from the second picture on."""
     write_photographs(tmp_path / "100_cat", 3, ending)

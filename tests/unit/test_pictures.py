@@ -201,6 +201,7 @@ def test_content_of_stubs_and_programs_is_refused(start: bytes) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the stand-in is a shell script")
+@pytest.mark.slow
 def test_postscript_starts_no_other_program(tmp_path: Path) -> None:
     """Pillow alone does, which shows that the stand-in works."""
     programs, mark = tmp_path / "programs", tmp_path / "mark"
@@ -257,6 +258,7 @@ def test_a_picture_of_comfyui_opens_with_three_megabytes_of_workflow(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the memory")
 @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
+@pytest.mark.slow
 def test_two_hundred_megabytes_of_packed_text_are_not_unpacked(kind: bytes, tmp_path: Path) -> None:
     packed = zlib.compress(bytes(200_000_000), 9)
     start = {b"zTXt": b"a\0\0", b"iTXt": b"a\0\1\0\0\0", b"iCCP": b"a\0\0"}[kind]

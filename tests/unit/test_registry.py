@@ -10,6 +10,8 @@ from collections.abc import Mapping
 import pytest
 from support.archive import ROOT, shipped_files
 
+pytestmark = pytest.mark.any_version
+
 PATTERNS: Mapping[str, str] = {
     "eval": r"eval\s*\(",
     "exec": r"\bexec\s*\(",

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.any_version
+
 ROOT = Path(__file__).resolve().parents[2]
 tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 

@@ -475,6 +475,7 @@ def test_pictures_that_are_not_used_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the memory")
+@pytest.mark.slow
 def test_a_table_that_unpacks_without_end_is_named(tmp_path: Path) -> None:
     """One long text for thousands of rows takes no place in the file."""
     pytest.importorskip("pyarrow")

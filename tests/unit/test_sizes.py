@@ -176,6 +176,7 @@ def test_all_of_sdxl_fits() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+@pytest.mark.slow
 def test_it_takes_no_memory(tmp_path: Path) -> None:
     """All of them in one process, as concepts and as cards: no more than the largest file."""
     for case, (tensors, _) in SMALL.items():
