@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .atomic import write_atomically
+from .atomic import BeforeNaming, nothing, write_atomically
 from .checks import check_concept, check_sizes
 from .concept import Concept, Delta, DenseDelta, LowRankDelta, ModifierToken
 from .errors import ConceptFileError, CustomDiffusionError
@@ -33,6 +33,7 @@ def write_concept(
     dtype: torch.dtype = torch.float16,
     *,
     replace: bool = True,
+    before_naming: BeforeNaming = nothing,
 ) -> Path:
     """Writes the concept, in half precision unless asked otherwise; the file is complete or absent.
 
@@ -52,6 +53,7 @@ def write_concept(
         lambda temporary: save_file(tensors, temporary, metadata),
         expected_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         replace=replace,
+        before_naming=before_naming,
     )
     return path
 

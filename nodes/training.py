@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..host.comfyui.jobs.service import jobs_to_go_on_with, tell_node
+from ..host.comfyui.jobs.service import jobs_to_go_on_with
 from ..host.comfyui.jobs.training import start_training, training_outputs
 from ..trainer.config import TrainConfig
 from ..trainer.methods import METHODS
@@ -162,8 +162,7 @@ class CustomDiffusionTrain(io.ComfyNode):
             prompt=cls.hidden.prompt or {},
             node_id=node_id,
         )
-        tell_node(node_id, job)
-        return io.NodeOutput(*training_outputs(job, wait, keep_on_interrupt))
+        return io.NodeOutput(*training_outputs(job, wait, keep_on_interrupt, node_id))
 
 
 NODES = [CustomDiffusionTrain]

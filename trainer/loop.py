@@ -26,6 +26,7 @@ from .economy.processes import DataParallel
 from .events import (
     Event,
     MemoryShort,
+    PreviewBegun,
     PreviewDrawn,
     RegularizationLeftOut,
     StepDone,
@@ -113,6 +114,7 @@ def train(
             if len(losses) % _DRIFT_EVERY_STEPS == 0 and (drift := learner.drift()):
                 on_event(WordsMoved(drift))
             if config.preview_every_steps and len(losses) % config.preview_every_steps == 0:
+                on_event(PreviewBegun(len(losses)))
                 picture = _preview(config, training_concepts[0], learner, denoiser, batch)
                 on_event(PreviewDrawn(len(losses), picture))
             if checkpoint_every_steps and len(losses) % checkpoint_every_steps == 0:

@@ -2,6 +2,7 @@
 
 import { app } from "../../../scripts/app.js";
 import { registerCompletion } from "./completion.js";
+import { registerBehind } from "./behind.js";
 import { showConcept } from "./concept_card.js";
 import * as jobs from "./jobs.js";
 import { registerRuns, showRuns } from "./node_runs.js";
@@ -55,6 +56,7 @@ app.registerExtension({
     await loadWords();
     panel = registerPanel();
     registerTraining();
+    registerBehind();
     registerRuns(isOurs);
     registerNotices();
     registerCompletion();
@@ -70,6 +72,6 @@ app.registerExtension({
     }
   },
   loadedGraphNode(node) {
-    if (isOurs(node.comfyClass)) showRuns(node);
+    showRuns(node); // also of others: they may be behind a training
   },
 });

@@ -6,6 +6,7 @@ import { t } from "./words.js";
 const JOBS = "/custom_diffusion/jobs";
 const EVENT = "custom_diffusion.job";
 const NODE_EVENT = "custom_diffusion.node";
+const PREPARING_EVENT = "custom_diffusion.preparing";
 
 export const ACTIVE = ["queued", "preparing", "running"];
 
@@ -80,7 +81,16 @@ export function listen(onJob, onReturn = () => {}) {
   api.addEventListener("reconnected", onReturn);
 }
 
-/** Calls `onBegun` with {node, job, prompt} when a node of this page's prompt has begun or found a job. */
+/**
+ * Calls `onBegun` with {node, job, prompt, blocks} when a node of this page's prompt has begun or found
+ * a job; `blocks`: what needs its concept does not run.
+ */
 export function listenToNodes(onBegun) {
   api.addEventListener(NODE_EVENT, ({ detail }) => onBegun(detail));
+}
+
+/** Calls `onTold` with {node, prompt, name, doing, done, total, progress} before there is a job, and
+ * with an empty `doing`, and `failed`, at the end of that. */
+export function listenToPreparations(onTold) {
+  api.addEventListener(PREPARING_EVENT, ({ detail }) => onTold(detail));
 }
