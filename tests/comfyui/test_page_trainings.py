@@ -118,7 +118,7 @@ def change(page: Any, comfy_class: str, **values: Any) -> None:
 
 
 def cat(**settings: Any) -> Graph:
-    settings = {"steps": 10_000, "preview_every_steps": 4, "checkpoint_every_steps": 2, **settings}
+    settings = {"steps": 10_000, "checkpoint_every_steps": 2, **settings}
     return teach("cat", "cat", "cat", "<new1>", **settings)
 
 
@@ -143,25 +143,25 @@ def saved(server: ComfyServer) -> dict[str, int]:
 def test_a_training_that_is_resumed_after_a_cancel_replaces_its_own_file(
     bench: ComfyServer, page: Any
 ) -> None:
-    show(page, cat(steps=30, preview_every_steps=0))
+    show(page, cat(steps=8))
     open_panel(page)
     run(page)
     training = page.locator(".cd-training")
     until(page, lambda: "learns: step" in training.inner_text())
     bench.interrupt()
     stopped = card(page, "stopped")
-    assert list(saved(bench)) == ["cat.safetensors"] and saved(bench)["cat.safetensors"] < 30
+    assert list(saved(bench)) == ["cat.safetensors"] and saved(bench)["cat.safetensors"] < 8
     press(stopped, "Resume")
     card(page, "finished")
-    assert saved(bench) == {"cat.safetensors": 30}
+    assert saved(bench) == {"cat.safetensors": 8}
     screenshot(page, "card-one-file")
 
 
 def test_a_file_that_somebody_put_in_its_place_is_left_alone(bench: ComfyServer) -> None:
-    graph = cat(steps=30, preview_every_steps=0, wait=False)
+    graph = cat(steps=8, wait=False)
     bench.run(graph)
     (job,) = jobs(bench)
-    while bench.get(f"{JOBS}/{job['id']}")["step"] < 3:
+    while bench.get(f"{JOBS}/{job['id']}")["step"] < 1:
         time.sleep(0.02)
     bench.post(f"{JOBS}/{job['id']}/stop")
     while bench.get(f"{JOBS}/{job['id']}")["state"] != "stopped":
@@ -184,7 +184,7 @@ def test_from_the_click_to_the_last_step_there_is_one_bar_and_a_word(
     bench: ComfyServer, page: Any, vue_nodes: bool
 ) -> None:
     use(page, vue_nodes=vue_nodes)
-    show(page, cat(steps=12, augment=True, preview_every_steps=3, seed=10 + vue_nodes))
+    show(page, cat(steps=2, preview_every_steps=1, seed=10 + vue_nodes))
     open_panel(page)
     page.evaluate(
         """() => {
@@ -216,7 +216,7 @@ def test_from_the_click_to_the_last_step_there_is_one_bar_and_a_word(
         assert percents[-1] == 100, (place, told)
         assert any(0 < percent < 10 for percent in percents), (place, told)
         words = " / ".join(text for _, text in told)
-        assert re.search(r"encoding pictures \d+ of 48", words), (place, words)
+        assert re.search(r"encoding pictures \d+ of 6", words), (place, words)
         assert "drawing a sample" in words, (place, words)
         assert "undefined" not in words and "Doing" not in words, (place, words)
     assert "waits in ComfyUI's queue" in " ".join(text for _, text in seen["node"])
@@ -245,7 +245,7 @@ def test_nodes_behind_a_background_training_say_that_they_wait_and_that_a_pictur
     bench: ComfyServer, page: Any, vue_nodes: bool
 ) -> None:
     use(page, vue_nodes=vue_nodes)
-    show(page, picture_of_a_cat(steps=2, preview_every_steps=0, seed=20 + vue_nodes))
+    show(page, picture_of_a_cat(steps=2, seed=20 + vue_nodes))
     run(page)
     page.wait_for_function(
         """() => {
@@ -409,7 +409,7 @@ def test_in_subgraphs_each_use_shows_its_own_training(bench: ComfyServer, page: 
 def test_a_workflow_saved_under_another_name_shows_nothing_that_never_ran_in_it(
     bench: ComfyServer, page: Any
 ) -> None:
-    show(page, cat(wait=False, steps=2, preview_every_steps=0))
+    show(page, cat(wait=False, steps=2))
     run(page)
     page.locator(".cd-training").wait_for(timeout=LONG_MS)
     workflow = page.evaluate("app.graph.serialize()")
@@ -426,16 +426,16 @@ def test_a_workflow_saved_under_another_name_shows_nothing_that_never_ran_in_it(
 def test_load_concept_shows_what_a_training_has_put_in_the_file(
     bench: ComfyServer, page: Any
 ) -> None:
-    bench.run(cat(steps=30, preview_every_steps=0, wait=False))
+    bench.run(cat(steps=8, wait=False))
     open_panel(page)
     press(card(page, "running"), "Stop and save")
     stopped = card(page, "stopped")
     ((name, steps),) = saved(bench).items()
-    assert steps < 30
+    assert steps < 8
     page.evaluate("app.refreshComboInNodes()")
     show(page, {"load": node("LoadConcept", concept_name=name, rename_token="")})
     shown = page.locator(".cd-node .cd-concept")
     shown.get_by_text(f", {steps} steps").wait_for()
     press(stopped, "Resume")
     card(page, "finished")
-    shown.get_by_text(", 30 steps").wait_for()
+    shown.get_by_text(", 8 steps").wait_for()

@@ -117,7 +117,7 @@ class Job(WatchedJob):
         if after is not JobState.PAUSED:
             self.folder.claim()
         if after is JobState.STOPPED:
-            self._end_at_once(state=after, concept_file=self.folder.newest_concept())
+            self._end_at_once(**self._stopped_without_models())
         else:
             self._wish = Wish.STOP if wish is Wish.STOP else None
             self._update(state=after)
@@ -211,8 +211,19 @@ class Job(WatchedJob):
     def _left_before_its_turn(self) -> dict[str, Any]:
         """Without models nothing can be learnt: what was learnt before is in the folder."""
         if self._wish is Wish.STOP:
-            return {"state": JobState.STOPPED, "concept_file": self.folder.newest_concept()}
+            return self._stopped_without_models()
         return {"state": JobState.PAUSED}
+
+    def _stopped_without_models(self) -> dict[str, Any]:
+        """What was learnt, if anything was, stays in the folder."""
+        file = self.folder.newest_concept()
+        if file:
+            self._note(
+                f"Its models are not loaded any more, so no concept was saved. Queue its graph "
+                f"again to resume, or take what it had learnt from a Training Job node with the "
+                f"job id {self.id}."
+            )
+        return {"state": JobState.STOPPED, "concept_file": file}
 
     def _should_leave(self, work: Work) -> bool:
         """Asked between steps; waits here for others."""
@@ -289,7 +300,7 @@ class Job(WatchedJob):
         self._wish = wish if wish is Wish.STOP else None
         changes: dict[str, Any] = {"state": state}
         if state is JobState.STOPPED:
-            changes["concept_file"] = self.folder.newest_concept()
+            changes = self._stopped_without_models()
             self._write_outcome(changes)
         return changes
 

@@ -105,8 +105,13 @@ class Snapshot:
             "preview_step": self.preview_step,
             "notes": self.notes,
             "error": self.error,
-            "concept_file": self.concept_file.name if self.concept_file else None,
+            "concept_file": self._listed_file(),
         }
+
+    def _listed_file(self) -> str | None:
+        """The concept's name where it is saved; what lies in the job's folder no list shows."""
+        file = self.concept_file
+        return file.name if file and self.id not in file.parts else None
 
 
 class Pace:

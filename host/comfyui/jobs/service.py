@@ -74,8 +74,8 @@ class _Teller:
 
     def __call__(self, job: Job) -> None:
         snapshot, now = job.snapshot(), time.monotonic()
-        state = (snapshot.state, snapshot.doing, snapshot.waiting, snapshot.awaited)
-        state += (snapshot.preview_step,)
+        now_at = (snapshot.state, snapshot.doing, snapshot.waiting, snapshot.awaited)
+        state = (*now_at, snapshot.preview_step)
         before, at_s = self._told.get(job.id, (None, 0.0))
         if state == before and now - at_s < _TELL_EVERY_S:
             return
