@@ -92,10 +92,10 @@ def show(page: Any, graph: Graph) -> None:
         """() => {
             const boxes = app.graph._nodes;
             boxes.forEach((box, index) => {
-                box.pos = [(index % 4) * 420, Math.floor(index / 4) * 640];
+                box.pos = [(index % 5) * 420, Math.floor(index / 5) * 760];
             });
-            app.canvas.ds.scale = 0.7;
-            app.canvas.ds.offset = [60, 80];
+            app.canvas.ds.scale = 0.5;
+            app.canvas.ds.offset = [700, 160];
             app.canvas.setDirty(true, true);
         }"""
     )
