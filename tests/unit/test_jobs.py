@@ -20,7 +20,7 @@ from custom_diffusion.concept.errors import ConceptFileError, JobError, Training
 from custom_diffusion.concept.layers import FAMILIES
 from custom_diffusion.concept.naming import safe_file_name
 from custom_diffusion.trainer.checkpoint import Checkpoint
-from custom_diffusion.trainer.events import Event, PreviewDrawn, StepDone
+from custom_diffusion.trainer.events import Event, PreviewBegun, PreviewDrawn, StepDone
 from custom_diffusion.trainer.jobs.job import Job
 from custom_diffusion.trainer.jobs.own_files import OwnFiles
 from custom_diffusion.trainer.jobs.service import TrainingService
@@ -472,3 +472,51 @@ def test_file_names_are_short_enough_for_every_file_system(name: str, tmp_path: 
     assert len(safe) <= 100
     assert len(safe.encode()) <= 190
     assert safe[0] == safe_file_name(name)[0] == name[0]
+
+
+def test_whoever_waits_for_a_job_can_be_let_go(
+    service: TrainingService, busy: tuple[Job, ScriptedTraining]
+) -> None:
+    job, training = busy
+    assert not job.snapshot().awaited
+    with pytest.raises(JobError, match="No prompt waits"):
+        service.release(job.id)
+    with job.waiters.one_more() as one, job.waiters.one_more() as other:
+        assert job.snapshot().as_json()["awaited"]
+        service.release(job.id)
+        assert one.is_set() and other.is_set()
+        assert not job.snapshot().awaited
+        with job.waiters.one_more() as later:
+            assert job.snapshot().awaited and not later.is_set()
+    assert not job.snapshot().awaited and service.released == 1
+    assert not job.snapshot().ended  # it goes on
+
+
+def test_a_job_says_what_it_is_busy_with_and_how_much_is_done(tmp_path: Path, save: Save) -> None:
+    seen: list[tuple[str, float]] = []
+
+    def look(job: Job) -> None:
+        shown = job.snapshot().as_json()
+        now = (shown["doing"], shown["progress"])
+        if now not in seen[-1:]:
+            seen.append(now)
+
+    def train(_: Checkpoint | None, should_stop: ShouldStop, on_event: OnEvent) -> Concept:
+        on_event(StepDone(1, 0.5))
+        on_event(PreviewBegun(1))
+        on_event(PreviewDrawn(1, torch.zeros(8, 8, 3)))
+        on_event(StepDone(2, 0.5))
+        return CONCEPT
+
+    service = TrainingService(tmp_path / "jobs", look)
+    assert service.submit("cat", 2, {}, Work(train, save)).wait(LONG_S)
+    assert seen == [
+        ("copying", pytest.approx(0.1)),
+        ("starting", pytest.approx(0.1)),
+        ("", pytest.approx(0.55)),
+        ("drawing", pytest.approx(0.55)),
+        ("", pytest.approx(0.55)),
+        ("", pytest.approx(1)),
+        ("saving", pytest.approx(1)),
+        ("", pytest.approx(1)),
+    ]

@@ -27,12 +27,13 @@ class Waiters:
         try:
             yield let_go
         finally:
-            self._events.remove(let_go)
+            self._events.discard(let_go)
             self._on_change()
 
     def let_go(self) -> bool:
-        """Lets all go who wait now; whether there was somebody."""
-        waiting = tuple(self._events)
+        """Lets all go who wait now: from then on nobody does. Whether there was somebody."""
+        waiting, self._events = self._events, set()
         for event in waiting:
             event.set()
+        self._on_change()
         return bool(waiting)
