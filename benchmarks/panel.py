@@ -49,7 +49,7 @@ class Metronome:
                 on_event(events.StepDone(step, 1.0 / step))
                 time.sleep(1 / steps_per_s)
 
-        work = jobs.Work(train, lambda concept: None)
+        work = jobs.Work(train, lambda concept, own_files: None)
         part(".host.comfyui.jobs.service").training_service().submit("metronome", 10**6, {}, work)
         return ()
 

@@ -32,6 +32,7 @@ def add_to(commands: Any) -> None:
         ("pause", steer_command, "save progress and free the GPU"),
         ("resume", steer_command, "continue, before the jobs that wait"),
         ("stop", steer_command, "save what was learnt and end"),
+        ("release", steer_command, "let the prompt go that waits for a job"),
         ("move", move_command, "give a waiting job another place in the queue, 0 for the next"),
         ("start", start_command, "queue the graph of a job again: it resumes where it was"),
         ("delete", delete_command, "remove a job; the concept that it saved stays"),
@@ -110,7 +111,9 @@ class JobFolders:
 
     def steer(self, job_id: str, action: str) -> dict[str, Any]:
         getattr(self._service, action)(job_id)
-        return self._service.job(job_id).snapshot().as_json()
+        snapshot = self._service.job(job_id).snapshot()
+        file = snapshot.concept_file
+        return {**snapshot.as_json(), "concept_file": str(file) if file else None}
 
     def move(self, job_id: str, position: int) -> list[str]:
         self._service.reorder(job_id, position)

@@ -39,6 +39,10 @@ def check_new(output: Path) -> None:
 
 def save(concept: Concept, path: Path) -> None:
     write_concept(concept, path)
+    say_saved(concept, path)
+
+
+def say_saved(concept: Concept, path: Path) -> None:
     print(f"saved {path} ({size_of(path)}): {concept.describe()}")
 
 

@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from ..concept.concept import Concept
-from ..concept.errors import ConfigError
-from ..concept.file import read_concept, size_of
+from ..concept.errors import ConceptFileError, ConfigError
+from ..concept.file import read_concept, size_of, write_concept
 from ..concept.prompts import KINDS
 from ..concept.text import TextEncoder
 from ..merge.projection import project_on_own_words
@@ -24,17 +24,18 @@ from ..trainer.data.folders import folder_advice, load_folder
 from ..trainer.data.training_concept import TrainingConcept, instance_caption
 from ..trainer.events import Event, Notice, PreviewDrawn, StepDone
 from ..trainer.jobs.fingerprint import training_fingerprint
+from ..trainer.jobs.own_files import OwnFiles
 from ..trainer.learning.network_file import fold_in, write_network
 from ..trainer.methods import METHODS
 from ..trainer.request import TrainingRequest
 from ..trainer.teach import prepared
 from .models import DEFAULTS, add_model_options, captions_for, load_chosen, recipe_for
-from .output import check_new, progress, save, save_at_any_rate, stop_on_interrupt
+from .output import check_new, progress, save, save_at_any_rate, say_saved, stop_on_interrupt
 from .parsing import named
 from .previews import Previews
 from .settings import add_job_options, add_setting_options, chosen_settings, job_settings
 from .torchrun import Team, team
-from .training_job import run_as_job
+from .training_job import is_of_a_job, run_as_job
 
 _BAR_AFTER_S = 0.1
 """Not at once: what is wrong with the request is told without a bar before it"""
@@ -135,9 +136,9 @@ def add_to(commands: Any) -> None:
 
 
 def train_command(options: argparse.Namespace) -> None:
-    check_new(options.output)
-    if METHODS[options.method].whole_network:
-        check_new(_network_file(options.output))
+    for output in _outputs(options):
+        if not (options.jobs and is_of_a_job(options.jobs, output)):
+            check_new(output)
     config = training_config(options)
     job_settings(options)  # refused before anything is loaded
     concepts = _training_concepts(options)
@@ -185,12 +186,19 @@ def _train(options: argparse.Namespace, request: TrainingRequest, together: Team
             same = training_fingerprint(request, encoder, networks)
             fingerprint = f"{options.output} {same}"
 
-            def keep(result: Concept) -> Path:
-                save_result(finish(result), options.output)
-                return options.output  # type: ignore[no-any-return]
+            def keep(result: Concept, own_files: OwnFiles) -> Path:
+                output, *_ = _outputs(options)
+                try:
+                    save_result(finish(result), output, own_files)
+                except FileExistsError as error:
+                    raise ConceptFileError(
+                        f"{error} exists by now. Move it away: the same command then saves what "
+                        f"was learnt, without training again."
+                    ) from error
+                return output
 
-            name, settings = options.output.stem, job_settings(options)
-            run_as_job(options.jobs, name, config, fingerprint, run, keep, settings)
+            outputs, settings = _outputs(options), job_settings(options)
+            run_as_job(options.jobs, outputs, config, fingerprint, run, keep, settings)
             return
         with (
             tqdm(total=config.steps, desc="training", unit="step") as bar,
@@ -228,13 +236,29 @@ def _finished(
 
 
 def _save(
-    options: argparse.Namespace, denoiser: DiffusersDenoiser, result: Concept, output: Path
+    options: argparse.Namespace,
+    denoiser: DiffusersDenoiser,
+    result: Concept,
+    output: Path,
+    own_files: OwnFiles | None = None,
 ) -> None:
+    """Over what a job has saved before, where the files are one's."""
     if METHODS[options.method].whole_network:
-        network = _network_file(output)
-        write_network(denoiser.network, network)
+        network, write = _network_file(output), partial(write_network, denoiser.network)
+        own_files.write(network, write) if own_files else write(network)
         print(f"saved {network} ({size_of(network)}): the whole UNet")
-    save(result, output)
+    if own_files:
+        own_files.write(output, partial(write_concept, result))
+        say_saved(result, output)
+    else:
+        save(result, output)
+
+
+def _outputs(options: argparse.Namespace) -> list[Path]:
+    """The concept's file, and that of the UNet where there is one."""
+    output = options.output.absolute()
+    whole = METHODS[options.method].whole_network
+    return [output, _network_file(output)] if whole else [output]
 
 
 def _network_file(output: Path) -> Path:

@@ -12,6 +12,13 @@ from safetensors import SafetensorError
 
 from .errors import ConceptFileError
 
+BeforeNaming = Callable[[Path], None]
+"""What is done with a complete file before it has its name"""
+
+
+def nothing(temporary: Path) -> None:
+    """Before a file gets its name"""
+
 
 def write_atomically(
     path: Path,
@@ -19,12 +26,14 @@ def write_atomically(
     expected_bytes: int = 0,
     *,
     replace: bool = True,
+    before_naming: BeforeNaming = nothing,
 ) -> None:
     """Calls `write` with a temporary path in the same folder and renames the result to `path`.
 
     Whatever happens, `path` holds either its old content or the complete new one, and no temporary
-    file is left. Raises ConceptFileError when the disk is full or the folder cannot be written, and
-    FileExistsError when `path` exists and must not be replaced.
+    file is left. `before_naming` gets the complete temporary file. Raises ConceptFileError when the
+    disk is full or the folder cannot be written, and FileExistsError when `path` exists and must
+    not be replaced.
     """
     # Without the name of the file, which may be as long as a name can be.
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
@@ -35,6 +44,7 @@ def write_atomically(
         write(temporary)
         temporary.chmod(mode)  # safetensors' files are their owner's alone, whatever the umask says
         _flush_to_disk(temporary)
+        before_naming(temporary)
         if replace:
             os.replace(temporary, path)
         else:

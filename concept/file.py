@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .atomic import write_atomically
+from .atomic import BeforeNaming, nothing, write_atomically
 from .checks import check_concept, check_sizes
 from .concept import Concept, ModifierToken
 from .delta import PARTS, Delta, delta_of, shape_of
@@ -32,6 +32,7 @@ def write_concept(
     dtype: torch.dtype = torch.float16,
     *,
     replace: bool = True,
+    before_naming: BeforeNaming = nothing,
 ) -> Path:
     """Writes the concept, in half precision unless asked otherwise; the file is complete or absent.
 
@@ -51,6 +52,7 @@ def write_concept(
         lambda temporary: save_file(tensors, temporary, metadata),
         expected_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         replace=replace,
+        before_naming=before_naming,
     )
     return path
 

@@ -148,8 +148,7 @@ class CustomDiffusionTrain(io.ComfyNode):
             share_device=share_device,
             keep_best=keep_best,
         )
-        tell_node(node_id, job=job.id)
-        outputs = training_outputs(job, wait, keep_on_interrupt)
+        outputs = training_outputs(job, wait, keep_on_interrupt, node_id)
         return io.NodeOutput(*outputs, ui=told(*lines))
 
 

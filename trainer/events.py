@@ -27,6 +27,13 @@ class WordsMoved:
 
 
 @dataclass(frozen=True)
+class PreviewBegun:
+    """A sample is drawn now, which takes as long as some steps."""
+
+    step: int
+
+
+@dataclass(frozen=True)
 class PreviewDrawn:
     """A sample of the model as it is, (h, w, 3) in 0..1, on the CPU."""
 
@@ -93,4 +100,4 @@ class CheckpointDue:
     """None where a concept cannot hold all that was learnt"""
 
 
-Event = StepDone | WordsMoved | PreviewDrawn | Notice | CheckpointDue
+Event = StepDone | WordsMoved | PreviewBegun | PreviewDrawn | Notice | CheckpointDue

@@ -24,6 +24,7 @@ from .economy.processes import Replica
 from .events import (
     Event,
     MemoryShort,
+    PreviewBegun,
     PreviewDrawn,
     RegularizationLeftOut,
     StepDone,
@@ -104,7 +105,9 @@ def train(
             if len(losses) % _DRIFT_EVERY_STEPS == 0 and (drift := learner.drift()):
                 on_event(WordsMoved(drift))
             if config.preview_every_steps and len(losses) % config.preview_every_steps == 0:
-                on_event(PreviewDrawn(len(losses), _preview(config, learner, denoiser, batch)))
+                on_event(PreviewBegun(len(losses)))
+                picture = _preview(config, learner, denoiser, batch)
+                on_event(PreviewDrawn(len(losses), picture))
             if checkpoint_every_steps and len(losses) % checkpoint_every_steps == 0:
                 on_event(learner.checkpoint(losses))
 

@@ -217,6 +217,16 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         conflict=_NOT_NOW,
     ),
     Endpoint(
+        "release_prompt",
+        "POST",
+        "/jobs/{id}/release",
+        "Lets the prompt go that waits for the job: its other nodes run, the queue moves on, and "
+        "the job stays as it is",
+        "Job",
+        (_JOB,),
+        conflict="No prompt waits for the job",
+    ),
+    Endpoint(
         "move_job",
         "POST",
         "/jobs/{id}/position",

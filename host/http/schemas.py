@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...trainer.jobs.snapshot import JobState
+from ...trainer.jobs.snapshot import Doing, JobState
 
 Schema = dict[str, Any]
 
@@ -45,7 +45,13 @@ _JOB = _object(
     state={"type": "string", "enum": [state.value for state in JobState]},
     step=COUNT,
     steps=COUNT,
+    progress=_said(NUMBER, "How much is done of all that there is to do, 0 to 1"),
+    doing=_said(
+        {"type": "string", "enum": [doing.value for doing in Doing]},
+        "What it is busy with, where that is no step; else empty",
+    ),
     waiting=_said(FLAG, "Whether it makes room for a prompt"),
+    awaited=_said(FLAG, "Whether a prompt waits for it"),
     loss=_said(MAYBE_NUMBER, "Of the last step; null where there is none that is finite"),
     seconds_per_step=MAYBE_NUMBER,
     drift=_said(

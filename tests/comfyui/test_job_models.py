@@ -211,7 +211,7 @@ def test_a_prompt_does_not_wait_for_a_paused_job_that_nobody_here_can_resume(
     from custom_diffusion.trainer.jobs.work import Work
 
     there = True
-    work = Work(lambda *_: None, lambda _: Path(), has_models=lambda: there)
+    work = Work(lambda *_: None, lambda *_: Path(), has_models=lambda: there)
     job = Job(JobFolder.create(tmp_path, "dog", {"steps": 3}), work)
     job.pause()
     if how == "its models go":
@@ -353,7 +353,7 @@ def test_an_interrupted_prompt_is_released_whatever_its_job_is_about_to_do(
 
     service = TrainingService(tmp_path / "jobs")
     monkeypatch.setattr(job_service, "training_service", lambda: service)
-    job = service.submit("cat", 3, {}, Work(train, lambda _: tmp_path / "cat", turn=turn))
+    job = service.submit("cat", 3, {}, Work(train, lambda *_: tmp_path / "cat", turn=turn))
     assert arrived.wait(30)
     polls: list[bool] = []
 

@@ -15,6 +15,7 @@ from custom_diffusion.concept import atomic
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.file import write_new_concept
 from custom_diffusion.trainer.config import TrainConfig
+from custom_diffusion.trainer.jobs.own_files import OwnFiles
 from custom_diffusion.trainer.jobs.service import TrainingService
 from custom_diffusion.trainer.jobs.work import Work
 from diffusers import StableDiffusionPipeline
@@ -32,7 +33,7 @@ def run_job(pipeline: StableDiffusionPipeline, folder: Path, die_in_write: int =
     if die_in_write:
         _die_in_write(die_in_write)
 
-    def save(result: Concept) -> Path:
+    def save(result: Concept, own_files: OwnFiles) -> Path:
         return write_new_concept(result, folder / "concepts", "cat")
 
     service = TrainingService(folder / "jobs")

@@ -65,7 +65,7 @@ def endless(began: threading.Event, jobs: Path) -> Work:
             threading.Event().wait(0.01)
         return Concept(FAMILIES["sd15"], {})
 
-    return Work(train, lambda concept: jobs / "saved")
+    return Work(train, lambda concept, own_files: jobs / "saved")
 
 
 def serve(folder: str) -> None:

@@ -370,6 +370,37 @@ def test_a_training_that_is_a_job_goes_on_where_it_was_interrupted(
     assert "There is no training job" in capsys.readouterr().err
 
 
+def test_a_job_that_is_run_again_replaces_its_own_file_and_no_other(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs, path = tmp_path / "jobs", tmp_path / "cat.safetensors"
+    command = ["train", "--model", str(model), "--images", str(photos), "--class-noun", "cat"]
+    command += ["--batch-size", "1", "--resolution", "64", "--device", "cpu"]
+    command += ["--jobs", str(jobs), "--output", str(path), "--steps"]
+    assert main([*command, "2"]) == 0
+    (folder,) = jobs.iterdir()
+    first = path.read_bytes()
+
+    assert main([*command, "2"]) == 0  # there is nothing to do
+    assert path.read_bytes() == first
+    # As if the process had died between saving and saying so.
+    (folder / "outcome.json").unlink()
+    assert main([*command, "2"]) == 0
+    assert list(jobs.iterdir()) == [folder]
+    capsys.readouterr()
+
+    assert main([*command, "3"]) == 1  # another job
+    assert "exists already" in capsys.readouterr().err
+    path.write_bytes(path.read_bytes() + b" ")
+    edited = path.read_bytes()
+    for outcome in (True, False):
+        if not outcome:
+            (folder / "outcome.json").unlink()
+        assert main([*command, "2"]) == 1
+        assert "exists already" in capsys.readouterr().err
+        assert path.read_bytes() == edited
+
+
 def interrupted(command: list[str], when_seen: bytes, folder: Path) -> int:
     """Exit status of a command that is sent Ctrl-C shortly after it has written these words."""
     package = folder / "package"

@@ -72,7 +72,9 @@ def counting(
             after_step(len(losses))
         return concept
 
-    return Work(train, lambda concept: write_new_concept(concept, folder / "concepts", "cat"))
+    return Work(
+        train, lambda concept, own_files: write_new_concept(concept, folder / "concepts", "cat")
+    )
 
 
 def names(folder: Path) -> list[int]:
@@ -113,7 +115,7 @@ def test_a_training_goes_on_after_a_pause_and_prunes_and_is_deleted(
 
         return train_cat(pipeline, config, 2, checkpoint, leave, on_event)
 
-    save = lambda concept: write_new_concept(concept, tmp_path / "concepts", "cat")  # noqa: E731
+    save = lambda concept, own_files: write_new_concept(concept, tmp_path / "concepts", "cat")  # noqa: E731
     service = TrainingService(tmp_path / "jobs")
     job = service.submit("cat", steps, {}, Work(run, save), "same")
     until(lambda: job.snapshot().step == 4)

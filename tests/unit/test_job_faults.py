@@ -133,7 +133,7 @@ class Counting:
         service = TrainingService(self.folder / "jobs")
         work = Work(
             counting(steps, fail_at),
-            lambda concept: write_new_concept(concept, self.folder / "concepts", "cat"),
+            lambda concept, own_files: write_new_concept(concept, self.folder / "concepts", "cat"),
         )
         job = service.submit("cat", steps, {}, work, fingerprint="the same")
         assert job.wait(LONG_S)
@@ -331,7 +331,7 @@ def test_a_concept_that_cannot_be_saved_is_saved_the_next_time_without_training(
         trained.append(checkpoint.step)
         return counting(8)(checkpoint, *rest)
 
-    save = lambda concept: write_new_concept(concept, count.folder / "concepts", "cat")  # noqa: E731
+    save = lambda concept, own_files: write_new_concept(concept, count.folder / "concepts", "cat")  # noqa: E731
     job = service.submit("cat", 8, {}, Work(train, save), fingerprint="the same")
     assert job.wait(LONG_S)
     assert trained == [8]
@@ -417,7 +417,8 @@ def test_a_job_that_somebody_else_began_is_left_to_them(count: Counting) -> None
 def test_a_thousand_readers_a_second_do_not_disturb(count: Counting) -> None:
     service = TrainingService(count.folder / "jobs")
     work = Work(
-        counting(100), lambda concept: write_new_concept(concept, count.folder / "concepts", "cat")
+        counting(100),
+        lambda concept, own_files: write_new_concept(concept, count.folder / "concepts", "cat"),
     )
     job = service.submit("cat", 100, {}, work)
     started, reads = time.monotonic(), 0

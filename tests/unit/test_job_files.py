@@ -20,6 +20,7 @@ from custom_diffusion.concept.errors import ConfigError, CustomDiffusionError, J
 from custom_diffusion.concept.layers import FAMILIES
 from custom_diffusion.trainer.events import Event, StepDone
 from custom_diffusion.trainer.jobs.job import Job
+from custom_diffusion.trainer.jobs.own_files import OwnFiles
 from custom_diffusion.trainer.jobs.records import Description, MetricsLine, Outcome
 from custom_diffusion.trainer.jobs.service import TrainingService
 from custom_diffusion.trainer.jobs.snapshot import ENDED, JobState, Snapshot
@@ -61,7 +62,7 @@ def work(folder: Path) -> Work:
         on_event(StepDone(1, 0.5))
         return Concept(FAMILIES["sd15"], {})
 
-    def save(concept: Concept) -> Path:
+    def save(concept: Concept, own_files: OwnFiles) -> Path:
         (folder / "saved").touch()
         return folder / "saved"
 
@@ -226,7 +227,7 @@ def test_an_error_of_any_text_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
         raise ValueError(f"no picture \udcff.png {'x' * 300_000}")
 
     service = TrainingService(tmp_path / "jobs")
-    job = service.submit("cat", 1, {}, Work(train, lambda concept: tmp_path))
+    job = service.submit("cat", 1, {}, Work(train, lambda concept, own_files: tmp_path))
     assert job.wait(LONG_S)
     (seen,) = TrainingService(tmp_path / "jobs").jobs()
     assert seen.snapshot().state is JobState.FAILED
@@ -241,7 +242,7 @@ def test_no_exception_ends_the_trainer_thread_or_leaves_a_job_running(
         raise error
 
     service = TrainingService(tmp_path / "jobs")
-    bad = service.submit("bad", 1, {}, Work(train, lambda concept: tmp_path))
+    bad = service.submit("bad", 1, {}, Work(train, lambda concept, own_files: tmp_path))
     good = service.submit("good", 1, {}, work(tmp_path))
     assert bad.wait(LONG_S) and good.wait(LONG_S)
     assert bad.snapshot().state is JobState.FAILED and type(error).__name__ in bad.snapshot().log

@@ -7,19 +7,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import JobError
-from custom_diffusion.concept.file import write_new_concept
+from custom_diffusion.concept.file import write_concept
 from custom_diffusion.inspection.card import thumbnail
 from custom_diffusion.trainer.checkpoint import Checkpoint
 from custom_diffusion.trainer.config import TrainConfig
 from custom_diffusion.trainer.events import Event
 from custom_diffusion.trainer.jobs.folder import JobFolder
 from custom_diffusion.trainer.jobs.job import Job
+from custom_diffusion.trainer.jobs.own_files import OwnFiles
 from custom_diffusion.trainer.jobs.service import TrainingService
 from custom_diffusion.trainer.jobs.snapshot import JobState
 from custom_diffusion.trainer.jobs.work import Work
@@ -73,8 +75,9 @@ class Bench:
             config = replace(CONFIG, steps=steps)
             return train_cat(self.pipeline, config, 3, checkpoint, leave, on_event)
 
-        def save(concept: Concept) -> Path:
-            return write_new_concept(concept, self.folder / "concepts", name)
+        def save(concept: Concept, own_files: OwnFiles) -> Path:
+            folder = self.folder / "concepts"
+            return own_files.write_named(folder, name, partial(write_concept, concept))
 
         work = Work(run, save, lambda: self.busy)
         return self.service.submit(name, steps, {}, work, fingerprint)
@@ -325,6 +328,18 @@ def test_the_same_is_not_learnt_twice(bench: Bench) -> None:
     assert again.submit(fingerprint="same").id != first.id
 
 
+def test_a_finished_job_whose_name_another_file_has_is_not_handed_out(bench: Bench) -> None:
+    job = bench.submit(fingerprint="same")
+    assert job.wait(LONG_S)
+    file = job.snapshot().concept_file
+    assert file is not None and bench.submit(fingerprint="same") is job
+    file.write_bytes(b"of somebody else")
+    again = bench.submit(fingerprint="same")
+    assert again is not job and again.wait(LONG_S)
+    assert again.snapshot().concept_file != file
+    assert file.read_bytes() == b"of somebody else"
+
+
 def test_more_steps_go_on_from_a_shorter_training(bench: Bench, uninterrupted: bytes) -> None:
     shorter = bench.submit(fingerprint="same", steps=4)
     assert shorter.wait(LONG_S)
@@ -355,6 +370,8 @@ def test_a_stopped_job_goes_on_when_it_is_asked_for_again(
     assert job.wait(LONG_S)
     assert job.snapshot().state is JobState.FINISHED
     assert content(job.snapshot().concept_file) == uninterrupted
+    # In the place of what it had saved by then
+    assert len(list((bench.folder / "concepts").glob("*.safetensors"))) == 1
 
 
 def test_stopping_a_job_of_a_process_that_is_gone_hands_out_its_last_checkpoint(
@@ -492,7 +509,7 @@ def _nothing_to_do(bench: Bench) -> Work:
     def run(*_: object) -> Concept:
         raise ValueError("nothing to do")
 
-    return Work(run, lambda concept: Path())
+    return Work(run, lambda concept, own_files: Path())
 
 
 def test_folders_that_are_no_jobs_are_left_alone_and_broken_ones_say_why(

@@ -15,6 +15,7 @@ from custom_diffusion.concept.errors import JobError, ModelsGoneError
 from custom_diffusion.trainer.checkpoint import Checkpoint
 from custom_diffusion.trainer.events import CheckpointDue, StepDone
 from custom_diffusion.trainer.jobs.job import Job
+from custom_diffusion.trainer.jobs.own_files import OwnFiles
 from custom_diffusion.trainer.jobs.service import TrainingService
 from custom_diffusion.trainer.jobs.snapshot import JobState
 from custom_diffusion.trainer.jobs.work import Work
@@ -68,7 +69,7 @@ class Training:
             on_event(CheckpointDue(Checkpoint(tuple(losses), (torch.zeros(1),), ({},)), concept))
         return random_concept()
 
-    def save(self, concept: Concept) -> Path:
+    def save(self, concept: Concept, own_files: OwnFiles) -> Path:
         assert self.held == [self.name], "a method that trains the network saves it"
         return self._folder / f"{self.name}.safetensors"
 

@@ -18,6 +18,7 @@ from custom_diffusion.trainer.checkpoint import Checkpoint
 from custom_diffusion.trainer.events import CheckpointDue, StepDone
 from custom_diffusion.trainer.jobs.folder import JobFolder
 from custom_diffusion.trainer.jobs.job import Job
+from custom_diffusion.trainer.jobs.own_files import OwnFiles
 from custom_diffusion.trainer.jobs.service import TrainingService
 from custom_diffusion.trainer.jobs.snapshot import JobState
 from custom_diffusion.trainer.jobs.transitions import NEXT_STATE, STANDING, Wish
@@ -86,7 +87,7 @@ class Staged:
         self.reach("left")
         return random_concept()
 
-    def save(self, concept: Concept) -> Path:
+    def save(self, concept: Concept, own_files: OwnFiles) -> Path:
         self.saved.append(len(self.steps))
         path = self._folder / "cat.safetensors"
         path.touch()

@@ -20,11 +20,12 @@ from custom_diffusion.concept.errors import ConceptFileError, JobError, Training
 from custom_diffusion.concept.layers import FAMILIES
 from custom_diffusion.concept.naming import safe_file_name
 from custom_diffusion.trainer.checkpoint import Checkpoint
-from custom_diffusion.trainer.events import Event, PreviewDrawn, StepDone
+from custom_diffusion.trainer.events import Event, PreviewBegun, PreviewDrawn, StepDone
 from custom_diffusion.trainer.jobs.job import Job
+from custom_diffusion.trainer.jobs.own_files import OwnFiles
 from custom_diffusion.trainer.jobs.service import TrainingService
 from custom_diffusion.trainer.jobs.snapshot import JobState, Snapshot
-from custom_diffusion.trainer.jobs.work import Work
+from custom_diffusion.trainer.jobs.work import Save, Work
 
 CONCEPT = Concept(FAMILIES["sd15"], {})
 LONG_S = 20.0
@@ -90,8 +91,8 @@ def saved() -> list[Concept]:
 
 
 @pytest.fixture
-def save(tmp_path: Path, saved: list[Concept]) -> Callable[[Concept], Path]:
-    def write(concept: Concept) -> Path:
+def save(tmp_path: Path, saved: list[Concept]) -> Save:
+    def write(concept: Concept, own_files: OwnFiles) -> Path:
         saved.append(concept)
         path = tmp_path / f"saved-{len(saved)}"
         path.touch()
@@ -101,9 +102,7 @@ def save(tmp_path: Path, saved: list[Concept]) -> Callable[[Concept], Path]:
 
 
 @pytest.fixture
-def busy(
-    service: TrainingService, save: Callable[[Concept], Path]
-) -> Iterator[tuple[Job, ScriptedTraining]]:
+def busy(service: TrainingService, save: Save) -> Iterator[tuple[Job, ScriptedTraining]]:
     """A job that keeps the trainer thread occupied until the test lets it go."""
     training = ScriptedTraining(steps=1)
     job = service.submit("busy", 1, {}, Work(training, save))
@@ -116,7 +115,7 @@ def busy(
 def test_a_job_is_queued_prepared_run_and_finished(
     service: TrainingService,
     busy: tuple[Job, ScriptedTraining],
-    save: Callable[[Concept], Path],
+    save: Save,
     saved: list[Concept],
 ) -> None:
     busy_job, busy_training = busy
@@ -145,7 +144,7 @@ def test_a_job_is_queued_prepared_run_and_finished(
 
 
 def test_stopping_in_the_middle_saves_what_was_learnt(
-    service: TrainingService, save: Callable[[Concept], Path], saved: list[Concept]
+    service: TrainingService, save: Save, saved: list[Concept]
 ) -> None:
     training = ScriptedTraining(steps=10)
     job = service.submit("cat", 10, {}, Work(training, save))
@@ -160,7 +159,7 @@ def test_stopping_in_the_middle_saves_what_was_learnt(
 
 
 def test_a_stop_that_comes_too_late_leaves_a_finished_job(
-    service: TrainingService, save: Callable[[Concept], Path]
+    service: TrainingService, save: Save
 ) -> None:
     stop_asked = threading.Event()
 
@@ -181,7 +180,7 @@ def test_a_stop_that_comes_too_late_leaves_a_finished_job(
 def test_a_queued_job_that_is_stopped_ends_at_once_and_never_trains(
     service: TrainingService,
     busy: tuple[Job, ScriptedTraining],
-    save: Callable[[Concept], Path],
+    save: Save,
     saved: list[Concept],
 ) -> None:
     training = ScriptedTraining(steps=1)
@@ -200,7 +199,7 @@ def test_a_queued_job_that_is_stopped_ends_at_once_and_never_trains(
 
 
 def test_stopping_before_the_first_step_saves_nothing(
-    service: TrainingService, save: Callable[[Concept], Path], saved: list[Concept]
+    service: TrainingService, save: Save, saved: list[Concept]
 ) -> None:
     training = ScriptedTraining(steps=3)
     job = service.submit("cat", 3, {}, Work(training, save))
@@ -214,9 +213,7 @@ def test_stopping_before_the_first_step_saves_nothing(
     assert saved == []
 
 
-def test_stopping_an_ended_job_changes_nothing(
-    service: TrainingService, save: Callable[[Concept], Path]
-) -> None:
+def test_stopping_an_ended_job_changes_nothing(service: TrainingService, save: Save) -> None:
     job = service.submit("cat", 1, {}, Work(instant(), save))
     assert job.wait(LONG_S)
     before = job.snapshot()
@@ -233,7 +230,7 @@ def test_stopping_an_ended_job_changes_nothing(
 )
 def test_a_failure_is_told_logged_and_does_not_stop_the_next_job(
     service: TrainingService,
-    save: Callable[[Concept], Path],
+    save: Save,
     caplog: pytest.LogCaptureFixture,
     error: Exception,
     message: str,
@@ -256,7 +253,7 @@ def test_a_failure_is_told_logged_and_does_not_stop_the_next_job(
 
 
 def test_a_concept_that_cannot_be_saved_fails_with_the_reason(service: TrainingService) -> None:
-    def save(concept: Concept) -> Path:
+    def save(concept: Concept, own_files: OwnFiles) -> Path:
         raise ConceptFileError("cat.safetensors could not be written: the disk is full.")
 
     job = service.submit("cat", 1, {}, Work(instant(), save))
@@ -268,7 +265,7 @@ def test_a_concept_that_cannot_be_saved_fails_with_the_reason(service: TrainingS
 
 
 def test_jobs_run_one_by_one_in_order_on_the_trainer_thread(
-    service: TrainingService, save: Callable[[Concept], Path]
+    service: TrainingService, save: Save
 ) -> None:
     order: list[tuple[str, str]] = []
 
@@ -286,7 +283,7 @@ def test_jobs_run_one_by_one_in_order_on_the_trainer_thread(
 
 
 def test_the_trainer_thread_does_not_keep_the_program_alive(
-    service: TrainingService, save: Callable[[Concept], Path]
+    service: TrainingService, save: Save
 ) -> None:
     daemons: list[bool] = []
 
@@ -299,9 +296,7 @@ def test_the_trainer_thread_does_not_keep_the_program_alive(
 
 
 @pytest.mark.slow
-def test_snapshots_are_consistent_while_the_job_runs(
-    service: TrainingService, save: Callable[[Concept], Path]
-) -> None:
+def test_snapshots_are_consistent_while_the_job_runs(service: TrainingService, save: Save) -> None:
     steps = 4000
     interval = sys.getswitchinterval()
     torn: list[Snapshot] = []
@@ -354,9 +349,7 @@ def test_snapshots_are_consistent_while_the_job_runs(
     assert job.losses() == [float(n) for n in range(1, steps + 1)]
 
 
-def test_previews_are_in_the_snapshot(
-    service: TrainingService, save: Callable[[Concept], Path]
-) -> None:
+def test_previews_are_in_the_snapshot(service: TrainingService, save: Save) -> None:
     picture = torch.rand(4, 4, 3)
 
     def train(_: Checkpoint | None, should_stop: ShouldStop, on_event: OnEvent) -> Concept:
@@ -372,7 +365,7 @@ def test_previews_are_in_the_snapshot(
 
 
 def test_snapshots_cannot_be_changed_and_stay_as_they_were(
-    service: TrainingService, save: Callable[[Concept], Path]
+    service: TrainingService, save: Save
 ) -> None:
     training = ScriptedTraining(steps=2)
     job = service.submit("cat", 2, {}, Work(training, save))
@@ -385,9 +378,7 @@ def test_snapshots_cannot_be_changed_and_stay_as_they_were(
         snapshot.step = 7  # type: ignore[misc]
 
 
-def test_an_ended_job_lets_go_of_its_models(
-    service: TrainingService, save: Callable[[Concept], Path]
-) -> None:
+def test_an_ended_job_lets_go_of_its_models(service: TrainingService, save: Save) -> None:
     class Model:
         pass
 
@@ -408,7 +399,7 @@ def test_an_ended_job_lets_go_of_its_models(
 
 
 def test_the_folder_of_a_job_holds_its_settings_and_one_line_a_step(
-    service: TrainingService, save: Callable[[Concept], Path], tmp_path: Path
+    service: TrainingService, save: Save, tmp_path: Path
 ) -> None:
     training = ScriptedTraining(steps=3)
     job = service.submit("Käse", 3, {"config": {"seed": 7}}, Work(training, save))
@@ -427,9 +418,7 @@ def test_the_folder_of_a_job_holds_its_settings_and_one_line_a_step(
     assert len(text.splitlines()) == 3
 
 
-def test_jobs_of_one_name_have_folders_of_their_own(
-    service: TrainingService, save: Callable[[Concept], Path]
-) -> None:
+def test_jobs_of_one_name_have_folders_of_their_own(service: TrainingService, save: Save) -> None:
     jobs = [service.submit("cat", 1, {}, Work(instant(), save)) for _ in range(5)]
     assert all(job.wait(LONG_S) for job in jobs)
     assert len({job.folder.path for job in jobs}) == len({job.id for job in jobs}) == 5
@@ -439,7 +428,7 @@ def test_jobs_of_one_name_have_folders_of_their_own(
 
 @pytest.mark.parametrize("name", ["../../evil", "", "猫" * 120, "a/b\\c:d*e?", "x" * 500])
 def test_job_folders_stay_inside_whatever_the_name(
-    service: TrainingService, save: Callable[[Concept], Path], tmp_path: Path, name: str
+    service: TrainingService, save: Save, tmp_path: Path, name: str
 ) -> None:
     job = service.submit(name, 1, {}, Work(instant(), save))
     assert job.wait(LONG_S)
@@ -448,7 +437,7 @@ def test_job_folders_stay_inside_whatever_the_name(
 
 
 def test_an_unknown_job_is_answered_with_the_known_ones(
-    service: TrainingService, save: Callable[[Concept], Path]
+    service: TrainingService, save: Save
 ) -> None:
     with pytest.raises(JobError, match=r"no training job 'x'; known jobs: none"):
         service.job("x")
@@ -484,3 +473,51 @@ def test_file_names_are_short_enough_for_every_file_system(name: str, tmp_path: 
     assert len(safe) <= 100
     assert len(safe.encode()) <= 190
     assert safe[0] == safe_file_name(name)[0] == name[0]
+
+
+def test_whoever_waits_for_a_job_can_be_let_go(
+    service: TrainingService, busy: tuple[Job, ScriptedTraining]
+) -> None:
+    job, training = busy
+    assert not job.snapshot().awaited
+    with pytest.raises(JobError, match="No prompt waits"):
+        service.release(job.id)
+    with job.waiters.one_more() as one, job.waiters.one_more() as other:
+        assert job.snapshot().as_json()["awaited"]
+        service.release(job.id)
+        assert one.is_set() and other.is_set()
+        assert not job.snapshot().awaited
+        with job.waiters.one_more() as later:
+            assert job.snapshot().awaited and not later.is_set()
+    assert not job.snapshot().awaited and service.released == 1
+    assert not job.snapshot().ended  # it goes on
+
+
+def test_a_job_says_what_it_is_busy_with_and_how_much_is_done(tmp_path: Path, save: Save) -> None:
+    seen: list[tuple[str, float]] = []
+
+    def look(job: Job) -> None:
+        shown = job.snapshot().as_json()
+        now = (shown["doing"], shown["progress"])
+        if now not in seen[-1:]:
+            seen.append(now)
+
+    def train(_: Checkpoint | None, should_stop: ShouldStop, on_event: OnEvent) -> Concept:
+        on_event(StepDone(1, 0.5))
+        on_event(PreviewBegun(1))
+        on_event(PreviewDrawn(1, torch.zeros(8, 8, 3)))
+        on_event(StepDone(2, 0.5))
+        return CONCEPT
+
+    service = TrainingService(tmp_path / "jobs", look)
+    assert service.submit("cat", 2, {}, Work(train, save)).wait(LONG_S)
+    assert seen == [
+        ("copying", pytest.approx(0.1)),
+        ("starting", pytest.approx(0.1)),
+        ("", pytest.approx(0.55)),
+        ("drawing", pytest.approx(0.55)),
+        ("", pytest.approx(0.55)),
+        ("", pytest.approx(1)),
+        ("saving", pytest.approx(1)),
+        ("", pytest.approx(1)),
+    ]

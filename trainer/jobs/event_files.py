@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..events import CheckpointDue, Event, PreviewDrawn, StepDone, WordsMoved
+from ..events import CheckpointDue, Event, PreviewBegun, PreviewDrawn, StepDone, WordsMoved
 from .folder import JobFolder
-from .snapshot import JobState
+from .snapshot import Doing, JobState
 
 
 def write_event(
@@ -19,12 +19,16 @@ def write_event(
     """
     if isinstance(event, StepDone):
         folder.add_metrics(event.step, event.loss)
-        return {"state": JobState.RUNNING, "step": event.step, "loss": event.loss}
+        learning = {"state": JobState.RUNNING, "doing": Doing.STEPS}
+        return {**learning, "step": event.step, "loss": event.loss}
     if isinstance(event, WordsMoved):
         return {"drift": event.drift}
+    if isinstance(event, PreviewBegun):
+        return {"doing": Doing.DRAWING}
     if isinstance(event, PreviewDrawn):
         folder.write_sample(event.image_hwc, event.step)
-        return {"preview_hwc": event.image_hwc, "preview_step": event.step}
+        drawn = {"preview_hwc": event.image_hwc, "preview_step": event.step}
+        return {**drawn, "doing": Doing.STEPS}
     if isinstance(event, CheckpointDue):
         note(folder.write_checkpoint(event.checkpoint))
         if event.concept:

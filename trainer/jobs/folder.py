@@ -6,6 +6,7 @@
     concepts/        000000050.safetensors: what it had learnt by then
     samples/         000000050.png
     outcome.json     how it ended; absent until then
+    saved.json       the files that it has saved elsewhere, by their content
 
 Every file is complete or absent, but for the last line of the metrics.
 """
@@ -35,6 +36,7 @@ from ...concept.naming import THUMBNAIL, safe_file_name
 from ...pictures.tensors import to_picture
 from ..checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from .locks import CLAIM, LOCK, acquire, is_taken
+from .own_files import OwnFiles
 from .records import (
     LINE_BYTES,
     Description,
@@ -48,6 +50,7 @@ from .step_files import remove, share_unless_gone, step_file, step_files
 from .trash import TRASH, delete_folder
 
 DESCRIPTION, METRICS, OUTCOME = "job.json", "metrics.jsonl", "outcome.json"
+SAVED = "saved.json"
 KEPT_CHECKPOINTS = 2
 """The newest, and one more in case that it is damaged"""
 SAMPLE_EDGE = 512
@@ -62,6 +65,7 @@ class JobFolder:
         self._claim: FileLock | None = None
         self._description = RecordFile(path / DESCRIPTION, Description.parse, self._unusable)
         self._outcome = RecordFile(path / OUTCOME, Outcome.parse, self._unknown_outcome)
+        self.own_files = OwnFiles(path / SAVED)
 
     @staticmethod
     def create(jobs: Path, name: str, description: dict[str, Any]) -> JobFolder:

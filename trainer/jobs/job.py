@@ -21,8 +21,9 @@ from ...concept.errors import CustomDiffusionError, JobError, ModelsGoneError
 from ..events import Event, Notice, StepDone
 from .event_files import write_event
 from .folder import JobFolder
-from .snapshot import ACTIVE, ENDED, JobState, failure, not_now, outcome_of
+from .snapshot import ACTIVE, ENDED, Doing, JobState, failure, not_now, outcome_of
 from .transitions import AT_WORK, STANDING, Wish, next_state
+from .waiters import Waiters
 from .watched import WatchedJob
 from .work import Work
 
@@ -42,6 +43,7 @@ class Job(WatchedJob):
         """Without `work` the job is one that another process left, or runs: it can be looked at."""
         super().__init__(folder, work)
         self._on_change = on_change
+        self.waiters = Waiters(lambda: self._update(awaited=bool(self.waiters)))
 
     def pause(self) -> None:
         """Asks the job to write a checkpoint and let go of the device; returns at once.
@@ -115,7 +117,7 @@ class Job(WatchedJob):
         if after is not JobState.PAUSED:
             self.folder.claim()
         if after is JobState.STOPPED:
-            self._end_at_once(state=after, concept_file=self.folder.newest_concept())
+            self._end_at_once(**self._stopped_without_models())
         else:
             self._wish = Wish.STOP if wish is Wish.STOP else None
             self._update(state=after)
@@ -153,7 +155,7 @@ class Job(WatchedJob):
                 return
         end: dict[str, Any] = {}
         try:
-            self._update(state=JobState.PREPARING)
+            self._update(state=JobState.PREPARING, doing=Doing.COPYING)
             with self.folder.locked():
                 end = self._run(work)
                 self._write_outcome(end)
@@ -190,6 +192,7 @@ class Job(WatchedJob):
         with work.turn(lambda: self._should_leave(work)) as ready:
             if not ready:
                 return self._left_before_its_turn()
+            self._update(doing=Doing.STARTING)
             with self.folder.metrics_after(self._losses):
                 concept = work.train(checkpoint, lambda: self._should_leave(work), self._record)
             self._note_troubles(self.folder.prune())
@@ -198,7 +201,8 @@ class Job(WatchedJob):
                 return {"state": JobState.PAUSED}
             if done == 0:  # stopped before the first step: there is nothing to save
                 return {"state": JobState.STOPPED}
-            path = work.save(concept)
+            self._update(doing=Doing.SAVING)
+            path = work.save(concept, self.folder.own_files)
         self._leave_thumbnail(path)
         state = JobState.FINISHED if done == steps else JobState.STOPPED
         log.info("training job %s %s after %d steps: %s", self.id, state.value, done, path)
@@ -207,8 +211,19 @@ class Job(WatchedJob):
     def _left_before_its_turn(self) -> dict[str, Any]:
         """Without models nothing can be learnt: what was learnt before is in the folder."""
         if self._wish is Wish.STOP:
-            return {"state": JobState.STOPPED, "concept_file": self.folder.newest_concept()}
+            return self._stopped_without_models()
         return {"state": JobState.PAUSED}
+
+    def _stopped_without_models(self) -> dict[str, Any]:
+        """What was learnt, if anything was, stays in the folder."""
+        file = self.folder.newest_concept()
+        if file:
+            self._note(
+                f"Its models are not loaded any more, so no concept was saved. Queue its graph "
+                f"again to resume, or take what it had learnt from a Training Job node with the "
+                f"job id {self.id}."
+            )
+        return {"state": JobState.STOPPED, "concept_file": file}
 
     def _should_leave(self, work: Work) -> bool:
         """Asked between steps; waits here for others."""
@@ -272,7 +287,7 @@ class Job(WatchedJob):
             if changes["state"] in ENDED:
                 self._work = None  # the models that it holds are free to go
             try:
-                self._update(waiting=False, **changes)
+                self._update(waiting=False, doing=Doing.STEPS, **changes)
             finally:  # whoever waits is released, also where somebody who looks on fails
                 if changes["state"] in ENDED:
                     self._ended.set()
@@ -285,7 +300,7 @@ class Job(WatchedJob):
         self._wish = wish if wish is Wish.STOP else None
         changes: dict[str, Any] = {"state": state}
         if state is JobState.STOPPED:
-            changes["concept_file"] = self.folder.newest_concept()
+            changes = self._stopped_without_models()
             self._write_outcome(changes)
         return changes
 

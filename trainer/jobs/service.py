@@ -35,6 +35,8 @@ class TrainingService:
         """
         self.deleted = 0
         """How many jobs were deleted"""
+        self.released = 0
+        """How often somebody who waited for a job was let go"""
         self._folder = folder
         self._listener, self._on_idle = on_change, on_idle
         self._jobs: dict[str, Job] = {}
@@ -89,11 +91,14 @@ class TrainingService:
             return job if job and job.snapshot().state in (*ACTIVE, JobState.FINISHED) else None
 
     def find(self, fingerprint: str, steps: int) -> Job | None:
-        """The newest job that does the same; of finished ones only if its concept is there."""
+        """The newest job that does the same; of finished ones only if its concept is there, and not
+        another under its name.
+        """
         for job in reversed(self._like(fingerprint)):
             snapshot, file = job.snapshot(), job.snapshot().concept_file
-            there = snapshot.state is not JobState.FINISHED or (file and file.is_file())
-            if there and snapshot.steps == steps:
+            finished = snapshot.state is JobState.FINISHED
+            there = file and file.is_file() and not job.folder.own_files.has_lost(file)
+            if snapshot.steps == steps and (there or not finished):
                 return job
         return None
 
@@ -162,6 +167,14 @@ class TrainingService:
             job = self.job(job_id)
             job.stop()
             self._enqueue(job, 0)  # one that is paused has to run to be saved
+
+    def release(self, job_id: str) -> None:
+        """Lets those go who wait for a job; it goes on, or stays paused. Raises JobError where
+        nobody waits.
+        """
+        if not self.job(job_id).waiters.let_go():
+            raise JobError(f"No prompt waits for the training job {job_id}.")
+        self.released += 1
 
     def reorder(self, job_id: str, position: int) -> None:
         """Moves a job that waits to this place among them, 0 for the next one."""

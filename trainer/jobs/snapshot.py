@@ -31,6 +31,19 @@ class JobState(str, Enum):
     FAILED = "failed"
 
 
+class Doing(str, Enum):
+    """What a job at work is busy with, where that is no step."""
+
+    STEPS = ""
+    COPYING = "copying"
+    STARTING = "starting"
+    DRAWING = "drawing"
+    SAVING = "saving"
+
+
+PREPARED = 0.1
+"""The share of a training that is done before it is a job: its pictures are encoded"""
+
 ENDED = (JobState.FINISHED, JobState.STOPPED, JobState.FAILED)
 ACTIVE = (JobState.QUEUED, JobState.PREPARING, JobState.RUNNING)
 
@@ -44,8 +57,11 @@ class Snapshot:
     state: JobState
     step: int
     steps: int
+    doing: Doing = Doing.STEPS
     waiting: bool = False
     """It lets somebody else have the device first."""
+    awaited: bool = False
+    """Somebody waits here for its end."""
     loss: float | None = None
     """Of the last step"""
     seconds_per_step: float | None = None
@@ -65,6 +81,11 @@ class Snapshot:
     def ended(self) -> bool:
         return self.state in ENDED
 
+    @property
+    def progress(self) -> float:
+        """How much is done, 0 to 1, of all that there is to do."""
+        return PREPARED + (1 - PREPARED) * (self.step / self.steps if self.steps else 0)
+
     def as_json(self) -> dict[str, Any]:
         """Without the preview, because samples are files, and without the log."""
         loss = self.loss if self.loss is not None and math.isfinite(self.loss) else None
@@ -74,15 +95,23 @@ class Snapshot:
             "state": self.state.value,
             "step": self.step,
             "steps": self.steps,
+            "progress": self.progress,
+            "doing": self.doing.value,
             "waiting": self.waiting,
+            "awaited": self.awaited,
             "loss": loss,
             "seconds_per_step": self.seconds_per_step,
             "drift": dict(self.drift),
             "preview_step": self.preview_step,
             "notes": self.notes,
             "error": self.error,
-            "concept_file": self.concept_file.name if self.concept_file else None,
+            "concept_file": self._listed_file(),
         }
+
+    def _listed_file(self) -> str | None:
+        """The concept's name where it is saved; what lies in the job's folder no list shows."""
+        file = self.concept_file
+        return file.name if file and self.id not in file.parts else None
 
 
 class Pace:

@@ -10,6 +10,10 @@ from pathlib import Path
 from ...concept.concept import Concept
 from ..checkpoint import Checkpoint
 from ..events import Event
+from .own_files import OwnFiles
+
+Save = Callable[[Concept, OwnFiles], Path]
+"""(what was learnt, the files that the job has saved before) → where it is saved"""
 
 
 def never() -> bool:
@@ -30,7 +34,7 @@ class Work:
 
     train: Callable[[Checkpoint | None, Callable[[], bool], Callable[[Event], None]], Concept]
     """(checkpoint to go on from, should_stop, on_event) → what was learnt"""
-    save: Callable[[Concept], Path]
+    save: Save
     is_busy: Callable[[], bool] = never
     """Whether somebody else should have the device; asked between steps."""
     turn: Callable[[Callable[[], bool]], AbstractContextManager[bool]] = _at_once

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ...concept.atomic import write_atomically
+from ...concept.atomic import BeforeNaming, nothing, write_atomically
 from ...concept.concept import Concept
 from ...diffusion.protocols import Denoiser
 
@@ -23,15 +23,28 @@ def fold_in(denoiser: Denoiser, concept: Concept) -> Concept:
     return replace(concept, deltas={})
 
 
-def write_network(network: nn.Module, path: Path) -> Path:
+def write_network(
+    network: nn.Module,
+    path: Path,
+    *,
+    replace: bool = False,
+    before_naming: BeforeNaming = nothing,
+) -> Path:
     """Writes a UNet in half precision under its own names, as ComfyUI and diffusers load one.
 
-    Raises ConceptFileError when it cannot be written and FileExistsError when the path is taken.
+    Raises ConceptFileError when it cannot be written and FileExistsError when the path is taken and
+    must not be replaced.
     """
     tensors = {
         name: tensor.detach().to("cpu", torch.float16).contiguous()
         for name, tensor in network.state_dict().items()
     }
     size = sum(2 * tensor.numel() for tensor in tensors.values())
-    write_atomically(path, lambda temporary: save_file(tensors, temporary), size, replace=False)
+    write_atomically(
+        path,
+        lambda temporary: save_file(tensors, temporary),
+        size,
+        replace=replace,
+        before_naming=before_naming,
+    )
     return path

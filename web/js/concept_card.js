@@ -2,11 +2,13 @@
 
 import * as concepts from "./concepts.js";
 import { after, copyButton, element, showOnNode } from "./dom.js";
+import { allNodes } from "./nodes.js";
 import { t } from "./words.js";
 
 export const LOAD = "LoadConcept";
 export const CHOICE = "concept_name";
 const HEIGHT = 84;
+const shows = new WeakMap(); // node → what fills its card
 
 /** To be called for every node that is made; its choice may come later, with a workflow. */
 export function showConcept(node) {
@@ -16,9 +18,15 @@ export function showConcept(node) {
   const card = element("div", "cd-concept");
   showOnNode(node, "concept", card, HEIGHT);
   const show = () => fill(card, choice.value);
+  shows.set(node, show);
   after(choice, "callback", show);
   after(node, "onConfigure", show);
   show();
+}
+
+/** Other content may be in the files now. */
+export function showConceptsAgain() {
+  for (const node of allNodes()) shows.get(node)?.();
 }
 
 async function fill(card, name) {

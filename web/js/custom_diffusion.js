@@ -2,6 +2,7 @@
 
 import { app } from "../../../scripts/app.js";
 import { registerCompletion } from "./completion.js";
+import { registerBehind } from "./behind.js";
 import { showConcept } from "./concept_card.js";
 import * as jobs from "./jobs.js";
 import { colourSockets, foldAdvanced, widen } from "./node_looks.js";
@@ -57,6 +58,7 @@ app.registerExtension({
     await loadWords();
     panel = registerPanel();
     registerTraining();
+    registerBehind();
     registerRuns(isOurs);
     registerNotices();
     registerCompletion();
@@ -74,6 +76,6 @@ app.registerExtension({
     }
   },
   loadedGraphNode(node) {
-    if (isOurs(node.comfyClass)) showRuns(node);
+    showRuns(node); // also of others: they may be behind a training
   },
 });

@@ -37,7 +37,7 @@ export function actionButton(label, hint, icon, act, onError) {
   return button;
 }
 
-/** A bar that fills from left to right; `set` says how much of how much is done. */
+/** A bar that fills from left to right; `set` says how much is done, 0 to 1, and that in words. */
 export class ProgressBar {
   constructor(label) {
     this.fill = element("div", "cd-fill");
@@ -45,13 +45,22 @@ export class ProgressBar {
     this.element.setAttribute("role", "progressbar");
     this.element.setAttribute("aria-label", label);
     this.element.setAttribute("aria-valuemin", 0);
+    this.element.setAttribute("aria-valuemax", 100);
   }
 
-  set(done, most) {
-    this.element.setAttribute("aria-valuemax", most);
-    this.element.setAttribute("aria-valuenow", done);
-    this.fill.style.width = `${most ? (100 * done) / most : 0}%`;
+  set(progress, words) {
+    const percent = 100 * progress;
+    this.element.setAttribute("aria-valuenow", percent.toFixed(1));
+    this.element.setAttribute("aria-valuetext", words);
+    this.fill.style.width = `${percent}%`;
   }
+}
+
+/** An error's sentence as text that can be marked, and a button that copies it. */
+export function errorParts(error) {
+  const said = element("p", "cd-trouble", error);
+  said.setAttribute("role", "alert");
+  return [said, copyButton(t("copyError"), t("copyErrorHint"), error)];
 }
 
 /** A button that copies a text, and says so. */

@@ -24,6 +24,7 @@ const GOALS = {
 const ACTIONS = [
   ["pause", "pi-pause", jobs.ACTIVE],
   ["resume", "pi-play", ["paused"]],
+  ["release", "pi-sign-out", [...jobs.ACTIVE, "paused"]],
   ["stop", "pi-stop", [...jobs.ACTIVE, "paused"]],
   ["again", "pi-replay", ["stopped", "failed"]],
   ["more", "pi-forward", ["finished"]],
@@ -43,6 +44,8 @@ export function duration(seconds) {
 export function pace(job) {
   const told = [t("step", job)];
   if (job.waiting) told.push(t("waiting"));
+  else if (job.doing) told.push(t(`${job.doing}Doing`));
+  if (job.awaited && job.state === "paused") told.push(t("queueWaits"));
   if (job.seconds_per_step && job.state === "running") {
     const rate = 1 / job.seconds_per_step;
     told.push(
@@ -54,6 +57,9 @@ export function pace(job) {
   }
   return told.join(" · ");
 }
+
+/** What is done before there is a job, in words. */
+export const preparation = (told) => t(`${told.doing}Doing`, told);
 
 /** How far each word has moved from where it began, in figures. */
 export function drifts(job) {
@@ -80,6 +86,25 @@ export function samplePicture(id, step) {
   picture.alt = t("sample", { step });
   link.append(picture, element("span", "", String(step)));
   return link;
+}
+
+/** In the place of a job's card, as long as there is no job. */
+export class PreparationCard {
+  constructor({ name }) {
+    this.bar = new ProgressBar(t("progress", { name }));
+    this.words = element("p", "cd-pace");
+    const head = element(
+      "div", "cd-head",
+      element("span", "cd-name", name), element("span", "cd-state", t("preparing")), this.bar.element,
+    );
+    this.element = element("div", "cd-job", head, this.words);
+    this.element.dataset.state = "encoding";
+  }
+
+  update(told) {
+    this.words.textContent = preparation(told);
+    this.bar.set(told.progress, preparation(told));
+  }
 }
 
 export class JobCard {
@@ -128,7 +153,7 @@ export class JobCard {
     this.name.textContent = job.name;
     this.name.title = job.id;
     if (GOALS[this.pending]?.includes(job.state)) this.pending = null;
-    this.bar.set(job.step, job.steps);
+    this.bar.set(job.progress, pace(job));
     this.pace.textContent = pace(job);
     this.drift.textContent = driftWarnings(job).join("\n");
     this.drift.title = this.taught.title = drifts(job);
@@ -141,12 +166,13 @@ export class JobCard {
 
   /** The state, or what a click has asked for, and what can be done in it. */
   #offer() {
-    const { state, concept_file } = this.job;
+    const { state, concept_file, awaited } = this.job;
+    const missing = { use: !concept_file, release: !awaited };
     this.state.textContent = t(this.pending ? `${this.pending}Pending` : state);
     const focused = this.buttons.contains(document.activeElement);
     for (const [index, [verb, , states]] of ACTIONS.entries()) {
       const button = this.buttons.children[index];
-      button.hidden = !states.includes(state) || (verb === "use" && !concept_file);
+      button.hidden = !states.includes(state) || Boolean(missing[verb]);
       button.ariaDisabled = String(Boolean(this.pending));
     }
     if (focused && !this.buttons.contains(document.activeElement)) {
@@ -180,6 +206,7 @@ export class JobCard {
       const more = await this.host.askSteps(this.job);
       return more && jobs.startAgain(this.id, this.job.step + more);
     }
+    if (verb === "release") return this.update(await jobs.steer(this.id, verb));
     if (verb === "remove") {
       // The server tells all tabs.
       return (await this.host.confirmRemoval(this.job)) && jobs.remove(this.id);

@@ -6,6 +6,7 @@ import { t } from "./words.js";
 const JOBS = "/custom_diffusion/jobs";
 const EVENT = "custom_diffusion.job";
 const NODE_EVENT = "custom_diffusion.node";
+const PREPARING_EVENT = "custom_diffusion.preparing";
 
 export const ACTIVE = ["queued", "preparing", "running"];
 
@@ -82,8 +83,15 @@ export function listen(onJob, onReturn = () => {}) {
 
 /**
  * Calls `onTold` with {node, prompt} and what a node of this page's prompt shows before it is done:
- * its `notes`, or the `job` that it has begun or found.
+ * its `notes`; or the `job` that it has begun or found, and `blocks`: what needs its concept does not
+ * run.
  */
 export function listenToNodes(onTold) {
   api.addEventListener(NODE_EVENT, ({ detail }) => onTold(detail));
+}
+
+/** Calls `onTold` with {node, prompt, name, doing, done, total, progress} before there is a job, and
+ * with an empty `doing`, and `failed`, at the end of that. */
+export function listenToPreparations(onTold) {
+  api.addEventListener(PREPARING_EVENT, ({ detail }) => onTold(detail));
 }

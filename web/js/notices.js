@@ -22,7 +22,8 @@ export function registerNotices() {
 
 function tell(job) {
   const { setting, toast } = app.extensionManager;
-  const [severity, key] = TOASTS[job.state];
+  const [severity, ended] = TOASTS[job.state];
+  const key = job.state === "stopped" && !job.concept_file ? "toastUnsaved" : ended;
   const detail = job.error || job.concept_file || "";
   if (setting.get(TOAST_SETTING)) toast.add({ severity, summary: t(key, job), detail, life: SHOWN_MS });
   if (setting.get(SOUND_SETTING)) chime();

@@ -2,10 +2,11 @@
 
 import { app } from "../../../scripts/app.js";
 import { addToGraph } from "./add_to_graph.js";
+import { showConceptsAgain } from "./concept_card.js";
 import { ConceptLibrary } from "./concept_library.js";
 import { refreshChoices } from "./concepts.js";
 import { actionButton, element } from "./dom.js";
-import { JobCard } from "./job_card.js";
+import { JobCard, PreparationCard } from "./job_card.js";
 import * as jobs from "./jobs.js";
 import { openFirstTemplate } from "./templates.js";
 import { t } from "./words.js";
@@ -22,17 +23,21 @@ class Panel {
     this.empty = element("div", "cd-empty", element("p", "", t("empty")), element("div", "cd-buttons", begin));
     this.trouble = element("p", "cd-trouble");
     this.trouble.setAttribute("role", "alert");
+    this.preparations = new Map(); // prompt and node → its card
+    this.preparing = element("div");
     this.listing = element("div");
     this.library = new ConceptLibrary({ onError: complain, addToGraph, askName, confirmBin });
     this.element = element(
-      "section", "cd-panel", this.memory, this.trouble, this.empty, this.listing, this.library.element,
+      "section", "cd-panel", this.memory, this.trouble, this.empty, this.preparing, this.listing,
+      this.library.element,
     );
     this.element.setAttribute("aria-label", t("title"));
     this.element.tabIndex = -1;
     jobs.listen(
       (job) => this.hear(job),
-      () => this.refresh(),
+      () => this.refresh(true),
     );
+    jobs.listenToPreparations((told) => this.prepare(told));
   }
 
   /** Shows the panel in the tab's element, and asks for all jobs. */
@@ -51,7 +56,12 @@ class Panel {
     await app.extensionManager.command.execute(`Workspace.ToggleSidebarTab.${TAB}`);
   }
 
-  async refresh() {
+  /** @param {boolean} anew whether the server was away: what it prepared is over */
+  async refresh(anew = false) {
+    if (anew) {
+      this.preparing.replaceChildren();
+      this.preparations.clear();
+    }
     try {
       const { jobs: all } = await jobs.list();
       const known = new Set(all.map((job) => job.id));
@@ -62,6 +72,23 @@ class Panel {
     } catch (error) {
       this.complain(error);
     }
+  }
+
+  /** A training that is no job yet. */
+  prepare(told) {
+    const key = `${told.prompt} ${told.node}`;
+    if (!told.doing) {
+      this.preparations.get(key)?.element.remove();
+      this.preparations.delete(key);
+      return this.tally();
+    }
+    if (!this.preparations.has(key)) {
+      const card = new PreparationCard(told);
+      this.preparations.set(key, card);
+      this.preparing.append(card.element);
+    }
+    this.preparations.get(key).update(told);
+    this.tally();
   }
 
   forget(id) {
@@ -97,11 +124,12 @@ class Panel {
   /** A training has saved a concept. */
   #saved() {
     this.library.refresh();
+    showConceptsAgain();
     refreshChoices().catch((error) => this.complain(error));
   }
 
   tally() {
-    this.empty.hidden = this.cards.size > 0;
+    this.empty.hidden = this.cards.size + this.preparations.size > 0;
     const tab = app.extensionManager.getSidebarTabs().find((each) => each.id === TAB);
     if (tab) tab.iconBadge = this.active.size ? String(this.active.size) : null;
   }

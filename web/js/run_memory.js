@@ -12,7 +12,14 @@ const KEY = "custom_diffusion.runs";
 const MOST = 300; // nodes; the oldest go
 
 const keyOf = (workflow, node) => `${workflow} ${node}`;
-const read = () => new Map(JSON.parse(localStorage.getItem(KEY) ?? "[]"));
+
+let parsed = ["[]", new Map()]; // text, runs: many nodes ask for the same
+
+function read() {
+  const text = localStorage.getItem(KEY) ?? "[]";
+  if (text !== parsed[0]) parsed = [text, new Map(JSON.parse(text))];
+  return new Map(parsed[1]);
+}
 
 /** Of other tabs of the browser too, because each reads before it writes. */
 function write(runs) {
@@ -29,7 +36,8 @@ function write(runs) {
 
 /**
  * What a node showed last, if it is still of that class.
- * @returns {{class: string, error?: string, notes?: object, job?: string}|undefined}
+ * @returns {{class: string, error?: string, notes?: object, job?: string,
+ *            behind?: {job: string, train: string}}|undefined}
  */
 export function recall(workflow, node, comfyClass) {
   const run = read().get(keyOf(workflow, node));
@@ -46,13 +54,17 @@ export function remember(workflow, node, comfyClass, shown) {
   write(runs);
 }
 
+/** @returns {[string, object][]} the nodes of a workflow, with what they showed last */
+export function runsOf(workflow) {
+  const runs = [...read()].filter(([key]) => key.startsWith(`${workflow} `));
+  return runs.map(([key, run]) => [key.slice(workflow.length + 1), run]);
+}
+
 /** @returns {string[]} the nodes of the workflow that showed an error */
 export function forgetErrors(workflow) {
-  const runs = read();
-  const failed = [...runs].filter(([key, run]) => key.startsWith(`${workflow} `) && run.error);
-  for (const [key, run] of failed) runs.set(key, { ...run, error: null });
-  if (failed.length) write(runs);
-  return failed.map(([key]) => key.slice(workflow.length + 1));
+  const failed = runsOf(workflow).filter(([, run]) => run.error);
+  for (const [node, run] of failed) remember(workflow, node, run.class, { error: null });
+  return failed.map(([node]) => node);
 }
 
 const origins = new Map(); // prompt → promise
@@ -60,7 +72,8 @@ const origins = new Map(); // prompt → promise
 /**
  * Which workflow a prompt came from, as the server was sent it: another one may be open by now, and
  * the page may have been loaded again.
- * @returns {Promise<{workflow: string|undefined, classOf: function(string): string|undefined}>}
+ * @returns {Promise<{workflow: string|undefined, nodes: object,
+ *                    classOf: function(string): string|undefined}>}
  */
 export function originOf(prompt) {
   if (!origins.has(prompt)) origins.set(prompt, lookUp(prompt));
@@ -73,6 +86,10 @@ async function lookUp(prompt) {
   const { queue_running: running } = await fetched("/queue");
   const found =
     running.find(([, id]) => id === prompt) ?? (await fetched(`/history/${prompt}`))[prompt]?.prompt;
-  const [, , nodes, more] = found ?? [];
-  return { workflow: more?.extra_pnginfo?.workflow?.id, classOf: (node) => nodes?.[node]?.class_type };
+  const [, , nodes = {}, more] = found ?? [];
+  return {
+    workflow: more?.extra_pnginfo?.workflow?.id,
+    nodes,
+    classOf: (node) => nodes[node]?.class_type,
+  };
 }

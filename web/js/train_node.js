@@ -1,7 +1,7 @@
 /** The Train node shows the training that it has begun: pace, losses, the newest sample. */
 
-import { element, ProgressBar } from "./dom.js";
-import { driftWarnings, pace, samplePicture } from "./job_card.js";
+import { element, errorParts, ProgressBar } from "./dom.js";
+import { driftWarnings, pace, preparation, samplePicture } from "./job_card.js";
 import { JobProgress } from "./job_progress.js";
 import * as jobs from "./jobs.js";
 import { LossChart } from "./loss_chart.js";
@@ -13,12 +13,13 @@ export class NodeTraining {
   constructor() {
     this.pace = element("p", "cd-pace");
     this.bar = new ProgressBar(t("title"));
+    this.trouble = element("div", "cd-error");
     this.warning = element("p", "cd-warning");
     this.chart = new LossChart();
     this.newest = element("div", "cd-samples");
     this.element = element(
       "div", "cd-training",
-      this.pace, this.bar.element, this.warning, this.chart.element, this.newest,
+      this.pace, this.bar.element, this.trouble, this.warning, this.chart.element, this.newest,
     );
   }
 
@@ -32,6 +33,16 @@ export class NodeTraining {
     shown.get(id).add(this);
     this.progress = new JobProgress(id, (now) => this.#show(now), (error) => this.#fail(error));
     await this.progress.refresh(true);
+  }
+
+  /** Before there is a job. */
+  prepare(told) {
+    this.leave();
+    this.id = undefined;
+    this.chart.show([]);
+    this.#picture(undefined);
+    this.pace.textContent = preparation(told);
+    this.bar.set(told.progress, preparation(told));
   }
 
   /** Its node is gone, or has begun another job: nothing more is asked of the server. */
@@ -61,8 +72,10 @@ export class NodeTraining {
   }
 
   #tell(job) {
-    this.pace.textContent = `${t(job.state)}: ${job.error || pace(job)}`;
-    this.bar.set(job.step, job.steps);
+    this.pace.textContent = `${t(job.state)}: ${pace(job)}`;
+    this.bar.set(job.progress, pace(job));
+    if (job.error !== this.error) this.trouble.replaceChildren(...(job.error ? errorParts(job.error) : []));
+    this.error = job.error;
     this.warning.textContent = driftWarnings(job).join("\n");
   }
 

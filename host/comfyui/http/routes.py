@@ -144,6 +144,7 @@ HANDLERS: Mapping[str, Handler] = {
     "pause_job": partial(_control, action="pause"),
     "resume_job": partial(_control, action="resume"),
     "stop_job": partial(_control, action="stop"),
+    "release_prompt": partial(_control, action="release"),
     "move_job": _move,
     "list_concepts": _concepts,
     "show_thumbnail": _thumbnail,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
-import comfy.utils
 import torch
 from server import PromptServer
 
@@ -27,6 +26,7 @@ from ....trainer.jobs.snapshot import JobState, Snapshot
 from ....trainer.jobs.transitions import AT_WORK
 from ..paths import jobs_folder
 from .models import shared_copy
+from .progress import NodeProgress
 from .prompts import waiting_nodes
 
 EVENT = "custom_diffusion.job"
@@ -48,7 +48,8 @@ def training_service() -> TrainingService:
 
 def tell_node(node_id: str, **shown: Any) -> None:
     """Tells the browser whose prompt it is what a node has to show before it is done: its `notes`,
-    the id of the `job` that it has begun, or found. Nobody, where a script sent the prompt.
+    or the id of the `job` that it has begun, or found, and whether it `blocks` what needs the
+    concept. Nobody, where a script sent the prompt.
     """
     server = getattr(PromptServer, "instance", None)
     if server and server.client_id:
@@ -74,7 +75,8 @@ class _Teller:
 
     def __call__(self, job: Job) -> None:
         snapshot, now = job.snapshot(), time.monotonic()
-        state = (snapshot.state, snapshot.waiting, snapshot.preview_step)
+        now_at = (snapshot.state, snapshot.doing, snapshot.waiting, snapshot.awaited)
+        state = (*now_at, snapshot.preview_step)
         before, at_s = self._told.get(job.id, (None, 0.0))
         if state == before and now - at_s < _TELL_EVERY_S:
             return
@@ -98,18 +100,19 @@ def delete_job(job_id: str) -> None:
 
 
 def wait_for(job: Job, keep_on_interrupt: bool = False) -> Snapshot:
-    """Shows the job's progress on the executing node until it ends.
+    """Shows the job's progress on the executing node until it ends, or the node is let go: then the
+    snapshot is none of an end.
 
     Interrupting the prompt stops the job, saves what was learnt, and then interrupts; or leaves
     the job to go on in the background. Raises TrainingError when the job failed, and when it has
     been paused and cannot be resumed here: no other prompt would ever have its turn.
     """
     steps = job.snapshot().steps
-    progress = comfy.utils.ProgressBar(steps)
+    progress = NodeProgress()
     shown = 0
-    with waiting_nodes.one_more():
+    with waiting_nodes.one_more(), job.waiters.one_more() as let_go:
         try:
-            while not job.wait(_POLL_S):
+            while not job.wait(_POLL_S) and not let_go.is_set():
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 snapshot = job.snapshot()
                 if snapshot.state is JobState.PAUSED and not _can_be_resumed(job):
@@ -122,7 +125,7 @@ def wait_for(job: Job, keep_on_interrupt: bool = False) -> Snapshot:
                 if snapshot.preview_hwc is not None and snapshot.preview_step != shown:
                     shown = snapshot.preview_step
                     preview = ("JPEG", sample_picture(snapshot.preview_hwc), SAMPLE_EDGE)
-                progress.update_absolute(snapshot.step, steps, preview)
+                progress.show(snapshot.progress, preview)
         except comfy.model_management.InterruptProcessingException:
             if not keep_on_interrupt:
                 training_service().stop(job.id)
@@ -141,14 +144,15 @@ def _can_be_resumed(job: Job) -> bool:
 
 def jobs_to_go_on_with(wait: bool) -> str:
     """Differs when a training node has something to do again with the same inputs: a job has been
-    paused, stopped or deleted, has failed, or has finished while nobody waited for it.
+    paused, stopped or deleted, has failed, or has finished while nobody waited for it, or the node
+    that waited was let go.
     """
     left = {JobState.PAUSED, JobState.STOPPED, JobState.FAILED}
     left |= set() if wait else {JobState.FINISHED}
     service = training_service()
     states = [(job.id, job.snapshot().state) for job in service.jobs()]
     told = [f"{job_id} {state.value}" for job_id, state in states if state in left]
-    return " ".join([str(service.deleted), *told])
+    return " ".join([f"{service.deleted} {service.released}", *told])
 
 
 def job_results(job_id: str, best: bool) -> tuple[Concept, dict[str, list[float]], Any, str]:

@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
-import comfy.utils
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ....concept.concept import Concept
 from ....concept.errors import TrainingError
-from ....concept.file import read_concept, write_new_concept
-from ....concept.naming import write_new
+from ....concept.file import read_concept, write_concept
 from ....merge.projection import project_on_own_words
 from ....trainer.checkpoint import Checkpoint
 from ....trainer.config import TrainConfig
 from ....trainer.events import Event
 from ....trainer.jobs.fingerprint import training_fingerprint
 from ....trainer.jobs.job import Job
+from ....trainer.jobs.own_files import OwnFiles
 from ....trainer.jobs.snapshot import JobState
 from ....trainer.jobs.work import Work, never
 from ....trainer.learning.network_file import fold_in, write_network
@@ -36,8 +35,9 @@ from ..models.text import text_encoder
 from ..models.unet import ComfyDenoiser, ComfyLatentEncoder
 from ..paths import cache_folder, concept_folder, network_folder
 from .models import Base, Models, copy_unet, offer, shared_copy, unet_weights
+from .progress import Preparation
 from .prompts import prompt_is_running
-from .service import training_service, wait_for
+from .service import tell_node, training_service, wait_for
 
 log = logging.getLogger("custom_diffusion")
 
@@ -70,40 +70,42 @@ def start_training(
     finished, and nothing is copied. What the node needs of the prompt is kept, so that the job can
     be gone on with in another process.
     """
-    service, config, model, clip = training_service(), request.config, origin.model, origin.clip
-    check_models(model, clip, origin.vae)
-    encoder = text_encoder(clip)
-    networks = (unet_weights(model, config), origin.vae.first_stage_model)
-    fingerprint = f"{name} {training_fingerprint(request, encoder, networks)}"
-    if same := service.join(fingerprint, config.steps):
-        log.info("the training job %s had the same to do: it is not begun again", same.id)
-        if not same.snapshot().ended:
-            offer(model, clip, config, encoder)
-        return same
-    models = Models(copy_unet(model, config), encoder)
-    base = Base(model, clip, config, models)
-    latent_encoder = ComfyLatentEncoder(origin.vae, model.model.latent_format.scale_factor)
-    show = comfy.utils.ProgressBar(1).update_absolute
-    run = prepared(request, models.denoiser, encoder, latent_encoder, show)
-    _make_room(models.denoiser)
-    training = _Training(
-        name, config, base, partial(run, checkpoint_every_steps=checkpoint_every_steps)
-    )
-    work = Work(
-        training.train,
-        training.save,
-        never if share_device else prompt_is_running,
-        training.turn,
-        lambda: base.is_loaded or shared_copy.has(base),
-    )
-    return service.submit(
-        name,
-        config.steps,
-        {**_description(request, origin), "keep_best": keep_best},
-        work,
-        fingerprint,
-        on_next=lambda: shared_copy.keep(base, models),
-    )
+    with Preparation(name, origin.node_id) as preparation:
+        service, config, model, clip = training_service(), request.config, origin.model, origin.clip
+        check_models(model, clip, origin.vae)
+        preparation.doing("reading")
+        encoder = text_encoder(clip)
+        networks = (unet_weights(model, config), origin.vae.first_stage_model)
+        fingerprint = f"{name} {training_fingerprint(request, encoder, networks)}"
+        if same := service.join(fingerprint, config.steps):
+            log.info("the training job %s had the same to do: it is not begun again", same.id)
+            if not same.snapshot().ended:
+                offer(model, clip, config, encoder)
+            return same
+        preparation.doing("copying")
+        models = Models(copy_unet(model, config), encoder)
+        base = Base(model, clip, config, models)
+        latent_encoder = ComfyLatentEncoder(origin.vae, model.model.latent_format.scale_factor)
+        run = prepared(request, models.denoiser, encoder, latent_encoder, preparation.encoding)
+        _make_room(models.denoiser)
+        training = _Training(
+            name, config, base, partial(run, checkpoint_every_steps=checkpoint_every_steps)
+        )
+        work = Work(
+            training.train,
+            training.save,
+            never if share_device else prompt_is_running,
+            training.turn,
+            lambda: base.is_loaded or shared_copy.has(base),
+        )
+        return service.submit(
+            name,
+            config.steps,
+            {**_description(request, origin), "keep_best": keep_best},
+            work,
+            fingerprint,
+            on_next=lambda: shared_copy.keep(base, models),
+        )
 
 
 def _description(request: TrainingRequest, origin: Origin) -> dict[str, Any]:
@@ -168,21 +170,20 @@ class _Training:
         except torch.OutOfMemoryError as error:
             raise TrainingError(_out_of_memory(self._config, denoiser.device, error)) from error
 
-    def save(self, result: Concept) -> Path:
+    def save(self, result: Concept, own_files: OwnFiles) -> Path:
         assert self._models is not None, "its turn is over"
         if self._method.whole_network:
             denoiser = self._models.denoiser
             result = fold_in(denoiser, result)
-            network = write_new(
-                network_folder(), self._name, lambda path: write_network(denoiser.network, path)
-            )
+            write = partial(write_network, denoiser.network)
+            network = own_files.write_named(network_folder(), self._name, write)
             log.info("saved the whole UNet: %s", network)
         if result.scope == "own words":
             # The job's folder keeps the whole of it; this is small and acts right in any loader.
             result, _ = project_on_own_words(
                 result, self._models.encoder, cache_folder=cache_folder()
             )
-        return write_new_concept(result, concept_folder(), self._name)
+        return own_files.write_named(concept_folder(), self._name, partial(write_concept, result))
 
 
 def _make_room(denoiser: ComfyDenoiser) -> None:
@@ -212,13 +213,19 @@ def graph_until(prompt: Mapping[str, Any], node_id: str) -> dict[str, Any]:
     return needed
 
 
-def training_outputs(job: Job, wait: bool, keep_on_interrupt: bool) -> tuple[Any, Any, str]:
+def training_outputs(
+    job: Job, wait: bool, keep_on_interrupt: bool, node_id: str
+) -> tuple[Any, Any, str]:
     """(concept, loss map, job id); the first two block what depends on them while the job learns in
-    the background.
+    the background. The page hears which it is.
     """
-    if not wait and job.snapshot().state is not JobState.FINISHED:
+    in_background = not wait and job.snapshot().state is not JobState.FINISHED
+    if not in_background:
+        tell_node(node_id, job=job.id, blocks=False)
+        in_background = not (snapshot := wait_for(job, keep_on_interrupt)).ended
+    if in_background:
+        tell_node(node_id, job=job.id, blocks=True)
         return ExecutionBlocker(None), ExecutionBlocker(None), job.id
-    snapshot = wait_for(job, keep_on_interrupt)
     if snapshot.concept_file is None:
         raise TrainingError(
             f"The training job {job.id} was stopped before its first step, or deleted, so there is "
