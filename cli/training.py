@@ -257,5 +257,7 @@ def _show(event: Event, bar: tqdm[None]) -> None:
     if isinstance(event, StepDone):
         bar.set_postfix(loss=f"{event.loss:.4f}", refresh=False)
         bar.update(event.step - bar.n)
+        if event.validation is not None:
+            bar.write(f"step {event.step}: validation loss {event.validation:.4f}")
     elif isinstance(event, Notice):
         bar.write(event.text())

@@ -48,7 +48,9 @@ def run_as_job(
 
     service = TrainingService(folder)
     description = {"config": config.as_json()}
-    job = service.submit(name, config.steps, description, Work(work, save), fingerprint)
+    job = service.submit(
+        name, config.steps, description, Work(work, save), fingerprint, config.ends_early
+    )
     with (
         tqdm(total=config.steps, desc="training", unit="step") as bar,
         stop_on_interrupt() as interrupted,

@@ -33,7 +33,8 @@ from .events import (
     WordsMoved,
 )
 from .learner import Learner
-from .learning.samples import loss_of, samples_of
+from .learning.samples import drawn_noise, loss_of, samples_of
+from .validation import Validation
 
 _DRIFT_EVERY_STEPS = 10
 
@@ -59,6 +60,8 @@ def train(
     tokens that are taught again learn on.
     `checkpoint` is what a run with the same arguments left: this one goes on as that would have,
     to the bit. With `checkpoint_every_steps` there is one as often, and one at the end.
+    Pictures that the banks keep back are measured on; with early stopping the run ends when their
+    loss no longer falls, and returns what it had learnt where that was lowest.
     `parallel` is this process's place among several that call this with the same arguments.
     `should_stop` is asked before every step; stopping returns what was learnt so far. The models
     are only borrowed: afterwards, however it ends, they are as before, except for what a method
@@ -69,6 +72,7 @@ def train(
         raise ValueError(f"{len(training_concepts)} concepts need as many banks, not {len(banks)}")
     parallel.check(config.batch_size)
     learner = Learner(config, training_concepts, start, denoiser, text_encoder)
+    validation = Validation(config, banks, denoiser, learner, parallel)
     for notice in _notices(training_concepts, banks, start):
         on_event(notice)
     losses: list[float] = []
@@ -85,15 +89,17 @@ def train(
         keeping_less(denoiser.network),
     ):
         if checkpoint:
+            validation.restore(checkpoint)
             losses = checkpoint.restore(learner.optimizer)
-        while len(losses) < config.steps and not should_stop():
+        while len(losses) < config.steps and not validation.ended and not should_stop():
             # Data: latents, noise, timesteps; text, once for all samples, as leaves.
             rng, generator = step_randomness(config.seed, len(losses))
             batch = batch_of_step(banks, config, len(losses), rng, generator)
             text, keep, own = learner.prompts.encode(batch.prompts)
             context = _leaf(text.context)
             pooled = None if text.pooled is None else _leaf(text.pooled)
-            samples = samples_of(batch, generator, context, pooled, keep, own, denoiser, config)
+            drawn = drawn_noise(batch, generator, denoiser)
+            samples = samples_of(batch, *drawn, context, pooled, keep, own, denoiser, config)
 
             # Gradients: of the UNet, then through the leaves of the text encoder.
             leaves = [leaf for leaf in (context, pooled) if leaf is not None]
@@ -109,18 +115,21 @@ def train(
             # Update, and report.
             learner.step()
             losses.append(loss)
-            on_event(StepDone(len(losses), loss))
+            measured = validation.after(len(losses))
+            on_event(StepDone(len(losses), loss, measured))
+            if measured is not None and (advice := validation.advice(len(losses))):
+                on_event(advice)
             if len(losses) % _DRIFT_EVERY_STEPS == 0 and (drift := learner.drift()):
                 on_event(WordsMoved(drift))
             if config.preview_every_steps and len(losses) % config.preview_every_steps == 0:
                 picture = _preview(config, training_concepts[0], learner, denoiser, batch)
                 on_event(PreviewDrawn(len(losses), picture))
             if checkpoint_every_steps and len(losses) % checkpoint_every_steps == 0:
-                on_event(learner.checkpoint(losses))
+                on_event(learner.checkpoint(losses, validation.losses, validation.best))
 
         if checkpoint_every_steps and len(losses) % checkpoint_every_steps:
-            on_event(learner.checkpoint(losses))
-        return learner.concept(losses)
+            on_event(learner.checkpoint(losses, validation.losses, validation.best))
+        return learner.concept(validation.take_best(losses))
 
 
 def _notices(

@@ -49,7 +49,13 @@ INSIDE_TRAINER = {
     "start": {"config", "learning", "methods"},
     "prepare": {"config", "data", "learning", "methods"},
     "learner": {"config", "checkpoint", "events", "data", "learning", "methods", "start"},
-    "loop": {"config", "checkpoint", "events", "economy", "data", "learning", "learner"},
+    "validation": {
+        *("config", "checkpoint", "events", "economy", "data", "learning", "learner"),
+    },
+    "loop": {
+        *("config", "checkpoint", "events", "economy", "data", "learning", "learner"),
+        "validation",
+    },
 }
 """Rooms of the trainer, and files at its door → the others they may import. Nothing there knows
 jobs: a run has no idea that it is one.

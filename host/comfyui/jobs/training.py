@@ -72,7 +72,7 @@ def start_training(
     encoder = text_encoder(clip)
     networks = (unet_weights(model, config), vae.first_stage_model)
     fingerprint = f"{name} {training_fingerprint(config, concepts, encoder, networks, start)}"
-    same = service.join(fingerprint, config.steps)
+    same = service.join(fingerprint, config.steps, config.ends_early)
     if same is None or not same.snapshot().ended:
         models = Models(copy_unet(model, config), encoder)
         base = Base(model, clip, config, models)  # a job that waits already may need it
@@ -106,6 +106,7 @@ def start_training(
         description,
         work,
         fingerprint,
+        config.ends_early,
         on_next=lambda: shared_copy.keep(base, models),
     )
 
