@@ -4,10 +4,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..host.comfyui.drawing import SAMPLERS, SCHEDULERS
 from ..host.comfyui.paths import NO_FOLDER, clip_weight_files, input_folders
 from ..host.comfyui.regularization import (
-    SAMPLERS,
-    SCHEDULERS,
     clip_problem,
     collection_fingerprint,
     draw_regularization,

@@ -113,7 +113,8 @@ class CustomDiffusionTrain(io.ComfyNode):
                     max=100,
                     advanced=True,
                     tooltip="How many earlier versions to keep besides the newest: the ones with "
-                    "the lowest recent loss.",
+                    "the lowest validation loss, or without validation_pictures the lowest recent "
+                    "loss. Raise it to compare more steps.",
                 ),
                 *setting_inputs("added"),
             ],

@@ -8,28 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
-import comfy.sample
-import comfy.samplers
 import comfy.utils
-import torch
 from torch import Tensor
 
 from ...concept.errors import DataError, IncompatibleModelError
 from ...concept.naming import safe_file_name
 from ...concept.prompts import DEFAULT_TEMPLATE
-from ...diffusion.latents import LATENT_PIXELS
 from ...trainer.data.captioned import CaptionedImage
 from ...trainer.regularization.caption_index import CaptionIndex
 from ...trainer.regularization.collection import parts_of
 from ...trainer.regularization.drawn import generated_set, settings_hash
 from ...trainer.regularization.retrieved import retrieve
 from ..open_clip.text import OpenClipText, check_clip_model
+from .drawing import Sampling, sampled_pictures
 from .models.weights import cross_attention_unet, patched_fingerprint
 from .paths import NO_FOLDER, cache_folder, clip_weights_path, input_folder, regularization_folder
 
 log = logging.getLogger("custom_diffusion")
-SAMPLERS: list[str] = comfy.samplers.KSampler.SAMPLERS
-SCHEDULERS: list[str] = comfy.samplers.KSampler.SCHEDULERS
 
 
 def draw_regularization(
@@ -67,23 +62,10 @@ def draw_regularization(
     positive, negative = (
         clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (caption, "")
     )
-    edge = resolution // LATENT_PIXELS
+    sampling = Sampling(steps, cfg, sampler_name, scheduler, resolution)
 
     def draw(numbers: Sequence[int]) -> Tensor:
-        empty = torch.zeros(len(numbers), 4, edge, edge)
-        latents = comfy.sample.sample(
-            model,
-            comfy.sample.prepare_noise(empty, seed, list(numbers)),
-            steps,
-            cfg,
-            sampler_name,
-            scheduler,
-            positive,
-            negative,
-            empty,
-            seed=seed,
-        )
-        return vae.decode(latents)  # type: ignore[no-any-return]
+        return sampled_pictures(model, vae, positive, negative, sampling, seed, numbers)
 
     progress = comfy.utils.ProgressBar(count)
     return generated_set(

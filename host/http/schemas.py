@@ -127,7 +127,24 @@ SCHEMAS: dict[str, Schema] = {
         deleted=_said(TEXT, "The name by which it was known"),
         bin=_said(TEXT, "Where it is now, below the same folder for concepts"),
     ),
-    "Losses": _object(after=COUNT, losses=_list(MAYBE_NUMBER)),
+    "Losses": _object(
+        after=COUNT,
+        losses=_list(MAYBE_NUMBER),
+        validation=_said(
+            _map(MAYBE_NUMBER),
+            "Step → loss after it on pictures that are kept back; of the steps it was measured at",
+        ),
+    ),
+    "Comparison": _object(
+        prompt=TEXT,
+        steps=_list(COUNT),
+        strengths=_list(NUMBER),
+        seeds=_list(COUNT),
+        pictures=_said(
+            _list(COUNT),
+            "Numbers of those that are drawn. They count seeds first, then strengths, then steps",
+        ),
+    ),
     "Graph": _said(_map(ANYTHING), "Id of a node → the node"),
     "Card": _CARD,
     "Concepts": _object(

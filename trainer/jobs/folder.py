@@ -5,6 +5,7 @@
     checkpoints/     000000050.safetensors: what it goes on from
     concepts/        000000050.safetensors: what it had learnt by then
     samples/         000000050.png
+    comparisons/     1: the sheet of its steps that was drawn last (`comparison.py`)
     outcome.json     how it ended; absent until then
 
 Every file is complete or absent, but for the last line of the metrics.
@@ -102,6 +103,10 @@ class JobFolder:
     def id(self) -> str:
         """The folder's name; bytes of it that are no text are written in ASCII."""
         return os.fsencode(self.path.name).decode(errors="backslashreplace")
+
+    def is_there(self) -> bool:
+        """Whether it is a job's still: it may have been deleted since."""
+        return os.path.lexists(self.path / DESCRIPTION)
 
     @property
     def description(self) -> Description:
@@ -224,6 +229,10 @@ class JobFolder:
         """
         write_concept(concept, step_file(self.path / "concepts", step))
         return self.prune()
+
+    def concepts(self) -> dict[int, Path]:
+        """Step -> what had been learnt by then, in order; one may go while the run goes on."""
+        return {int(path.stem): path for path in self._step_files("concepts")}
 
     def newest_concept(self) -> Path | None:
         return max(self._step_files("concepts"), default=None)

@@ -24,6 +24,8 @@ LINE_BYTES = 1000
 MOST_LETTERS = 100_000
 """Letters of a name, an error or a note"""
 MOST_NOTES = 50
+MOST_CELLS = 200
+"""Pictures of a comparison"""
 _DEPTH = 100
 """Of lists in lists: whoever walks through them once more must not run out of stack."""
 _ENDS = ("finished", "stopped", "failed")
@@ -148,6 +150,46 @@ class MetricsLine:
         if self.validation is None:
             del values["validation"]
         return json.dumps(values, allow_nan=False)
+
+
+@dataclass(frozen=True)
+class ComparisonPlan:
+    """plan.json of a comparison: what its pictures show. Their numbers count seeds first, then
+    strengths, then steps.
+    """
+
+    prompt: str
+    steps: tuple[int, ...]
+    strengths: tuple[float, ...]
+    seeds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _check_text("prompt", self.prompt)
+        for step in self.steps:
+            _check_count("steps", step, 1)
+        for number in (*self.strengths, *self.seeds):
+            fits = isinstance(number, (int, float)) and not isinstance(number, bool)
+            _check("strengths and seeds", number, fits and abs(number) < 2**64, "numbers")
+        _check("pictures", len(self), 0 < len(self) <= MOST_CELLS, f"1 to {MOST_CELLS} of them")
+
+    def __len__(self) -> int:
+        return len(self.steps) * len(self.strengths) * len(self.seeds)
+
+    def step_of(self, number: int) -> int:
+        """Of the picture with that number."""
+        return self.steps[number // (len(self.strengths) * len(self.seeds))]
+
+    @staticmethod
+    def parse(content: bytes) -> ComparisonPlan:
+        """Raises ValueError with the reason why it is none."""
+        values = _json_object(content)
+        axes = [values.get(name) for name in ("steps", "strengths", "seeds")]
+        for axis in axes:
+            _check("numbers", axis, isinstance(axis, list), "a list")
+        return ComparisonPlan(values.get("prompt"), *map(tuple, axes))  # type: ignore[arg-type]
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 class RecordFile(Generic[_Record]):

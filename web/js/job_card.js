@@ -154,8 +154,8 @@ export class JobCard {
     }
   }
 
-  #show({ losses, shown }) {
-    this.chart.show(losses);
+  #show({ losses, validation, shown }) {
+    this.chart.show(losses, validation);
     const words = (shown.concepts ?? []).map((c) => [c.token, c.class_noun].filter(Boolean).join(" "));
     this.taught.textContent = words.length ? t("teaches", { words: words.join(", ") }) : "";
     this.trace.textContent = shown.log;

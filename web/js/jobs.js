@@ -29,10 +29,12 @@ export const steer = (id, action) => ask("POST", `${of(id)}/${action}`);
 export const remove = (id) => ask("DELETE", of(id));
 export const sampleUrl = (id, step) => api.apiURL(`${of(id)}/samples/${step}`);
 
-/** The losses of the steps after `after`; null for one that was not finite. */
-export async function losses(id, after) {
-  return (await ask("GET", `${of(id)}/metrics?after=${after}`)).losses;
-}
+/**
+ * The losses of the steps after `after`, null for one that was not finite; and those on pictures that
+ * are kept back, by step.
+ * @returns {Promise<{losses: (number|null)[], validation: Object<string, number>}>}
+ */
+export const metrics = (id, after) => ask("GET", `${of(id)}/metrics?after=${after}`);
 
 /**
  * Queues the graph that a job came from: the job goes on. With `steps`, so many in all: another job
