@@ -112,6 +112,7 @@ _IN_FULL = _object(
         _object(device=TEXT, free_bytes=COUNT, total_bytes=COUNT), "Of the device that trains"
     ),
     samples=_said(_list(COUNT), "The steps that a picture was drawn at"),
+    compared=_said(COUNT, "How many pictures the sheet of its steps has by now"),
 )
 
 SCHEMAS: dict[str, Schema] = {

@@ -37,6 +37,7 @@ def _list(sent: Values) -> dict[str, Any]:
 
 def _show(sent: Values) -> dict[str, Any]:
     job = _job(sent)
+    compared = Comparison.newest(job.folder)
     described = {
         k: v for k, v in job.folder.description.content.items() if k not in ("graph", "name")
     }
@@ -47,6 +48,7 @@ def _show(sent: Values) -> dict[str, Any]:
         "log": job.snapshot().log,
         "memory": device_memory(),
         "samples": list(job.folder.samples()),
+        "compared": len(compared.pictures()) if compared else 0,
     }
 
 
