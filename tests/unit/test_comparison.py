@@ -7,15 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import JobError, UnknownJobError
 from custom_diffusion.concept.file import read_concept
 from custom_diffusion.trainer.jobs.comparison import Comparison
 from custom_diffusion.trainer.jobs.folder import JobFolder
 from custom_diffusion.trainer.jobs.records import ComparisonPlan, MetricsLine
 from PIL import Image
-from support.concepts import random_concept
+from support.made_concepts import made_concept
 
+LAYER = "input_blocks.1.1.transformer_blocks.0.attn2.to_k"
 PLAN = ComparisonPlan("a <new1> cat", (2, 4), (0.5, 1.0), (7, 8))
+
+
+def learnt(seed: int = 0) -> Concept:
+    return made_concept({LAYER: (24, 768)}, seed=seed)
 
 
 @pytest.fixture
@@ -30,7 +36,7 @@ def picture(shade: int) -> Image.Image:
 def drawn(folder: JobFolder, count: int = 8) -> Comparison:
     comparison = Comparison.begin(folder, PLAN)
     for seed, step in enumerate(PLAN.steps):
-        comparison.write_concept(random_concept(seed=seed), step)
+        comparison.write_concept(learnt(seed=seed), step)
     for number in range(count):
         comparison.write_picture(number, picture(number))
     return comparison
@@ -55,7 +61,7 @@ def test_a_step_is_taken_though_the_run_has_dropped_it(folder: JobFolder, tmp_pa
     own = tmp_path / "concepts"
     files = [comparison.take(5, own, "my cat") for _ in range(2)]
     assert [file.name for file in files] == ["my-cat.safetensors", "my-cat-2.safetensors"]
-    wanted, taken = random_concept(seed=1).deltas, read_concept(files[1]).deltas
+    wanted, taken = learnt(seed=1).deltas, read_concept(files[1]).deltas
     for layer, delta in wanted.items():
         assert (taken[layer].dense() - delta.dense()).abs().max() < 1e-2
     assert Image.open(own / "my-cat-2.preview.png").getpixel((0, 0)) == (5, 0, 0)
@@ -69,7 +75,7 @@ def test_a_job_that_is_deleted_meanwhile_is_named_and_not_made_again(folder: Job
     folder.delete()
     for act in (
         lambda: comparison.write_picture(3, picture(3)),
-        lambda: comparison.write_concept(random_concept(), 4),
+        lambda: comparison.write_concept(learnt(), 4),
         lambda: comparison.concept(2),
         lambda: Comparison.begin(folder, PLAN),
     ):
@@ -84,11 +90,11 @@ def test_a_job_that_is_deleted_while_a_picture_is_written_leaves_nothing(
     comparison = drawn(folder, count=3)
 
     class Deleting(Image.Image):
-        def save(self, *_: Any, **__: Any) -> None:
+        def save(self, *given: Any, **_: Any) -> None:
+            file = Path(given[0])
             folder.delete()
-            raise_again = Path(_[0])
-            raise_again.parent.mkdir(parents=True)
-            raise_again.write_bytes(b"a picture")
+            file.parent.mkdir(parents=True)
+            file.write_bytes(b"a picture")
 
     with pytest.raises(JobError, match="was deleted while its steps"):
         comparison.write_picture(3, Deleting())
@@ -125,7 +131,7 @@ def test_the_best_are_those_of_the_lowest_validation_loss(folder: JobFolder) -> 
     with folder.metrics.after([]):
         for step, loss in enumerate(losses, start=1):
             folder.metrics.add(step, loss, measured.get(step))
-            folder.write_concept(random_concept(), step)
+            folder.write_concept(learnt(), step)
     assert list(folder.concepts()) == [3, 4, 6]
     best = folder.best_concept()
     assert best is not None and int(best.stem) == 3
