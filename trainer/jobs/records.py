@@ -24,7 +24,7 @@ LINE_BYTES = 1000
 MOST_LETTERS = 100_000
 """Letters of a name, an error or a note"""
 MOST_NOTES = 50
-MOST_CELLS = 200
+MOST_CELLS = 100
 """Pictures of a comparison"""
 _DEPTH = 100
 """Of lists in lists: whoever walks through them once more must not run out of stack."""
