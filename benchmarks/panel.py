@@ -62,7 +62,7 @@ def write_jobs(folder: Path) -> None:
     for number in range(JOBS):
         made = JobFolder.create(folder, f"concept {number}", {"steps": STEPS_PER_JOB})
         losses = [1 / (step + 1) for step in range(STEPS_PER_JOB)]
-        with made.metrics_after(losses):
+        with made.metrics.after(losses):
             pass
         made.write_outcome({"state": "finished", "step": STEPS_PER_JOB, "concept_file": ""})
 

@@ -312,6 +312,8 @@ def _show(event: Event, bar: tqdm[None], previews: Previews) -> None:
     if isinstance(event, StepDone):
         bar.set_postfix(loss=f"{event.loss:.4f}", refresh=False)
         bar.update(event.step - bar.n)
+        if event.validation is not None:
+            bar.write(f"step {event.step}: validation loss {event.validation:.4f}")
     elif isinstance(event, PreviewDrawn):
         bar.write(f"saved {previews.save(event)}")
     elif isinstance(event, Notice):

@@ -52,13 +52,15 @@ def run_as_job(
         )
 
     service = TrainingService(folder)
-    before = service.find(fingerprint, config.steps)
+    before = service.find(fingerprint, config.steps, config.ends_early)
     for output in outputs:
         if not (before and before.folder.own_files.holds(output)):
             check_new(output)
     name = outputs[0].stem
     description = {"config": config.as_json(), "keep_best": settings.keep_best}
-    job = service.submit(name, config.steps, description, Work(work, save), fingerprint)
+    job = service.submit(
+        name, config.steps, description, Work(work, save), fingerprint, config.ends_early
+    )
     with (
         tqdm(total=config.steps, desc="training", unit="step") as bar,
         stop_on_interrupt() as interrupted,

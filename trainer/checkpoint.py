@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from ..concept.tensors import read_tensors
 
 FORMAT = "custom-diffusion-checkpoint"
 FORMAT_VERSION = "1"
-_PARAMETER, _LOSSES = "parameter", "losses"
+_PARAMETER, _LOSSES, _VALIDATION, _BEST = "parameter", "losses", "validation", "best"
 
 
 @dataclass
@@ -35,13 +35,22 @@ class Checkpoint:
     """What learns, in the order of the optimiser"""
     moments: tuple[Mapping[str, Tensor], ...]
     """The optimiser's state of each"""
+    validation: Mapping[int, float] = field(default_factory=dict)
+    """Losses on pictures that are kept back, by step"""
+    best: tuple[Tensor, ...] = ()
+    """What learns as it was where the last of them was lowest, where the run ends with that"""
 
     @property
     def step(self) -> int:
         return len(self.losses)
 
     @staticmethod
-    def of(optimizer: torch.optim.Optimizer, losses: Sequence[float]) -> Checkpoint:
+    def of(
+        optimizer: torch.optim.Optimizer,
+        losses: Sequence[float],
+        validation: Mapping[int, float] | None = None,
+        best: tuple[Tensor, ...] = (),
+    ) -> Checkpoint:
         """The tensors are the optimiser's own."""
         parameters = _parameters(optimizer)
         return Checkpoint(
@@ -53,6 +62,8 @@ class Checkpoint:
                 else {}
                 for p in parameters
             ),
+            validation=dict(validation or {}),
+            best=best,
         )
 
     def restore(self, optimizer: torch.optim.Optimizer) -> list[float]:
@@ -86,6 +97,10 @@ class Checkpoint:
 def write_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     """The file is complete or absent. Raises ConceptFileError when it cannot be written."""
     tensors = {_LOSSES: torch.tensor(checkpoint.losses, dtype=torch.float64)}
+    if checkpoint.validation:
+        pairs = list(checkpoint.validation.items())
+        tensors[_VALIDATION] = torch.tensor(pairs, dtype=torch.float64)
+    tensors |= {f"{_BEST}.{index}": tensor for index, tensor in enumerate(checkpoint.best)}
     places: set[int] = set()
     for index, (parameter, moments) in enumerate(
         zip(checkpoint.parameters, checkpoint.moments, strict=True)
@@ -150,11 +165,28 @@ def _checkpoint_of(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -
         part, _, index = name.rpartition(".")
         if part:
             states[int(index)][part] = tensor
+    best = [state.pop(_BEST) for state in states if _BEST in state]
+    if len(best) not in (0, count):
+        raise ValueError(f"it has the best of {len(best)} of {count} parameters")
     return Checkpoint(
         losses=tuple(losses.tolist()),
         parameters=tuple(state.pop(_PARAMETER) for state in states),
         moments=tuple(states),
+        validation=_measured(tensors.get(_VALIDATION), len(losses)),
+        best=tuple(best),
     )
+
+
+def _measured(validation: Tensor | None, steps: int) -> dict[int, float]:
+    """Raises TypeError or ValueError for what was not measured within so many steps."""
+    if validation is None:
+        return {}
+    if validation.dtype != torch.float64 or validation.ndim != 2 or validation.shape[1] != 2:
+        raise TypeError(f"what was measured is {validation.dtype} {tuple(validation.shape)}")
+    measured = {int(step): loss for step, loss in validation.tolist()}
+    if not validation.float().isfinite().all() or not all(0 < step <= steps for step in measured):
+        raise ValueError("a measured loss is not finite, or of no step")
+    return measured
 
 
 def _number_or_tensor(value: Tensor) -> Tensor | int:

@@ -21,6 +21,7 @@ MethodName = Literal[
 OptimizerName = Literal["adamw", "adamw 8-bit"]
 GradientCut = Literal["none", "start", "start and padding", "own words"]
 Framing = Literal["crop", "letterbox"]
+EarlyStopping = Literal["off", "suggested", "on"]
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,40 @@ class TrainConfig:
         "of a <new1> cat'.",
         "added",
     )
+    # Whole pictures: a view of a picture that trains says how well the picture is remembered. None
+    # by default, because of four or five pictures one is much to go without.
+    validation_pictures: int = setting(
+        0,
+        "How many pictures of each concept are kept back from training, to measure what is learnt "
+        "on pictures it has not seen. 0 measures nothing. With 8 pictures or more, set 1 or 2 to "
+        "see when to stop.",
+        "added",
+        least=0,
+        most=64,
+    )
+    validation_every_steps: int = setting(
+        50,
+        "How often the loss on the pictures kept back is measured, in steps. Use the same number "
+        "as checkpoint_every_steps, so that every measured step can be kept.",
+        "added",
+        least=1,
+        most=10_000,
+    )
+    early_stopping: EarlyStopping = setting(
+        "suggested",
+        "What happens when the validation loss no longer falls. suggested tells you; on stops the "
+        "training and keeps the step where it was lowest; off does nothing. It needs "
+        "validation_pictures.",
+        "added",
+    )
+    patience_steps: int = setting(
+        100,
+        "For how many steps the validation loss may stay flat or rise before early_stopping acts. "
+        "Raise it if trainings end too soon.",
+        "added",
+        least=1,
+        most=100_000,
+    )
     max_gradient_norm: float | None = setting(
         1.0, "Gradients are scaled down to this norm; None leaves them.", None, least=1e-12
     )
@@ -178,6 +213,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, known in SETTINGS.items():
             known.check(getattr(self, name))
+
+    @property
+    def ends_early(self) -> str:
+        """What may end a run before its steps are done; empty where nothing does."""
+        stops = self.validation_pictures and self.early_stopping == "on"
+        return f"flat for {self.patience_steps} steps" if stops else ""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

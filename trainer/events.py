@@ -13,10 +13,13 @@ from .checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class StepDone:
-    """One optimiser step: how many are done, and the loss before it."""
+    """One optimiser step: how many are done, the loss before it, and where it was measured the
+    loss after it on pictures that are kept back.
+    """
 
     step: int
     loss: float
+    validation: float | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,31 @@ class WordsAlike:
         )
 
 
-Notice = MemoryShort | RegularizationLeftOut | WordsAlike
+@dataclass(frozen=True)
+class NoLongerBetter:
+    """The validation loss has been flat or rising for as long as it may."""
+
+    step: int
+    best_step: int
+    loss: float
+    """The lowest, at `best_step`"""
+    stops: bool
+    """Whether the run ends with what it had learnt at `best_step`"""
+
+    def text(self) -> str:
+        lowest = f"it was lowest at step {self.best_step} ({self.loss:.4g})"
+        if self.stops:
+            return (
+                f"the validation loss stopped falling: the training ended at step {self.step} and "
+                f"keeps what it had learnt at step {self.best_step}, because {lowest}"
+            )
+        return (
+            f"the validation loss has stopped falling by step {self.step}: {lowest}. More steps "
+            f"are unlikely to help: stop the training, and compare its steps"
+        )
+
+
+Notice = MemoryShort | RegularizationLeftOut | WordsAlike | NoLongerBetter
 """What the user is told in words"""
 
 

@@ -4,7 +4,7 @@ that it is so far.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -125,7 +125,9 @@ class Learner:
                 "method": self._config.method,
                 "steps": len(losses),
                 "final_losses": list(losses[-_FINAL_LOSSES:]),
-                "instance_images": sum(len(concept.images) for concept in concepts),
+                "instance_images": sum(
+                    len(concept.images) - self._config.validation_pictures for concept in concepts
+                ),
                 "regularization_images": sum(
                     len(concept.regularization)
                     for concept in concepts
@@ -137,11 +139,13 @@ class Learner:
             scope=self._scope,
         )
 
-    def checkpoint(self, losses: Sequence[float]) -> CheckpointDue:
+    def checkpoint(
+        self, losses: Sequence[float], validation: Mapping[int, float], best: tuple[Tensor, ...]
+    ) -> CheckpointDue:
         """What a run goes on from, and the concept until then, where it is one."""
         whole = self._method.whole_network
         concept = None if whole else self.concept(losses)
-        return CheckpointDue(Checkpoint.of(self.optimizer, losses), concept)
+        return CheckpointDue(Checkpoint.of(self.optimizer, losses, validation, best), concept)
 
     def _token(self, concept: TrainingConcept) -> ModifierToken:
         return ModifierToken(

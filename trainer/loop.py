@@ -32,7 +32,8 @@ from .events import (
     WordsMoved,
 )
 from .learner import Learner
-from .learning.samples import loss_of, samples_of
+from .learning.samples import drawn_noise, loss_of, samples_of
+from .validation import Validation
 
 _DRIFT_EVERY_STEPS = 10
 
@@ -58,6 +59,8 @@ def train(
     tokens that are taught again learn on.
     `checkpoint` is what a run with the same arguments left: this one goes on as that would have,
     to the bit. With `checkpoint_every_steps` there is one as often, and one at the end.
+    Pictures that the banks keep back are measured on; with early stopping the run ends when their
+    loss no longer falls, and returns what it had learnt where that was lowest.
     `replica` is this process's place among several that call this with the same arguments.
     `should_stop` is asked before every step; stopping returns what was learnt so far. The models
     are only borrowed: afterwards, however it ends, they are as before, except for what a method
@@ -68,6 +71,7 @@ def train(
         raise ValueError(f"{len(training_concepts)} concepts need as many banks, not {len(banks)}")
     replica.check(config.batch_size)
     learner = Learner(config, training_concepts, earlier, denoiser, text_encoder)
+    validation = Validation(config, banks, denoiser, learner, replica)
     for notice in _notices(training_concepts, banks, earlier):
         on_event(notice)
     losses: list[float] = []
@@ -79,14 +83,16 @@ def train(
     )
     with learner.learning(), economical(denoiser, config.resolution):
         if checkpoint:
+            validation.restore(checkpoint)
             losses = checkpoint.restore(learner.optimizer)
-        while len(losses) < config.steps and not should_stop():
+        while len(losses) < config.steps and not validation.ended and not should_stop():
             # Data: latents, noise, timesteps; text, once for all samples.
             rng, generator = step_randomness(config.seed, len(losses))
             batch = batch_of_step(banks, config, len(losses), rng, generator)
             text = learner.prompts.encode(batch.prompts)
             leaves = text.as_leaves()
-            samples = samples_of(batch, generator, leaves, denoiser, config)
+            drawn = drawn_noise(batch, generator, denoiser)
+            samples = samples_of(batch, *drawn, leaves, denoiser, config)
 
             # Gradients: of the UNet, then through the leaves of the text encoder.
             loss = backward(
@@ -101,7 +107,10 @@ def train(
             # Update, and report.
             learner.step()
             losses.append(loss)
-            on_event(StepDone(len(losses), loss))
+            measured = validation.after(len(losses))
+            on_event(StepDone(len(losses), loss, measured))
+            if measured is not None and (advice := validation.advice(len(losses))):
+                on_event(advice)
             if len(losses) % _DRIFT_EVERY_STEPS == 0 and (drift := learner.drift()):
                 on_event(WordsMoved(drift))
             if config.preview_every_steps and len(losses) % config.preview_every_steps == 0:
@@ -109,11 +118,11 @@ def train(
                 picture = _preview(config, learner, denoiser, batch)
                 on_event(PreviewDrawn(len(losses), picture))
             if checkpoint_every_steps and len(losses) % checkpoint_every_steps == 0:
-                on_event(learner.checkpoint(losses))
+                on_event(learner.checkpoint(losses, validation.losses, validation.best))
 
         if checkpoint_every_steps and len(losses) % checkpoint_every_steps:
-            on_event(learner.checkpoint(losses))
-        return learner.concept(losses)
+            on_event(learner.checkpoint(losses, validation.losses, validation.best))
+        return learner.concept(validation.take_best(losses))
 
 
 def _notices(

@@ -42,6 +42,12 @@ def prepare(
             f"batch_size={config.batch_size} leaves no place for regularization images. Use 2 or "
             f"more, or leave the regularization images out."
         )
+    if config.validation_pictures >= len(concept.images):
+        raise ConfigError(
+            f"validation_pictures={config.validation_pictures} leaves nothing to learn from: there "
+            f"are {len(concept.images)} pictures of the {concept.class_noun}. Keep back fewer, or "
+            f"give more pictures."
+        )
     check_optimizer(config)
     check_readable([*concept.images, *concept.regularization])
     if concept.token:

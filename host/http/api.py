@@ -15,6 +15,7 @@ from typing import Any, Literal
 from ...concept.errors import CustomDiffusionError
 from ...concept.layers import FAMILIES
 from ...inspection.library import ORDERS, SORTS
+from ...trainer.jobs.records import MOST_CELLS
 
 PREFIX = "/custom_diffusion"
 MOST_STEPS = 1_000_000_000
@@ -188,6 +189,36 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         PICTURE,
         (_JOB, Parameter("step", "path", "One of the job's `samples`", most=MOST_STEPS)),
         conflict="The file is no picture",
+    ),
+    Endpoint(
+        "show_comparison",
+        "GET",
+        "/jobs/{id}/comparison",
+        "The sheet of the job's steps that was drawn last, or is being drawn",
+        "Comparison",
+        (_JOB,),
+    ),
+    Endpoint(
+        "show_compared",
+        "GET",
+        "/jobs/{id}/comparison/{picture}",
+        "A picture of that sheet",
+        PICTURE,
+        (_JOB, Parameter("picture", "path", "One of its `pictures`", most=MOST_CELLS)),
+        conflict="The file is no picture",
+    ),
+    Endpoint(
+        "take_step",
+        "POST",
+        "/jobs/{id}/comparison/take",
+        "Saves the concept of a picture's step as a new file, and the picture beside it",
+        "Card",
+        (
+            _JOB,
+            Parameter("picture", "body", "One of the sheet's `pictures`", most=MOST_CELLS),
+            Parameter("name", "body", "Of the file; a number is added where it is taken"),
+        ),
+        conflict="The concept cannot be read, or the file cannot be written",
     ),
     Endpoint(
         "pause_job",

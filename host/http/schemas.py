@@ -119,6 +119,7 @@ _IN_FULL = _object(
         _object(device=TEXT, free_bytes=COUNT, total_bytes=COUNT), "Of the device that trains"
     ),
     samples=_said(_list(COUNT), "The steps that a picture was drawn at"),
+    compared=_said(COUNT, "How many pictures the sheet of its steps has by now"),
 )
 
 SCHEMAS: dict[str, Schema] = {
@@ -135,7 +136,24 @@ SCHEMAS: dict[str, Schema] = {
         bin=_said(TEXT, "Where it is now, below the same folder"),
     ),
     "Pictures": _object(folder=TEXT, pictures=_said(_list(TEXT), "Names, in their order")),
-    "Losses": _object(after=COUNT, losses=_list(MAYBE_NUMBER)),
+    "Losses": _object(
+        after=COUNT,
+        losses=_list(MAYBE_NUMBER),
+        validation=_said(
+            _map(MAYBE_NUMBER),
+            "Step → loss after it on pictures that are kept back; of the steps it was measured at",
+        ),
+    ),
+    "Comparison": _object(
+        prompt=TEXT,
+        steps=_list(COUNT),
+        strengths=_list(NUMBER),
+        seeds=_list(COUNT),
+        pictures=_said(
+            _list(COUNT),
+            "Numbers of those that are drawn. They count seeds first, then strengths, then steps",
+        ),
+    ),
     "Graph": _said(_map(ANYTHING), "Id of a node → the node"),
     "Card": _CARD,
     "Concepts": _object(

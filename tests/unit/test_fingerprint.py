@@ -89,6 +89,33 @@ def test_the_same_again_is_the_same(inputs: Inputs, tmp_path: Path) -> None:
     moved.write_bytes(inputs["concepts"][0].images[0].source.read_bytes())
     assert fingerprint(**changed_image(inputs, source=moved)) == first
     assert fingerprint(**{**inputs, "config": TrainConfig(steps=7)}) == first  # as far as they go
+    unmeasured = TrainConfig(validation_every_steps=7, early_stopping="on", patience_steps=3)
+    assert fingerprint(**{**inputs, "config": unmeasured}) == first
+
+
+def test_what_is_kept_back_makes_another_and_when_it_ends_does_not(inputs: Inputs) -> None:
+    def of(**settings: Any) -> str:
+        return fingerprint(**{**inputs, "config": TrainConfig(**settings)})
+
+    kept = of(validation_pictures=1)
+    assert len({of(), kept, of(validation_pictures=2)}) == 3
+    assert of(validation_pictures=1, validation_every_steps=9) != kept
+    assert of(validation_pictures=1, early_stopping="on", patience_steps=7) == kept
+
+
+def test_settings_that_came_later_leave_the_fingerprints_of_old_jobs(inputs: Inputs) -> None:
+    """As it was computed before there was validation."""
+    config = TrainConfig()
+    later = ("validation_pictures", "validation_every_steps", "early_stopping", "patience_steps")
+
+    class Before:
+        validation_pictures = 0
+
+        def as_json(self) -> dict[str, Any]:
+            return {k: v for k, v in config.as_json().items() if k not in later}
+
+    before: Any = Before()
+    assert fingerprint(**{**inputs, "config": before}) == fingerprint(**inputs)
 
 
 @pytest.mark.parametrize(

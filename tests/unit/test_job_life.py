@@ -463,9 +463,9 @@ def test_a_concept_has_the_newest_sample_beside_it(bench: Bench) -> None:
 def test_as_many_of_the_best_are_kept_as_is_asked_for(tmp_path: Path) -> None:
     folder = JobFolder.create(tmp_path, "cat", {"steps": 6, "keep_best": 2})
     concept = random_concept()
-    with folder.metrics_after([]):
+    with folder.metrics.after([]):
         for step, loss in enumerate([5.0, 1.0, 3.0, 2.0, 4.0, 9.0], start=1):
-            folder.add_metrics(step, loss)
+            folder.metrics.add(step, loss)
             folder.write_concept(concept, step)
     # Means of the losses before 1 to 6: 5, 3, 3, 2.75, 3, 4.
     kept = [int(path.stem) for path in sorted((folder.path / "concepts").iterdir())]

@@ -55,7 +55,13 @@ INSIDE_TRAINER = {
     "automatic": {"config", "methods"},
     "prepare": {"config", "data", "learning", "methods"},
     "learner": {"config", "checkpoint", "events", "data", "learning", "methods", "earlier"},
-    "loop": {"config", "checkpoint", "events", "economy", "data", "learning", "learner"},
+    "validation": {
+        *("config", "checkpoint", "events", "economy", "data", "learning", "learner"),
+    },
+    "loop": {
+        *("config", "checkpoint", "events", "economy", "data", "learning", "learner"),
+        "validation",
+    },
     "teach": {"events", "loop", "prepare", "request", "earlier"},
 }
 """Rooms of the trainer, and files at its door → the others they may import. Nothing there knows

@@ -50,6 +50,8 @@ class LatentBank:
 
     instances: tuple[tuple[EncodedView, ...], ...]
     regularization: tuple[EncodedView, ...]
+    kept_back: tuple[tuple[EncodedView, ...], ...] = ()
+    """Views of images that no step draws"""
 
 
 def encode_views(
@@ -58,7 +60,8 @@ def encode_views(
     config: TrainConfig,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LatentBank:
-    """Draws and encodes the views of a run. Random choices depend on `config.seed` alone.
+    """Draws and encodes the views of a run. Random choices depend on `config.seed` alone; those of
+    an image are the same whether another one is kept back or not.
 
     A picture is opened when its turn comes and let go after it; views that are equal to the bit are
     encoded once, and share what came of it.
@@ -86,9 +89,19 @@ def encode_views(
         encode(captioned.caption, regularization_view(captioned, config))
         for captioned in concept.regularization
     ]
+    back = kept_back(config, len(concept.images))
+    taught = [place for place in range(len(instances)) if place not in back]
     return LatentBank(
-        _repeated(instances, concept.images), _repeated(regularization, concept.regularization)
+        _repeated([instances[n] for n in taught], [concept.images[n] for n in taught]),
+        _repeated(regularization, concept.regularization),
+        tuple(instances[place] for place in back),
     )
+
+
+def kept_back(config: TrainConfig, images: int) -> list[int]:
+    """The places of the images of a concept that a run keeps back for validation, of so many."""
+    rng = random.Random(f"{config.seed} kept back")
+    return sorted(rng.sample(range(images), config.validation_pictures))
 
 
 class _Block:

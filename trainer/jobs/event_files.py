@@ -18,7 +18,7 @@ def write_event(
     `note` is told which files could not be removed. Raises ConceptFileError when the disk is full.
     """
     if isinstance(event, StepDone):
-        folder.add_metrics(event.step, event.loss)
+        folder.metrics.add(event.step, event.loss, event.validation)
         learning = {"state": JobState.RUNNING, "doing": Doing.STEPS}
         return {**learning, "step": event.step, "loss": event.loss}
     if isinstance(event, WordsMoved):

@@ -21,6 +21,8 @@ from ..request import TrainingRequest
 _SAMPLED = 4096  # entries of each weight that are looked at
 Network = nn.Module | Iterable[tuple[str, Tensor]]
 """Or its weights one after the other, in the order of its state"""
+_ENDS = {"steps", "early_stopping", "patience_steps"}
+_KEEPING_BACK = {"validation_pictures", "validation_every_steps"}
 _PROBE = "photo of a cat on the left of a red mug"
 
 
@@ -29,14 +31,16 @@ def training_fingerprint(
 ) -> str:
     """Of settings, pictures, words and models. Raises DataError for a picture that is not there.
 
-    The number of steps does not count: a longer training begins as a shorter one does.
+    The number of steps does not count, nor what may end them early: a longer training begins as a
+    shorter one does. What is kept back counts where something is.
     Of every weight of the networks some thousand entries count, of the text encoder what it says of
     one prompt: another checkpoint, or a LoRA, changes them.
     """
+    uncounted = _ENDS if request.config.validation_pictures else _ENDS | _KEEPING_BACK
     settings = {
         name: value
         for name, value in request.config.as_json().items()
-        if name != "steps" and value != ""  # jobs from before there were texts are found
+        if name not in uncounted and value != ""  # jobs from before there were texts are found
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for concept in request.concepts:

@@ -5,6 +5,7 @@
     checkpoints/     000000050.safetensors: what it goes on from
     concepts/        000000050.safetensors: what it had learnt by then
     samples/         000000050.png
+    comparisons/     1: the sheet of its steps that was drawn last (`comparison.py`)
     outcome.json     how it ended; absent until then
     saved.json       the files that it has saved elsewhere, by their content
 
@@ -15,14 +16,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from filelock import FileLock, Timeout
 from PIL import Image
@@ -36,16 +35,9 @@ from ...concept.naming import THUMBNAIL, safe_file_name
 from ...pictures.tensors import to_picture
 from ..checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from .locks import CLAIM, LOCK, acquire, is_taken
+from .metrics_log import MetricsLog, measured
 from .own_files import OwnFiles
-from .records import (
-    LINE_BYTES,
-    Description,
-    MetricsLine,
-    Outcome,
-    RecordFile,
-    description_bytes,
-    text_that_fits,
-)
+from .records import Description, Outcome, RecordFile, description_bytes, text_that_fits
 from .step_files import remove, share_unless_gone, step_file, step_files
 from .trash import TRASH, delete_folder
 
@@ -61,7 +53,7 @@ class JobFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._metrics: TextIO | None = None
+        self.metrics = MetricsLog(path / METRICS, lambda: self.description.steps)
         self._claim: FileLock | None = None
         self._description = RecordFile(path / DESCRIPTION, Description.parse, self._unusable)
         self._outcome = RecordFile(path / OUTCOME, Outcome.parse, self._unknown_outcome)
@@ -115,6 +107,10 @@ class JobFolder:
     def id(self) -> str:
         """The folder's name; bytes of it that are no text are written in ASCII."""
         return os.fsencode(self.path.name).decode(errors="backslashreplace")
+
+    def is_there(self) -> bool:
+        """Whether it is a job's still: it may have been deleted since."""
+        return os.path.lexists(self.path / DESCRIPTION)
 
     @property
     def description(self) -> Description:
@@ -183,42 +179,13 @@ class JobFolder:
 
     # Metrics
 
-    @contextmanager
-    def metrics_after(self, losses: Sequence[float]) -> Iterator[None]:
-        """While the context lasts `add_metrics` can be called. Before that the lines are as a run
-        had them that has come so far: later ones are dropped, lost ones made again.
-        """
-        lines = list(islice(self._lines(), len(losses)))
-        for step in range(len(lines), len(losses)):
-            lines.append(MetricsLine(step + 1, losses[step], None))
-        write_text_atomically(self.path / METRICS, "".join(f"{line.as_json()}\n" for line in lines))
-        with open(self.path / METRICS, "a", encoding="utf-8") as self._metrics:
-            yield
-        self._metrics = None
-
-    def add_metrics(self, step: int, loss: float) -> None:
-        assert self._metrics is not None, "metrics_after comes first"
-        self._metrics.write(MetricsLine(step, loss, round(time.time(), 3)).as_json() + "\n")
-        self._metrics.flush()
-
     def losses(self) -> list[float]:
         """Of every step that is on disk."""
-        return [line.loss for line in self._lines()]
+        return [line.loss for line in self.metrics.lines()]
 
-    def _lines(self) -> Iterator[MetricsLine]:
-        """Up to the first that is no metrics line: a killed process may have left half of one."""
-        path = self.path / METRICS
-        if not path.is_file():
-            return
-        with open(path, "rb") as file:
-            for step in range(1, self.description.steps + 1):
-                try:
-                    line = MetricsLine.parse(file.readline(LINE_BYTES))
-                except ValueError:
-                    return
-                if line.step != step:
-                    return
-                yield line
+    def validation(self) -> dict[int, float]:
+        """Losses on pictures that are kept back, by step, as far as they are on disk."""
+        return measured(self.metrics.lines())
 
     # Checkpoints, and what was learnt by then
 
@@ -267,21 +234,20 @@ class JobFolder:
         write_concept(concept, step_file(self.path / "concepts", step))
         return self.prune()
 
+    def concepts(self) -> dict[int, Path]:
+        """Step -> what had been learnt by then, in order; one may go while the run goes on."""
+        return {int(path.stem): path for path in self._step_files("concepts")}
+
     def newest_concept(self) -> Path | None:
         return max(self._step_files("concepts"), default=None)
 
     def best_concept(self) -> Path | None:
-        """That before which the mean loss of up to 50 steps was lowest: single steps say little."""
+        """The kept one of the lowest loss; which loss, `MetricsLog.loss_by` says."""
         return next(iter(self._best_first()), None)
 
     def _best_first(self) -> list[Path]:
-        losses = self.losses()
-
-        def loss_before(path: Path) -> float:
-            step = int(path.stem)
-            return statistics.fmean(losses[max(step - 50, 0) : step] or [float("inf")])
-
-        return sorted(self._step_files("concepts"), key=loss_before)
+        loss_by = self.metrics.loss_by()
+        return sorted(self._step_files("concepts"), key=lambda path: loss_by(int(path.stem)))
 
     # Samples
 

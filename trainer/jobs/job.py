@@ -185,6 +185,7 @@ class Job(WatchedJob):
         with self._lock:
             self._outcome = None
             self._losses = list(checkpoint.losses) if checkpoint else []
+            self._validation = dict(checkpoint.validation) if checkpoint else {}
             self._update(step=len(self._losses))
         for problem in problems:
             self._note(f"{problem} So the training resumes from step {len(self._losses)}.")
@@ -193,7 +194,7 @@ class Job(WatchedJob):
             if not ready:
                 return self._left_before_its_turn()
             self._update(doing=Doing.STARTING)
-            with self.folder.metrics_after(self._losses):
+            with self.folder.metrics.after(self._losses, self._validation):
                 concept = work.train(checkpoint, lambda: self._should_leave(work), self._record)
             self._note_troubles(self.folder.prune())
             done, steps = len(self._losses), self._snapshot.steps
@@ -204,7 +205,8 @@ class Job(WatchedJob):
             self._update(doing=Doing.SAVING)
             path = work.save(concept, self.folder.own_files)
         self._leave_thumbnail(path)
-        state = JobState.FINISHED if done == steps else JobState.STOPPED
+        ended = done == steps or self._left_for is None  # by itself, maybe early
+        state = JobState.FINISHED if ended else JobState.STOPPED
         log.info("training job %s %s after %d steps: %s", self.id, state.value, done, path)
         return {"state": state, "concept_file": path}
 
@@ -249,6 +251,8 @@ class Job(WatchedJob):
         with self._lock:
             if isinstance(event, StepDone):
                 self._losses.append(event.loss)
+                if event.validation is not None:
+                    self._validation[event.step] = event.validation
                 pace = self._pace.step(self._snapshot.seconds_per_step)
                 changes["seconds_per_step"] = pace
             if changes:

@@ -24,6 +24,8 @@ LINE_BYTES = 1000
 MOST_LETTERS = 100_000
 """Letters of a name, an error or a note"""
 MOST_NOTES = 50
+MOST_CELLS = 100
+"""Pictures of a comparison"""
 _DEPTH = 100
 """Of lists in lists: whoever walks through them once more must not run out of stack."""
 _ENDS = ("finished", "stopped", "failed")
@@ -43,6 +45,8 @@ class Description:
     fingerprint: str = ""
     """Empty where no other job takes the same steps"""
     keep_best: int = 1
+    ends_early: str = ""
+    """What may end it before its steps are done; empty where nothing does"""
     graph: Mapping[str, Any] = field(default_factory=dict)
     """ComfyUI's, by node; empty where there is none"""
     content: Mapping[str, Any] = field(default_factory=dict)
@@ -56,13 +60,15 @@ class Description:
         _check_number("created", self.created)
         _check_text("fingerprint", self.fingerprint)
         _check_count("keep_best", self.keep_best)
+        _check_text("ends_early", self.ends_early)
         _check("graph", self.graph, isinstance(self.graph, dict), "a JSON object")
 
     @staticmethod
     def parse(content: bytes) -> Description:
         """Raises ValueError with the reason why it is no description."""
         values = _json_object(content)
-        chosen = {k: values[k] for k in ("created", "fingerprint", "keep_best") if k in values}
+        names = ("created", "fingerprint", "keep_best", "ends_early")
+        chosen = {name: values[name] for name in names if name in values}
         return Description(
             name=values.get("name"),  # type: ignore[arg-type]  # that is checked
             steps=values.get("steps"),  # type: ignore[arg-type]
@@ -118,11 +124,14 @@ class MetricsLine:
     loss: float
     time: float | None
     """Seconds since 1970; None where the line was made again from a checkpoint"""
+    validation: float | None = None
+    """Loss on pictures that are kept back, where it was measured after the step"""
 
     def __post_init__(self) -> None:
         _check_count("step", self.step, 1)
-        fits = isinstance(self.loss, float) and abs(self.loss) <= _LARGEST_LOSS
-        _check("loss", self.loss, fits, "a loss")
+        _check_loss("loss", self.loss)
+        if self.validation is not None:
+            _check_loss("validation", self.validation)
         if self.time is not None:
             _check_number("time", self.time)
 
@@ -131,13 +140,56 @@ class MetricsLine:
         """Raises ValueError where it is none: a killed process may have left half of one."""
         try:
             values = json.loads(content)
-            return MetricsLine(values["step"], values["loss"], values["time"])
-        except (LookupError, TypeError, RecursionError) as error:
+            known = values["step"], values["loss"], values["time"]
+            return MetricsLine(*known, validation=values.get("validation"))
+        except (LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"it is no line of metrics ({error})") from error
 
     def as_json(self) -> str:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        if self.validation is None:
+            del values["validation"]
         return json.dumps(values, allow_nan=False)
+
+
+@dataclass(frozen=True)
+class ComparisonPlan:
+    """plan.json of a comparison: what its pictures show. Their numbers count seeds first, then
+    strengths, then steps.
+    """
+
+    prompt: str
+    steps: tuple[int, ...]
+    strengths: tuple[float, ...]
+    seeds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _check_text("prompt", self.prompt)
+        for step in self.steps:
+            _check_count("steps", step, 1)
+        for number in (*self.strengths, *self.seeds):
+            fits = isinstance(number, (int, float)) and not isinstance(number, bool)
+            _check("strengths and seeds", number, fits and abs(number) < 2**64, "numbers")
+        _check("pictures", len(self), 0 < len(self) <= MOST_CELLS, f"1 to {MOST_CELLS} of them")
+
+    def __len__(self) -> int:
+        return len(self.steps) * len(self.strengths) * len(self.seeds)
+
+    def step_of(self, number: int) -> int:
+        """Of the picture with that number."""
+        return self.steps[number // (len(self.strengths) * len(self.seeds))]
+
+    @staticmethod
+    def parse(content: bytes) -> ComparisonPlan:
+        """Raises ValueError with the reason why it is none."""
+        values = _json_object(content)
+        axes = [values.get(name) for name in ("steps", "strengths", "seeds")]
+        for axis in axes:
+            _check("numbers", axis, isinstance(axis, list), "a list")
+        return ComparisonPlan(values.get("prompt"), *map(tuple, axes))  # type: ignore[arg-type]
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 class RecordFile(Generic[_Record]):
@@ -232,6 +284,11 @@ def _check_text(name: str, value: object) -> None:
 def _check_count(name: str, value: object, least: int = 0) -> None:
     fits = isinstance(value, int) and not isinstance(value, bool) and least <= value <= MOST_STEPS
     _check(name, value, fits, f"a whole number from {least} to {MOST_STEPS}")
+
+
+def _check_loss(name: str, value: object) -> None:
+    fits = isinstance(value, float) and abs(value) <= _LARGEST_LOSS
+    _check(name, value, fits, "a loss")
 
 
 def _check_number(name: str, value: object) -> None:

@@ -53,22 +53,25 @@ class TrainingService:
         description: dict[str, Any],
         work: Work,
         fingerprint: str = "",
+        ends_early: str = "",
         on_next: Callable[[], None] = lambda: None,
     ) -> Job:
         """Queues a job and returns it. Its `description` is written to its folder. `on_next` is
         called before where no other job has its turn earlier.
 
         A job with the same fingerprint, which says what goes into each step, and as many steps goes
-        on from where it is. A new job begins where one with the same fingerprint has come to.
+        on from where it is; one that has ended early, only where it was to end by the same rule. A
+        new job begins where one with the same fingerprint has come to.
         """
         with self._lock:
-            job = self.find(fingerprint, steps)
+            job = self.find(fingerprint, steps, ends_early)
             if job and job.snapshot().state is JobState.FINISHED:
                 return job
             if job:
                 job.queue(work)
             else:
-                description = {"steps": steps, "fingerprint": fingerprint, **description}
+                asked = {"steps": steps, "fingerprint": fingerprint, "ends_early": ends_early}
+                description = {**asked, **description}
                 before = self._furthest(fingerprint, steps)
                 folder = JobFolder.create(self._folder, name, description)
                 if before:
@@ -79,18 +82,18 @@ class TrainingService:
             self._enqueue(job)
             return job
 
-    def join(self, fingerprint: str, steps: int) -> Job | None:
+    def join(self, fingerprint: str, steps: int, ends_early: str = "") -> Job | None:
         """The job that does the same and has finished, waits for its turn or is at work: a pause
         that it was asked for is taken back. Raises JobError where it is being stopped.
         """
         with self._lock:
-            job = self.find(fingerprint, steps)
+            job = self.find(fingerprint, steps, ends_early)
             if job and job.runs_here:
                 job.queue()
                 self._enqueue(job)
             return job if job and job.snapshot().state in (*ACTIVE, JobState.FINISHED) else None
 
-    def find(self, fingerprint: str, steps: int) -> Job | None:
+    def find(self, fingerprint: str, steps: int, ends_early: str = "") -> Job | None:
         """The newest job that does the same; of finished ones only if its concept is there, and not
         another under its name.
         """
@@ -98,7 +101,9 @@ class TrainingService:
             snapshot, file = job.snapshot(), job.snapshot().concept_file
             finished = snapshot.state is JobState.FINISHED
             there = file and file.is_file() and not job.folder.own_files.has_lost(file)
-            if snapshot.steps == steps and (there or not finished):
+            early = finished and snapshot.step < steps
+            same = not early or job.folder.description.ends_early == ends_early
+            if same and snapshot.steps == steps and (there or not finished):
                 return job
         return None
 

@@ -20,8 +20,9 @@ class JobSettings:
     )
     keep_best: int = setting(
         1,
-        "How many earlier versions to keep besides the newest: the ones with the lowest recent "
-        "loss.",
+        "How many earlier versions to keep besides the newest: the ones with the lowest validation "
+        "loss, or without validation_pictures the lowest recent loss. Raise it to compare more "
+        "steps.",
         "job",
         least=1,
         most=100,

@@ -28,6 +28,7 @@ class WatchedJob:
         self._left_for: Wish | None = None
         """Why the loop is left; it is not entered again in this turn"""
         self._losses: list[float] = []
+        self._validation: dict[int, float] = {}
         self._ended = threading.Event()
         self._pace = Pace()
         self._snapshot: Snapshot
@@ -73,7 +74,7 @@ class WatchedJob:
     def _look(self) -> None:
         """Knows of the job what its folder says."""
         self._outcome, self._snapshot = self.folder.outcome(), snapshot_on_disk(self.folder)
-        self._work, self._wish, self._losses = None, None, []
+        self._work, self._wish, self._losses, self._validation = None, None, [], {}
         if self._snapshot.ended:
             self._ended.set()
         else:
@@ -85,6 +86,13 @@ class WatchedJob:
             if self._work is None and not self._losses:
                 return self.folder.losses()[after_step:]
             return self._losses[after_step:]
+
+    def validation(self, after_step: int = 0) -> dict[int, float]:
+        """Losses on pictures that are kept back, by step, of those after that one."""
+        with self._lock:
+            here = self._work is not None or self._losses
+            known = self._validation if here else self.folder.validation()
+            return {step: loss for step, loss in known.items() if step > after_step}
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Waits for the end; whether it was reached."""

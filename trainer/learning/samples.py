@@ -44,18 +44,23 @@ class Samples:
         return replace(self, **{k: v[part] for k, v in values.items() if v is not None})
 
 
+def drawn_noise(
+    batch: Batch, generator: torch.Generator, denoiser: Denoiser
+) -> tuple[Tensor, Tensor]:
+    """Noise and timesteps of a step."""
+    noise = torch.randn(batch.latents_bchw.shape, generator=generator)
+    return noise, torch.randint(len(denoiser.alphas_cumprod), (len(noise),), generator=generator)
+
+
 def samples_of(
     batch: Batch,
-    generator: torch.Generator,
+    noise: Tensor,
+    timesteps: Tensor,
     text: PromptText,
     denoiser: Denoiser,
     config: TrainConfig,
 ) -> Samples:
-    """A batch with the noise and the timesteps that `generator` draws, and its text."""
-    noise = torch.randn(batch.latents_bchw.shape, generator=generator)
-    timesteps = torch.randint(
-        len(denoiser.alphas_cumprod), (config.batch_size,), generator=generator
-    )
+    """A batch with noise (b, c, h, w) at its timesteps (b,), and its text."""
     latents, noise, timesteps, masks, sizes = (
         tensor.to(denoiser.device)
         for tensor in (batch.latents_bchw, noise, timesteps, batch.masks_bhw, batch.sizes)

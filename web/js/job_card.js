@@ -4,6 +4,7 @@ import { actionButton, element, ProgressBar } from "./dom.js";
 import { JobProgress } from "./job_progress.js";
 import * as jobs from "./jobs.js";
 import { LossChart } from "./loss_chart.js";
+import { StepSheet } from "./step_sheet.js";
 import { t } from "./words.js";
 
 const SAMPLES = 6;
@@ -28,6 +29,7 @@ const ACTIONS = [
   ["stop", "pi-stop", [...jobs.ACTIVE, "paused"]],
   ["again", "pi-replay", ["stopped", "failed"]],
   ["more", "pi-forward", ["finished"]],
+  ["compare", "pi-th-large", ["running", "paused", ...ENDED]],
   ["use", "pi-plus", ["finished", "stopped"]],
   ["remove", "pi-trash", ["paused", ...ENDED]],
 ];
@@ -113,7 +115,7 @@ export class JobCard {
    * @param {{onError: function(Error): void, onMemory: function(object): void,
    *          confirmRemoval: function(object): Promise<boolean>,
    *          askSteps: function(object): Promise<number|null>,
-   *          addToGraph: function(object): Promise<void>}} host
+   *          addToGraph: function(object): Promise<void>}} host  and what StepSheet asks of it
    */
   constructor(job, host) {
     this.id = job.id;
@@ -132,11 +134,12 @@ export class JobCard {
     this.log = element("details", "cd-log", element("summary", "", t("log")), this.trace);
     this.chart = new LossChart();
     this.strip = element("div", "cd-samples");
+    this.sheet = new StepSheet(job, host);
     this.buttons = element("div", "cd-buttons", ...ACTIONS.map((action) => this.#button(...action)));
     this.element = element(
       "details", "cd-job",
       element("summary", "cd-head", this.name, this.state, this.bar.element),
-      this.pace, this.trouble, this.log, this.chart.element, this.strip, this.drift, this.taught,
+      this.pace, this.trouble, this.log, this.chart.element, this.strip, this.sheet.element, this.drift, this.taught,
       this.buttons,
     );
     this.element.dataset.job = job.id;
@@ -180,12 +183,13 @@ export class JobCard {
     }
   }
 
-  #show({ losses, shown }) {
-    this.chart.show(losses);
+  #show({ losses, validation, shown }) {
+    this.chart.show(losses, validation);
     const words = (shown.concepts ?? []).map((c) => [c.token, c.class_noun].filter(Boolean).join(" "));
     this.taught.textContent = words.length ? t("teaches", { words: words.join(", ") }) : "";
     this.trace.textContent = shown.log;
     this.log.hidden = !shown.log;
+    if (shown.compared) this.sheet.refresh().catch(this.host.onError);
     if (shown.memory) this.host.onMemory(shown.memory);
     const newest = shown.samples.slice(-SAMPLES).toReversed();
     if (newest.join() === this.samples.join()) return;
@@ -202,6 +206,7 @@ export class JobCard {
 
   async #do(verb) {
     if (verb === "use") return this.host.addToGraph(this.job);
+    if (verb === "compare") return this.sheet.draw(this.job);
     if (verb === "more") {
       const more = await this.host.askSteps(this.job);
       return more && jobs.startAgain(this.id, this.job.step + more);

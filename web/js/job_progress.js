@@ -7,8 +7,9 @@ const EVERY_MS = 1000;
 export class JobProgress {
   /**
    * @param {string} id
-   * @param {function({losses: (number|null)[], shown: object}): void} onProgress what is known now:
-   *   all losses, and the job with its details
+   * @param {function({losses: (number|null)[], validation: Map<number, number>, shown: object}): void}
+   *   onProgress what is known now: all losses, those on pictures kept back by step, and the job
+   *   with its details
    * @param {function(Error): void} onError
    */
   constructor(id, onProgress, onError) {
@@ -22,6 +23,7 @@ export class JobProgress {
   /** Forgets the losses: the job has begun anew. */
   restart() {
     this.losses = [];
+    this.validation = new Map();
   }
 
   /** Asks for the losses since the last time; at most once a second, unless it must be `now`. */
@@ -31,11 +33,12 @@ export class JobProgress {
     this.askedAt = Date.now();
     try {
       const before = this.losses;
-      const since = await jobs.losses(this.id, before.length);
+      const since = await jobs.metrics(this.id, before.length);
       const shown = await jobs.show(this.id);
       if (before !== this.losses) return; // it began anew meanwhile
-      this.losses = before.concat(since);
-      this.onProgress({ losses: this.losses, shown });
+      this.losses = before.concat(since.losses);
+      for (const [step, loss] of Object.entries(since.validation)) this.validation.set(Number(step), loss);
+      this.onProgress({ losses: this.losses, validation: this.validation, shown });
     } catch (error) {
       this.onError(error);
     } finally {

@@ -1,4 +1,5 @@
-/** A loss curve: single steps faint, their moving average strong. Point at it to read a step, drag
+/** A loss curve: single steps faint, their moving average strong, and with dots the loss on pictures
+ * that are kept back, its lowest one larger. Point at it to read a step, drag
  * to enlarge a part, double-click to see all again; with the keyboard arrows, Home and End.
  */
 
@@ -62,12 +63,16 @@ export class LossChart {
     this.part = this.svg.appendChild(svg("rect", { class: "cd-part", y: 0, height: HEIGHT }));
     this.raw = this.svg.appendChild(svg("path", { class: "cd-raw" }));
     this.average = this.svg.appendChild(svg("path", { class: "cd-average" }));
+    this.validated = this.svg.appendChild(svg("path", { class: "cd-validation" }));
+    this.measured = this.svg.appendChild(svg("path", { class: "cd-measured" })); // a dot each
+    this.best = this.svg.appendChild(svg("path", { class: "cd-best" }));
     this.cursor = this.svg.appendChild(svg("line", { class: "cd-cursor", y1: 0, y2: HEIGHT }));
     this.caption = element("figcaption");
     this.element = element("figure", "cd-chart", this.svg, this.caption);
     this.svg.append(svg("title", {}));
     this.svg.lastChild.textContent = t("chartHelp");
     this.losses = [];
+    this.validation = [];
     this.span = null; // [first, last] step that is shown; null for all
     this.step = null; // that is read; null for the last
     const on = (type, act) => this.svg.addEventListener(type, act);
@@ -81,10 +86,14 @@ export class LossChart {
     this.show([]);
   }
 
-  /** @param {(number|null)[]} losses of steps 1, 2, ... */
-  show(losses) {
+  /**
+   * @param {(number|null)[]} losses of steps 1, 2, ...
+   * @param {Map<number, number>} validation step → loss on pictures that are kept back
+   */
+  show(losses, validation = new Map()) {
     if (losses.length < this.losses.length) this.span = this.step = null; // another training
     this.losses = losses;
+    this.validation = [...validation].filter(([, loss]) => loss !== null).toSorted(([a], [b]) => a - b);
     this.averages = smoothed(losses);
     this.#draw();
     this.#read(this.step);
@@ -94,7 +103,14 @@ export class LossChart {
     const [first, last] = this.#shown();
     const part = (values) => thinned(values.slice(first - 1, last), POINTS, first);
     const raw = part(this.losses);
-    const [low, high] = range(raw.length ? raw.map(([, loss]) => loss) : [0]);
+    const validation = this.validation.filter(([step]) => step >= first && step <= last);
+    const drawn = [...raw, ...validation].map(([, loss]) => loss);
+    const [low, high] = range(drawn.length ? drawn : [0]);
+    const best = lowest(validation);
+    const dots = (points) => points.map((point) => this.#path([point, point], low, high)).join("");
+    this.validated.setAttribute("d", this.#path(validation, low, high));
+    this.measured.setAttribute("d", dots(validation));
+    this.best.setAttribute("d", dots(best ? [best] : []));
     this.raw.setAttribute("d", this.#path(raw, low, high));
     this.average.setAttribute("d", this.#path(part(this.averages), low, high));
   }
@@ -175,15 +191,27 @@ export class LossChart {
     this.cursor.style.display = step === null ? "none" : "";
     this.cursor.setAttribute("x1", this.#x(told));
     this.cursor.setAttribute("x2", this.#x(told));
-    this.caption.textContent = told
-      ? t("chart", {
-          step: told,
-          average: inWords(this.averages[told - 1]),
-          loss: inWords(this.losses[told - 1]),
-        })
-      : t("noStep");
+    this.caption.textContent = told ? [this.#told(told), ...this.#validationUntil(told)].join(" · ") : t("noStep");
     this.svg.setAttribute("aria-label", this.caption.textContent);
   }
+
+  #told(step) {
+    const [average, loss] = [this.averages, this.losses].map((each) => inWords(each[step - 1]));
+    return t("chart", { step, average, loss });
+  }
+
+  /** What was measured last until a step, and where it was lowest of all. */
+  #validationUntil(step) {
+    const newest = this.validation.findLast(([at]) => at <= step);
+    if (!newest) return [];
+    const [best, loss] = lowest(this.validation);
+    return [t("validation", { step: newest[0], loss: inWords(newest[1]), best, lowest: inWords(loss) })];
+  }
+}
+
+/** The first of the points [step, loss] with the lowest loss; undefined of none. */
+function lowest(points) {
+  return points.toSorted(([, a], [, b]) => a - b)[0];
 }
 
 function inWords(loss) {

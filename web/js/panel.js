@@ -110,6 +110,9 @@ class Panel {
         onMemory: (memory) => this.tellMemory(memory),
         confirmRemoval,
         askSteps,
+        askPrompt,
+        askStepName,
+        onTaken: () => this.#saved(),
         addToGraph: ({ concept_file }) => addToGraph(concept_file),
       });
       this.cards.set(job.id, made);
@@ -163,6 +166,27 @@ async function askSteps(job) {
   if (given === null) return null;
   if (!/^[1-9]\d*$/.test(given.trim())) throw new Error(t("wholeNumber", { given }));
   return Number(given);
+}
+
+/** What a sheet of a job's steps is to show; null when the user has thought better of it. */
+async function askPrompt({ id, name }) {
+  const [taught] = (await jobs.show(id)).concepts ?? [];
+  const words = [taught?.token, taught?.class_noun].filter(Boolean).join(" ");
+  return app.extensionManager.dialog.prompt({
+    title: t("compareTitle"),
+    message: t("compareMessage", { name }),
+    defaultValue: `photo of a ${words}`,
+  });
+}
+
+/** What the concept of a step is to be called; null when the user has thought better of it. */
+async function askStepName({ step, name }) {
+  const given = await app.extensionManager.dialog.prompt({
+    title: t("takeTitle"),
+    message: t("takeMessage", { step }),
+    defaultValue: `${name} step ${step}`,
+  });
+  return given?.trim() || null;
 }
 
 /** What a concept's file is to be called; null when the user has thought better of it. */

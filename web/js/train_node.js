@@ -58,9 +58,9 @@ export class NodeTraining {
     this.progress.refresh(!jobs.ACTIVE.includes(job.state));
   }
 
-  #show({ losses, shown: job }) {
+  #show({ losses, validation, shown: job }) {
     this.#tell(job);
-    this.chart.show(losses);
+    this.chart.show(losses, validation);
     this.#picture(job.samples.at(-1));
   }
 

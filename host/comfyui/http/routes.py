@@ -21,10 +21,11 @@ from ....inspection.card import ConceptCard, read_card, thumbnail
 from ....inspection.filing import bin_concept, rename_concept
 from ....inspection.library import list_concepts
 from ....inspection.report import inspect_concept
+from ....trainer.jobs.comparison import Comparison
 from ....trainer.jobs.job import Job
 from ...http.api import ENDPOINTS, PREFIX, Endpoint, Lane
 from ..jobs.service import delete_job, device_memory, training_service
-from ..paths import concept_files, concept_path, listed_concept_path
+from ..paths import concept_files, concept_folder, concept_path, listed_concept_path
 from ..pictures import bin_picture, picture_names, picture_thumbnail
 from .answers import Handler, Values, answering, refusing
 from .workers import Workers
@@ -37,6 +38,7 @@ def _list(sent: Values) -> dict[str, Any]:
 
 def _show(sent: Values) -> dict[str, Any]:
     job = _job(sent)
+    compared = Comparison.newest(job.folder)
     described = {
         k: v for k, v in job.folder.description.content.items() if k not in ("graph", "name")
     }
@@ -47,11 +49,13 @@ def _show(sent: Values) -> dict[str, Any]:
         "log": job.snapshot().log,
         "memory": device_memory(),
         "samples": list(job.folder.samples()),
+        "compared": len(compared.pictures()) if compared else 0,
     }
 
 
 def _metrics(sent: Values) -> dict[str, Any]:
-    return {"after": sent["after"], "losses": _job(sent).losses(sent["after"])}
+    job, after = _job(sent), sent["after"]
+    return {"after": after, "losses": job.losses(after), "validation": job.validation(after)}
 
 
 def _graph(sent: Values) -> Mapping[str, Any]:
@@ -68,6 +72,32 @@ def _sample(sent: Values) -> Path:
     if step not in samples:
         raise UnknownJobError(f"The training job {job.id} drew no sample at step {step}.")
     return samples[step]
+
+
+def _comparison(sent: Values) -> dict[str, Any]:
+    found = _newest_comparison(_job(sent))
+    return {**found.plan.as_json(), "pictures": list(found.pictures())}
+
+
+def _compared(sent: Values) -> Path:
+    job, number = _job(sent), sent["picture"]
+    pictures = _newest_comparison(job).pictures()
+    if number not in pictures:
+        raise UnknownJobError(f"The comparison of {job.id} has drawn no picture {number} yet.")
+    return pictures[number]
+
+
+def _take_step(sent: Values) -> dict[str, Any]:
+    found = _newest_comparison(_job(sent))
+    file = found.take(sent["picture"], concept_folder(), sent["name"]).name
+    return {"name": file, **_card(file).as_json()}
+
+
+def _newest_comparison(job: Job) -> Comparison:
+    found = Comparison.newest(job.folder)
+    if found is None:
+        raise UnknownJobError(f"The steps of the training job {job.id} have not been compared yet.")
+    return found
 
 
 def _control(sent: Values, *, action: str) -> dict[str, Any]:
@@ -141,6 +171,9 @@ HANDLERS: Mapping[str, Handler] = {
     "show_losses": _metrics,
     "show_graph": _graph,
     "show_sample": _sample,
+    "show_comparison": _comparison,
+    "show_compared": _compared,
+    "take_step": _take_step,
     "pause_job": partial(_control, action="pause"),
     "resume_job": partial(_control, action="resume"),
     "stop_job": partial(_control, action="stop"),

@@ -155,25 +155,36 @@ def jobs_to_go_on_with(wait: bool) -> str:
     return " ".join([f"{service.deleted} {service.released}", *told])
 
 
+def chosen_job(job_id: str) -> Job:
+    """With that id, or the newest. Raises JobError when there is none."""
+    service = training_service()
+    jobs = service.jobs()
+    if not job_id and not jobs:
+        raise JobError("There is no training job yet. Queue a graph with CustomDiffusionTrain.")
+    return service.job(job_id) if job_id else jobs[-1]
+
+
+def nothing_learnt(job: Job) -> JobError:
+    """For whoever asks what a job has learnt that has written no concept yet."""
+    snapshot = job.snapshot()
+    return JobError(
+        f"The training job {job.id} is {snapshot.state.value} at step {snapshot.step} and has "
+        f"written no checkpoint with a concept yet. Wait for one, or choose another job."
+    )
+
+
 def job_results(job_id: str, best: bool) -> tuple[Concept, dict[str, list[float]], Any, str]:
     """Of a job, or of the newest: what it has learnt until now, its losses, its newest
     samples (n, h, w, 3), and how it is.
 
     Raises JobError when there is no such job, or it has written no checkpoint yet.
     """
-    service = training_service()
-    jobs = service.jobs()
-    if not job_id and not jobs:
-        raise JobError("There is no training job yet. Queue a graph with CustomDiffusionTrain.")
-    job = service.job(job_id) if job_id else jobs[-1]
+    job = chosen_job(job_id)
     snapshot = job.snapshot()
     file = job.folder.best_concept() if best else snapshot.concept_file
     file = file if file and file.is_file() else job.folder.newest_concept()
     if file is None:
-        raise JobError(
-            f"The training job {job.id} is {snapshot.state.value} at step {snapshot.step} and has "
-            f"written no checkpoint with a concept yet. Wait for one, or choose another job."
-        )
+        raise nothing_learnt(job)
     paths = list(job.folder.samples().values())
     samples = [_tensor(path) for path in paths[-_MOST_SAMPLES:]]
     pictures = torch.stack(samples) if samples else torch.zeros(1, 64, 64, 3)

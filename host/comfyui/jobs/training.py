@@ -77,7 +77,7 @@ def start_training(
         encoder = text_encoder(clip)
         networks = (unet_weights(model, config), origin.vae.first_stage_model)
         fingerprint = f"{name} {training_fingerprint(request, encoder, networks)}"
-        if same := service.join(fingerprint, config.steps):
+        if same := service.join(fingerprint, config.steps, config.ends_early):
             log.info("the training job %s had the same to do: it is not begun again", same.id)
             if not same.snapshot().ended:
                 offer(model, clip, config, encoder)
@@ -104,6 +104,7 @@ def start_training(
             {**_description(request, origin), "keep_best": keep_best},
             work,
             fingerprint,
+            config.ends_early,
             on_next=lambda: shared_copy.keep(base, models),
         )
 
