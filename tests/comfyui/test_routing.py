@@ -54,14 +54,15 @@ def judge(
     make: Callable[[Any], tuple[Conditioning, Conditioning]],
     hands: Callable[[Conditioning, Conditioning], list[tuple[Tensor, Sequence[Hand]]]],
     batch: int = 1,
+    steps: int = 1,
 ) -> None:
     """Samples with the node, by hand, and with neither, from the same prompts."""
     model, clip = route(loaded.model, loaded.clip, *concepts)
-    ours = sample(model, *make(clip), batch)
+    ours = sample(model, *make(clip), batch, steps)
     positive, negative = make(base_clip(loaded.clip, *concepts))
     with by_hand(loaded.model, *hands(positive, negative)):
-        wanted = sample(loaded.model, positive, negative, batch)
-    close(ours, wanted, sample(loaded.model, positive, negative, batch))
+        wanted = sample(loaded.model, positive, negative, batch, steps)
+    close(ours, wanted, sample(loaded.model, positive, negative, batch, steps))
 
 
 def rows(start: int, end: int, share: float = 1.0) -> dict[int, float]:
@@ -83,6 +84,7 @@ def test_each_concept_acts_at_its_own_words_in_both_halves_of_guidance(
             (p[0][0], [(cat, 1, rows(2, 4)), (dog, 1, rows(6, 8))]),
             (n[0][0], [(dog, 1, rows(1, 3))]),
         ],
+        steps=2,
     )
 
 
@@ -158,7 +160,8 @@ def test_prompts_put_together(
             return [(p[0][0], [(cat, 1.0, first)])]
         return [(p[0][0], [(cat, 1.0, first)]), (p[1][0], second)]
 
-    judge(sd15, [cat, dog], lambda c: (combined(how, c), encode(c, "")), hands)
+    steps = 2 if how == "timesteps" else 1
+    judge(sd15, [cat, dog], lambda c: (combined(how, c), encode(c, "")), hands, steps=steps)
 
 
 @pytest.mark.parametrize("how", ["average", "zero out"])
