@@ -9,7 +9,8 @@ import json
 import sys
 from typing import Any
 
-from .api import ENDPOINTS, JSON_TYPE, PICTURE, PICTURE_TYPES, PREFIX, Endpoint, Parameter
+from .api import ENDPOINTS
+from .endpoint import JSON_TYPE, PICTURE, PICTURE_TYPES, PREFIX, Endpoint, Parameter
 from .schemas import SCHEMAS, Schema
 
 

@@ -26,7 +26,8 @@ from custom_diffusion.concept.errors import (  # noqa: E402
 )
 from custom_diffusion.host.comfyui.http.answers import Handler, answering  # noqa: E402
 from custom_diffusion.host.comfyui.http.workers import Workers  # noqa: E402
-from custom_diffusion.host.http.api import ENDPOINTS, Endpoint  # noqa: E402
+from custom_diffusion.host.http.api import ENDPOINTS  # noqa: E402
+from custom_diffusion.host.http.endpoint import Endpoint  # noqa: E402
 
 MOVE = next(endpoint for endpoint in ENDPOINTS if endpoint.operation == "move_job")
 SHOW = next(endpoint for endpoint in ENDPOINTS if endpoint.operation == "show_job")

@@ -22,7 +22,8 @@ from custom_diffusion.cli.job_server import JobServer
 from custom_diffusion.concept.delta import DenseDelta
 from custom_diffusion.concept.file import write_concept
 from custom_diffusion.concept.layers import FAMILIES
-from custom_diffusion.host.http.api import ENDPOINTS, JSON_TYPE, PICTURE, PICTURE_TYPES, PREFIX
+from custom_diffusion.host.http.api import ENDPOINTS
+from custom_diffusion.host.http.endpoint import JSON_TYPE, PICTURE, PICTURE_TYPES, PREFIX
 from custom_diffusion.trainer.jobs.folder import JobFolder
 from support import pack_content
 from support.comfy_server import ComfyServer

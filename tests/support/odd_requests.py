@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from custom_diffusion.host.http.api import ENDPOINTS, JSON_TYPE, PREFIX, Endpoint
+from custom_diffusion.host.http.api import ENDPOINTS
+from custom_diffusion.host.http.endpoint import JSON_TYPE, PREFIX, Endpoint
 
 NAMES = (
     *(

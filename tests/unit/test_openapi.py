@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from custom_diffusion.host.http import openapi
-from custom_diffusion.host.http.api import ENDPOINTS, PREFIX
+from custom_diffusion.host.http.api import ENDPOINTS
+from custom_diffusion.host.http.endpoint import PREFIX
 from openapi_spec_validator import validate
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

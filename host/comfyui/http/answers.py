@@ -18,7 +18,13 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from ....concept.errors import CustomDiffusionError, UnknownConceptError, UnknownJobError
 from ....concept.regular_files import read_regular
-from ...http.api import JSON_TYPE, MOST_BODY_BYTES, PICTURE_TYPES, Endpoint, UnusableRequestError
+from ...http.endpoint import (
+    JSON_TYPE,
+    MOST_BODY_BYTES,
+    PICTURE_TYPES,
+    Endpoint,
+    UnusableRequestError,
+)
 from ..pictures import UnknownPictureError
 from .workers import TooBusyError, Workers
 

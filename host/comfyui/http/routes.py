@@ -23,7 +23,8 @@ from ....inspection.library import list_concepts
 from ....inspection.report import inspect_concept
 from ....trainer.jobs.comparison import Comparison
 from ....trainer.jobs.job import Job
-from ...http.api import ENDPOINTS, PREFIX, Endpoint, Lane
+from ...http.api import ENDPOINTS
+from ...http.endpoint import PREFIX, Endpoint, Lane
 from ..jobs.service import delete_job, device_memory, training_service
 from ..paths import concept_files, concept_folder, concept_path, listed_concept_path
 from ..pictures import bin_picture, picture_names, picture_thumbnail
