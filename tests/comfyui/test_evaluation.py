@@ -42,6 +42,8 @@ def bench(
 ) -> Iterator[ComfyServer]:
     """A server that forgets results, with a concept and pictures to compare with."""
     draw_pictures(base / "input" / "mine")
+    captions = [f"a cat and {number} dogs" for number in range(20)]
+    (base / "input" / "captions.txt").write_text("\n".join(captions))
     concepts = base / "models" / "custom_diffusion"
     write_concept(cat(), concepts / "cat.safetensors")
     write_concept(dog(), concepts / "dog.safetensors")
@@ -137,8 +139,6 @@ def test_what_is_wrong_is_said_on_the_node(
 
 
 def test_the_distance_of_two_concepts_is_told(bench: ComfyServer) -> None:
-    captions = [f"a cat and {number} dogs" for number in range(20)]
-    (bench.input / "captions.txt").write_text("\n".join(captions))
     concepts = {
         name: node("LoadConcept", concept_name=f"{name}.safetensors", rename_token="")
         for name in ("cat", "dog")
