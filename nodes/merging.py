@@ -37,14 +37,7 @@ class ConceptMerge(io.ComfyNode):
                 concepts_input(
                     2, "How many concepts to merge. The inputs below follow this number."
                 ),
-                io.Combo.Input(
-                    "regularization_captions",
-                    options=caption_files(),
-                    default=BUILT_IN_CAPTIONS,
-                    advanced=True,
-                    tooltip="What the merged model must keep drawing as before. Use built-in, or "
-                    "a .txt file in ComfyUI's input folder with one caption per line.",
-                ),
+                _captions_input(),
                 io.Float.Input(
                     "relative_ridge",
                     default=DEFAULT_RELATIVE_RIDGE,
@@ -83,6 +76,17 @@ class ConceptMerge(io.ComfyNode):
         return io.NodeOutput(merged, report.text(), ui=_told(given, report))
 
 
+def _captions_input() -> io.Input:
+    return io.Combo.Input(
+        "regularization_captions",
+        options=caption_files(),
+        default=BUILT_IN_CAPTIONS,
+        advanced=True,
+        tooltip="What the merged model must keep drawing as before. Use built-in, or a .txt file "
+        "in ComfyUI's input folder with one caption per line.",
+    )
+
+
 def _told(concepts: Sequence[Any], report: MergeReport) -> dict[str, Any]:
     table = [("concept", "kept words", "largest error")]
     for number, (concept, residual) in enumerate(zip(concepts, report.residuals, strict=True)):
@@ -109,13 +113,20 @@ class ConceptDistance(io.ComfyNode):
                 ),
                 Concept.Input("concept", tooltip="One of the two. It is not changed."),
                 Concept.Input("other", tooltip="The concept to compare it with."),
+                _captions_input(),
             ],
             outputs=[io.Float.Output(display_name="overlap")],
         )
 
     @classmethod
-    def execute(cls, clip: Any, concept: Any, other: Any) -> io.NodeOutput:
-        pairs = distances_in_comfyui(clip, [concept, other])
+    def fingerprint_inputs(cls, regularization_captions: str, **inputs: object) -> str:
+        return captions_fingerprint(regularization_captions)
+
+    @classmethod
+    def execute(
+        cls, clip: Any, concept: Any, other: Any, regularization_captions: str
+    ) -> io.NodeOutput:
+        pairs = distances_in_comfyui(clip, [concept, other], regularization_captions)
         names = [concept.describe(), other.describe()]
         return io.NodeOutput(pairs[0].overlap, ui=told(table=distance_table(pairs, names)))
 

@@ -133,19 +133,22 @@ def merge_in_comfyui(
         concepts,
         text_encoder(clip),
         strengths=strengths,
-        captions=None if captions == BUILT_IN_CAPTIONS else read_captions(input_folder(captions)),
+        captions=_captions(captions),
         relative_ridge=relative_ridge,
         cache_folder=cache_folder(),
         on_progress=lambda fraction: progress.update_absolute(int(100 * fraction), 100),
     )
 
 
-def distances_in_comfyui(clip: Any, concepts: Sequence[Concept]) -> list[PairDistance]:
+def distances_in_comfyui(
+    clip: Any, concepts: Sequence[Concept], captions: str
+) -> list[PairDistance]:
     """`concept_distances` with a CLIP's text encoder and the user's cache folder."""
     progress = comfy.utils.ProgressBar(100)
     return concept_distances(
         concepts,
         text_encoder(clip),
+        captions=_captions(captions),
         cache_folder=cache_folder(),
         on_progress=lambda fraction: progress.update_absolute(int(100 * fraction), 100),
     )
@@ -160,6 +163,11 @@ def project_in_comfyui(clip: Any, concept: Concept) -> tuple[Concept, MergeRepor
         cache_folder=cache_folder(),
         on_progress=lambda fraction: progress.update_absolute(int(100 * fraction), 100),
     )
+
+
+def _captions(name: str) -> list[str] | None:
+    """Of a file in `input/`; None for our own."""
+    return None if name == BUILT_IN_CAPTIONS else read_captions(input_folder(name))
 
 
 def caption_files() -> list[str]:

@@ -42,6 +42,8 @@ def bench(
 ) -> Iterator[ComfyServer]:
     """A server that forgets results, with a concept and pictures to compare with."""
     draw_pictures(base / "input" / "mine")
+    captions = [f"a cat and {number} dogs" for number in range(20)]
+    (base / "input" / "captions.txt").write_text("\n".join(captions))
     concepts = base / "models" / "custom_diffusion"
     write_concept(cat(), concepts / "cat.safetensors")
     write_concept(dog(), concepts / "dog.safetensors")
@@ -137,14 +139,14 @@ def test_what_is_wrong_is_said_on_the_node(
 
 
 def test_the_distance_of_two_concepts_is_told(bench: ComfyServer) -> None:
-    """With the thousand captions of a merge, which the CLIP reads once."""
     concepts = {
         name: node("LoadConcept", concept_name=f"{name}.safetensors", rename_token="")
         for name in ("cat", "dog")
     }
     distance = node("ConceptDistance", clip=["checkpoint", 1], concept=["cat", 0], other=["dog", 0])
+    distance["inputs"]["regularization_captions"] = "captions.txt"
     checkpoint = {"checkpoint": evaluated()["checkpoint"]}
-    history = bench.run({**checkpoint, **concepts, "distance": distance}, timeout=540)
+    history = bench.run({**checkpoint, **concepts, "distance": distance})
     (text,) = history["outputs"]["distance"]["text"]
     _, row = text.splitlines()
     names, words, overlap, verdict = row.split("\t")
