@@ -26,7 +26,11 @@ export class JobProgress {
 
   /** Asks for the losses since the last time; at most once a second, unless it must be `now`. */
   async refresh(now = false) {
-    if (this.asking || (!now && Date.now() - this.askedAt < EVERY_MS)) return;
+    if (this.asking) {
+      this.again ||= now; // what is on its way may be older
+      return;
+    }
+    if (!now && Date.now() - this.askedAt < EVERY_MS) return;
     this.asking = true;
     this.askedAt = Date.now();
     try {
@@ -41,5 +45,8 @@ export class JobProgress {
     } finally {
       this.asking = false;
     }
+    if (!this.again) return;
+    this.again = false;
+    await this.refresh(true);
   }
 }
