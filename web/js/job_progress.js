@@ -37,9 +37,10 @@ export class JobProgress {
       const before = this.losses;
       const since = await jobs.losses(this.id, before.length);
       const shown = await jobs.show(this.id);
-      if (before !== this.losses) return; // it began anew meanwhile
-      this.losses = before.concat(since);
-      this.onProgress({ losses: this.losses, shown });
+      if (before === this.losses) {
+        this.losses = before.concat(since);
+        this.onProgress({ losses: this.losses, shown });
+      } // else it began anew meanwhile
     } catch (error) {
       this.onError(error);
     } finally {
