@@ -49,13 +49,12 @@ def loaded(comfy: Any, checkpoint_file: Callable[[str], Path]) -> Any:
 
 @pytest.fixture
 def prompts(monkeypatch: pytest.MonkeyPatch, comfy: Any) -> Iterator[Any]:
-    """Stands in for ComfyUI's queue of prompts."""
+    """Stands in for ComfyUI's queue of prompts, in a server that nobody listens to."""
     from server import PromptServer
 
     queue = SimpleNamespace(currently_running={}, task_counter=0)
-    monkeypatch.setattr(
-        PromptServer, "instance", SimpleNamespace(prompt_queue=queue), raising=False
-    )
+    server = SimpleNamespace(prompt_queue=queue, send_sync=lambda *_: None)
+    monkeypatch.setattr(PromptServer, "instance", server, raising=False)
     yield queue
 
 

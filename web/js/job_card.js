@@ -211,7 +211,7 @@ export class JobCard {
       const more = await this.host.askSteps(this.job);
       return more && jobs.startAgain(this.id, this.job.step + more);
     }
-    if (verb === "release") return this.update(await jobs.steer(this.id, verb));
+    if (verb === "release") return this.#ask(verb);
     if (verb === "remove") {
       // The server tells all tabs.
       return (await this.host.confirmRemoval(this.job)) && jobs.remove(this.id);
@@ -234,6 +234,13 @@ export class JobCard {
       this.pending = null;
       return this.#offer();
     }
-    this.update(await jobs.steer(this.id, verb));
+    await this.#ask(verb);
+  }
+
+  /** An answer may come after the news of what has become of the job since. */
+  async #ask(verb) {
+    const before = this.job;
+    const job = await jobs.steer(this.id, verb);
+    if (this.job === before) this.update(job);
   }
 }

@@ -28,21 +28,29 @@ export class JobProgress {
 
   /** Asks for the losses since the last time; at most once a second, unless it must be `now`. */
   async refresh(now = false) {
-    if (this.asking || (!now && Date.now() - this.askedAt < EVERY_MS)) return;
+    if (this.asking) {
+      this.again ||= now; // what is on its way may be older
+      return;
+    }
+    if (!now && Date.now() - this.askedAt < EVERY_MS) return;
     this.asking = true;
     this.askedAt = Date.now();
     try {
       const before = this.losses;
       const since = await jobs.metrics(this.id, before.length);
       const shown = await jobs.show(this.id);
-      if (before !== this.losses) return; // it began anew meanwhile
-      this.losses = before.concat(since.losses);
-      for (const [step, loss] of Object.entries(since.validation)) this.validation.set(Number(step), loss);
-      this.onProgress({ losses: this.losses, validation: this.validation, shown });
+      if (before === this.losses) {
+        this.losses = before.concat(since.losses);
+        for (const [step, loss] of Object.entries(since.validation)) this.validation.set(Number(step), loss);
+        this.onProgress({ losses: this.losses, validation: this.validation, shown });
+      } // else it began anew meanwhile
     } catch (error) {
       this.onError(error);
     } finally {
       this.asking = false;
     }
+    if (!this.again) return;
+    this.again = false;
+    await this.refresh(true);
   }
 }

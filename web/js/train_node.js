@@ -31,7 +31,8 @@ export class NodeTraining {
     this.#picture(undefined);
     if (!shown.has(id)) shown.set(id, new Set());
     shown.get(id).add(this);
-    this.progress = new JobProgress(id, (now) => this.#show(now), (error) => this.#fail(error));
+    const still = (act) => (now) => this.id === id && act(now); // else it shows another by now
+    this.progress = new JobProgress(id, still((now) => this.#show(now)), still((error) => this.#fail(error)));
     await this.progress.refresh(true);
   }
 
