@@ -1,5 +1,5 @@
 """The thumbnails of the shipped workflows, cut out of what the demo drew: the miniature, taught and
-merged in the same way. Nobody's photographs are in them, and no result of a larger model is claimed.
+merged in the same way. Nobody's photographs are in them, and they claim nothing of larger models.
 
 `python -m custom_diffusion.miniature.thumbnails` writes them. Where the demo does nothing of a
 workflow's kind, the thumbnail is a picture of its graph.
