@@ -1,63 +1,78 @@
-"""The thumbnails of the shipped workflows, cut out of what the demo drew: the miniature, taught and
-merged in the same way. Nobody's photographs are in them, and they claim nothing of larger models.
+"""The thumbnails of the shipped workflows: what the miniature draws when it is taught and merged in
+the same way. Nobody's photographs are in them, and they claim nothing of larger models.
 
-`python -m custom_diffusion.miniature.thumbnails` writes them. Where the demo does nothing of a
-workflow's kind, the thumbnail is a picture of its graph.
+`python -m custom_diffusion.miniature.thumbnails` writes them; it takes some minutes. A style with a
+subject is more than the miniature draws: that workflow has a picture of its graph.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
-from ..pictures.opening import read_picture
+from ..concept.concept import Concept
+from ..merge.merging import merge_concepts
+from .laboratory import Laboratory, pair_of_subjects
+from .model import CONFIG
+from .world import class_caption, world_captions
+from .world_sheet import images
 
-_ROOT = Path(__file__).resolve().parents[1]
-_TILE, _LEFT, _TOP, _STEP = 112, 330, 6, 118
-"""Where `pictures/sheet.py` puts a tile"""
+WORKFLOWS = Path(__file__).resolve().parents[1] / "example_workflows"
+PAIR = 50
 _SMALL, _LARGE, _GAP = 160, 492, 6
-Place = tuple[int, int]
-"""Row and column of the demo's sheet"""
-GIVEN_1 = [(0, 1), (0, 2), (0, 4)]
-GIVEN_2 = [(1, 1), (1, 2), (1, 4)]
-DRAWN_1 = [(3, 0), (3, 3), (3, 4)]
-DRAWN_2 = [(4, 2), (4, 3), (4, 4)]
-PAGES: dict[int, tuple[list[list[Place]], Place]] = {
-    1: ([GIVEN_1], (3, 0)),
-    2: ([GIVEN_2], (4, 2)),
-    3: ([[(2, 0), (2, 1), (2, 2)]], (3, 5)),
-    4: ([DRAWN_1, DRAWN_2], (5, 2)),
-    5: ([DRAWN_1, DRAWN_2], (6, 4)),
-    6: ([GIVEN_1, GIVEN_2], (6, 0)),
-    9: ([[(2, 3), (2, 4), (2, 5)]], (4, 3)),
-}
-"""Number of a workflow → small pictures in columns, and the result"""
 
 
-def write_thumbnails(folder: Path = _ROOT / "example_workflows") -> None:
-    sheet = read_picture(_ROOT / "docs" / "images" / "demo.png").convert("RGB")
-    for number, (columns, result) in PAGES.items():
+def write_thumbnails(folder: Path = WORKFLOWS) -> None:
+    """Of the workflows with these numbers."""
+    lab = Laboratory()
+    pair = pair_of_subjects(PAIR, seed=0)
+    one, two = pair
+    alone = [lab.teach([each], CONFIG) for each in pair]
+    together = lab.teach(pair, replace(CONFIG, steps=2 * CONFIG.steps))
+    merged, _ = merge_concepts(alone, lab.encoder, captions=world_captions())
+
+    def drawn(prompt: str, concept: Concept | None = None, routed: Sequence[Concept] = ()) -> Tiles:
+        return images(lab.draw([prompt] * 6, concept, 0, routed=routed))
+
+    both = f"photo of a {one.words} and a {two.words}"
+    given = [[image.open().image for image in each.training.images] for each in pair]
+    mine = [
+        drawn(f"photo of a {each.words}", concept)
+        for each, concept in zip(pair, alone, strict=True)
+    ]
+    plain = drawn(class_caption(one.look.shape))
+    night = drawn(f"photo of a {one.words} at night", alone[0])
+    pages = {
+        1: ([given[0][:3]], mine[0][0]),
+        2: ([given[1][:3]], mine[1][3]),
+        3: ([plain[:3]], mine[0][4]),
+        4: ([mine[0][:3], mine[1][:3]], drawn(both, None, alone)[0]),
+        5: ([mine[0][:3], mine[1][:3]], drawn(both, merged)[2]),
+        6: ([given[0][:3], given[1][:3]], drawn(both, merged)[0]),
+        7: ([given[0][:3], given[1][:3]], drawn(both, together)[0]),
+        9: ([plain[:3]], night[0]),
+    }
+    for number, (columns, large) in pages.items():
         (workflow,) = folder.glob(f"{number} *.json")
-        page = _page(sheet, columns, result)
-        page.save(workflow.with_suffix(".jpg"), quality=88, optimize=True)
+        _page(columns, large).save(workflow.with_suffix(".jpg"), quality=88, optimize=True)
 
 
-def _page(sheet: Image.Image, columns: list[list[Place]], result: Place) -> Image.Image:
+Tiles = list[Image.Image]
+
+
+def _page(columns: Sequence[Tiles], large: Image.Image) -> Image.Image:
+    """Small pictures in columns of three, and the result beside them."""
     left = len(columns) * (_SMALL + _GAP)
     page = Image.new("RGB", (left + _LARGE, _LARGE), "white")
-    for column, places in enumerate(columns):
-        for row, place in enumerate(places):
-            corner = (column * (_SMALL + _GAP), row * (_SMALL + _GAP))
-            page.paste(_tile(sheet, place, _SMALL), corner)
-    page.paste(_tile(sheet, result, _LARGE), (left, 0))
+    for column, tiles in enumerate(columns):
+        for row, tile in enumerate(tiles):
+            small = tile.resize((_SMALL, _SMALL), Image.Resampling.LANCZOS)
+            page.paste(small, (column * (_SMALL + _GAP), row * (_SMALL + _GAP)))
+    page.paste(large.resize((_LARGE, _LARGE), Image.Resampling.LANCZOS), (left, 0))
     return page
-
-
-def _tile(sheet: Image.Image, place: Place, edge: int) -> Image.Image:
-    top, left = _TOP + _STEP * place[0], _LEFT + _STEP * place[1]
-    tile = sheet.crop((left, top, left + _TILE, top + _TILE))
-    return tile.resize((edge, edge), Image.Resampling.LANCZOS)
 
 
 if __name__ == "__main__":
