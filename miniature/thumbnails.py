@@ -1,52 +1,42 @@
 """The thumbnails of the shipped workflows: what the miniature draws when it is taught and merged in
-the same way. Nobody's photographs are in them, and no result of a larger model is claimed.
+the same way. Nobody's photographs are in them, and they claim nothing of larger models.
 
-`python -m custom_diffusion.miniature.thumbnails` writes them; it takes some minutes.
+`python -m custom_diffusion.miniature.thumbnails` writes them; it takes some minutes. A style with a
+subject is more than the miniature draws: that workflow has a picture of its graph.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
 from ..concept.concept import Concept
-from ..concept.prompts import STYLE_TEMPLATE
 from ..merge.merging import merge_concepts
-from ..pictures.tensors import to_hwc, to_picture
-from ..trainer.config import TrainConfig
-from ..trainer.data.captioned import CaptionedImage
-from ..trainer.data.training_concept import TrainingConcept, instance_caption
-from .concepts import INSTANCE_IMAGES, concept_style
-from .drawing import draw
-from .laboratory import Laboratory, Subject, pair_of_subjects
-from .model import CONFIG, PICTURE_EDGE
-from .world import class_caption, random_scene, world_captions
+from .laboratory import Laboratory, pair_of_subjects
+from .model import CONFIG
+from .world import class_caption, world_captions
 from .world_sheet import images
 
 WORKFLOWS = Path(__file__).resolve().parents[1] / "example_workflows"
 PAIR = 50
 _SMALL, _LARGE, _GAP = 160, 492, 6
-_STYLE_WORDS = "<new2> art"
 
 
 def write_thumbnails(folder: Path = WORKFLOWS) -> None:
-    """One for each workflow, which its number names."""
+    """Of the workflows with these numbers."""
     lab = Laboratory()
     pair = pair_of_subjects(PAIR, seed=0)
     one, two = pair
-    style = _style_pictures()
     alone = [lab.teach([each], CONFIG) for each in pair]
-    together = lab.teach(pair, TrainConfig(**{**CONFIG.as_json(), "steps": 2 * CONFIG.steps}))
-    painted = _merged(lab, [alone[0], _taught_style(lab, style)])
-    merged = _merged(lab, alone)
+    together = lab.teach(pair, replace(CONFIG, steps=2 * CONFIG.steps))
+    merged, _ = merge_concepts(alone, lab.encoder, captions=world_captions())
 
     def drawn(prompt: str, concept: Concept | None = None, routed: Sequence[Concept] = ()) -> Tiles:
         return images(lab.draw([prompt] * 6, concept, 0, routed=routed))
 
-    in_style = f"painting of a {one.words} in the style of {_STYLE_WORDS}"
     both = f"photo of a {one.words} and a {two.words}"
     given = [[image.open().image for image in each.training.images] for each in pair]
     mine = [
@@ -63,10 +53,6 @@ def write_thumbnails(folder: Path = WORKFLOWS) -> None:
         5: ([mine[0][:3], mine[1][:3]], drawn(both, merged)[2]),
         6: ([given[0][:3], given[1][:3]], drawn(both, merged)[0]),
         7: ([given[0][:3], given[1][:3]], drawn(both, together)[0]),
-        8: (
-            [given[0][:3], style[:3]],
-            drawn(in_style, painted)[0],
-        ),
         9: ([plain[:3]], night[0]),
     }
     for number, (columns, large) in pages.items():
@@ -87,24 +73,6 @@ def _page(columns: Sequence[Tiles], large: Image.Image) -> Image.Image:
             page.paste(small, (column * (_SMALL + _GAP), row * (_SMALL + _GAP)))
     page.paste(large.resize((_LARGE, _LARGE), Image.Resampling.LANCZOS), (left, 0))
     return page
-
-
-def _style_pictures() -> Tiles:
-    rng = random.Random("thumbnails")
-    scenes = [random_scene(rng, style=concept_style(0)) for _ in range(INSTANCE_IMAGES)]
-    return [to_picture(picture) for picture in to_hwc(draw(scenes, PICTURE_EDGE))]
-
-
-def _taught_style(lab: Laboratory, pictures: Tiles) -> Concept:
-    token, noun = _STYLE_WORDS.split()
-    caption = instance_caption(token, noun, STYLE_TEMPLATE)
-    shown = tuple(CaptionedImage(picture, caption) for picture in pictures)
-    training = TrainingConcept(shown, noun, token, template=STYLE_TEMPLATE)
-    return lab.teach([Subject(pair_of_subjects(PAIR, 0)[0].look, token, training)], CONFIG)
-
-
-def _merged(lab: Laboratory, concepts: Sequence[Concept]) -> Concept:
-    return merge_concepts(concepts, lab.encoder, captions=world_captions())[0]
 
 
 if __name__ == "__main__":

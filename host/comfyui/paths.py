@@ -101,6 +101,7 @@ def input_folders() -> list[str]:
 
 def input_folder(name: str) -> Path:
     """The folder below `input/`, or of a data set; names that lead outside are refused."""
+    name = str(name)  # a graph that a program sends may hold whatever it likes
     if name.endswith(DATASETS):
         if name not in _dataset_folders():
             raise DataError(f"There is no folder {name!r} in ComfyUI's folder of data sets.")

@@ -80,7 +80,7 @@ def taught(**changes: Any) -> dict[str, Any]:
 BAD = {
     "no images at all": (
         taught(data_folder="none"),
-        r"No instance images were given\. Connect 4 to 20",
+        r"There are no pictures yet\. Press 'Choose pictures'.*or connect images",
     ),
     "folder without pictures": (
         taught(data_folder="empty"),

@@ -224,6 +224,22 @@ def test_what_is_wrong_is_said_before_anything_runs(
     assert message in str(refused.value)
 
 
+def test_a_refusal_stands_on_the_node_once(page: Any) -> None:
+    page.evaluate(
+        """() => {
+            const views = LiteGraph.createNode("CustomDiffusionViews");
+            app.graph.add(views);
+            app.graph._nodes[0].connect(0, views, 0);
+            void app.queuePrompt(0, 1);
+        }"""
+    )
+    error = page.locator(".cd-error .cd-trouble")
+    error.wait_for()
+    assert error.inner_text().count("There are no pictures yet") == 1
+    assert error.inner_text().endswith("or connect images.")
+    screenshot(page, "concept_refused")
+
+
 def test_what_another_node_gives_is_not_judged_before(bench: ComfyServer) -> None:
     graph = {
         "noun": node("PrimitiveString", value="cat"),
