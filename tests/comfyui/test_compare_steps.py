@@ -254,7 +254,7 @@ def test_the_chart_shows_what_was_measured(page: Any) -> None:
 def test_a_click_on_a_picture_takes_its_step(bench: ComfyServer, page: Any) -> None:
     for each in bench.get(JOBS)["jobs"]:
         bench.delete(f"{JOBS}/{each['id']}")
-    bench.run(watched("my cat", keep_best=1, steps=4))
+    bench.run(watched("my cat", keep_best=2, steps=4))
 
     def hasten(route: Any) -> None:
         """One sampling step for each picture, of 25."""
@@ -280,13 +280,13 @@ def test_a_click_on_a_picture_takes_its_step(bench: ComfyServer, page: Any) -> N
     screenshot(page, "panel-steps")
     files = {path.name for path in (bench.models / "custom_diffusion").iterdir()}
     finished.get_by_role(
-        "button", name="Save step 4 as a concept (drawn with strength 0.8, seed 1)"
+        "button", name="Save step 2 as a concept (drawn with strength 0.8, seed 1)"
     ).click()
     dialog.wait_for()
-    assert dialog.locator("input").input_value() == "my cat step 4"
+    assert dialog.locator("input").input_value() == "my cat step 2"
     dialog.locator("input").press("Enter")
-    finished.get_by_text("Step 4 is saved as my-cat-step-4.safetensors.").wait_for()
+    finished.get_by_text("Step 2 is saved as my-cat-step-2.safetensors.").wait_for()
     now = {path.name for path in (bench.models / "custom_diffusion").iterdir()}
-    assert now - files == {"my-cat-step-4.safetensors", "my-cat-step-4.preview.png"}
-    concept = read_concept(bench.models / "custom_diffusion" / "my-cat-step-4.safetensors")
-    assert concept.provenance["steps"] == 4
+    assert now - files == {"my-cat-step-2.safetensors", "my-cat-step-2.preview.png"}
+    concept = read_concept(bench.models / "custom_diffusion" / "my-cat-step-2.safetensors")
+    assert concept.provenance["steps"] == 2

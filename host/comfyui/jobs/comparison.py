@@ -51,16 +51,14 @@ def compare_steps(
     that are none, JobError where the job has kept none of the steps, or is deleted meanwhile.
     """
     job = chosen_job(job_id)
-    axes = (
-        _kept_steps(job, _numbers("steps", steps, int, 1, MOST_STEPS) if steps.strip() else []),
-        _numbers("strengths", strengths, float, -_LARGEST_STRENGTH, _LARGEST_STRENGTH),
-        _numbers("seeds", seeds, int, 0, 2**64 - 1),
-    )
-    _check_count(*(len(numbers) for numbers in axes))
-    first = _concept_of(job, axes[0][0])
+    of = _kept_steps(job, _numbers("steps", steps, int, 1, MOST_STEPS) if steps.strip() else [])
+    at = _numbers("strengths", strengths, float, -_LARGEST_STRENGTH, _LARGEST_STRENGTH)
+    noises = _numbers("seeds", seeds, int, 0, 2**64 - 1)
+    _check_count(len(of), len(at), len(noises))
+    first = _concept_of(job, of[0])
     check_models(model, clip, first)
     prompt = prompt.strip() or (first.constraint_prompts or ("",))[-1]
-    plan = ComparisonPlan(prompt, tuple(axes[0]), tuple(axes[1]), tuple(axes[2]))
+    plan = ComparisonPlan(prompt, tuple(of), tuple(at), tuple(noises))
     comparison = Comparison.begin(job.folder, plan)
     for step in plan.steps:
         # Small, and alike in whatever loads it: as the training saves its own result.
