@@ -11,7 +11,7 @@ import torch
 
 from ..concept.errors import ConfigError, IncompatibleModelError
 from ..formats.base import BaseModel, read_base
-from ..host.diffusers.checkpoint import Prediction
+from ..host.diffusers.checkpoint import FilePrediction
 from ..merge.captions import read_captions
 from ..trainer.config import MethodName, TrainConfig
 from ..trainer.methods import METHODS, recipe
@@ -49,7 +49,7 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
 def add_prediction_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prediction",
-        choices=get_args(Prediction),
+        choices=get_args(FilePrediction),
         help="what a checkpoint predicts, if its file does not say: epsilon (noise), v (velocity), "
         "or v-ztsnr (velocity, zero terminal SNR)",
     )
@@ -93,7 +93,7 @@ def load(
     model: str,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    prediction: Prediction | None = None,
+    prediction: FilePrediction | None = None,
 ) -> Any:
     if model == MINIATURE:
         need_miniature()

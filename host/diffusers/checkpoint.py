@@ -26,7 +26,7 @@ from .assembly import assemble, reading
 
 log = logging.getLogger("custom_diffusion")
 
-Prediction = Literal["epsilon", "v", "v-ztsnr"]
+FilePrediction = Literal["epsilon", "v", "v-ztsnr"]
 """What a network predicts: the noise; the velocity; that, at noise levels that end in nothing but
 noise (zero terminal SNR)
 """
@@ -64,7 +64,7 @@ this deviation of that bias it is velocity; ComfyUI draws the line there too.
 """
 
 
-def read_checkpoint(file: Path, prediction: Prediction | None = None) -> Any:
+def read_checkpoint(file: Path, prediction: FilePrediction | None = None) -> Any:
     """The pipeline in a file, as `assembly.assemble` makes it.
 
     `prediction` is what the network predicts; None for what the file says of it.
@@ -75,7 +75,7 @@ def read_checkpoint(file: Path, prediction: Prediction | None = None) -> Any:
 class _Checkpoint:
     """A file as `assembly.Source`."""
 
-    def __init__(self, place: Path, header: Header, prediction: Prediction | None) -> None:
+    def __init__(self, place: Path, header: Header, prediction: FilePrediction | None) -> None:
         self.place, self.metadata, self._prediction = place, header.metadata, prediction
         self._shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
         self._text = [prefix for prefix in (*_CLIP, *_OPEN_CLIP) if self._has(prefix)]
@@ -154,7 +154,7 @@ class _Checkpoint:
         return self._text[number]
 
     @cached_property
-    def _predicts(self) -> Prediction:
+    def _predicts(self) -> FilePrediction:
         """What was said; else what the file says, by the marks that ComfyUI reads too."""
         if self._has("edm_mean") or self._has("edm_vpred."):
             kind = "EDM, at continuous noise levels, as CosXL and Playground 2.5 do"
@@ -287,7 +287,7 @@ def _text_settings(
     }
 
 
-def _scheduler_settings(prediction: Prediction) -> dict[str, Any]:
+def _scheduler_settings(prediction: FilePrediction) -> dict[str, Any]:
     """The noise levels of every Stable Diffusion."""
     return {
         "_class_name": "DDPMScheduler",

@@ -11,7 +11,7 @@ import torch
 from ...concept.errors import ConceptFileError, IncompatibleModelError
 from ...concept.tensors import read_tensors
 from ...formats.base import model_folder
-from .checkpoint import Prediction, read_checkpoint
+from .checkpoint import FilePrediction, read_checkpoint
 from .denoiser import _projections
 from .folder import read_pipeline
 from .lending import _text_models, text_family
@@ -21,7 +21,7 @@ def load_pipeline(
     place: str | Path,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    prediction: Prediction | None = None,
+    prediction: FilePrediction | None = None,
 ) -> Any:
     """A pipeline of Stable Diffusion 1.x, 2.x or XL from a folder in diffusers' layout, which may
     be one of Hugging Face's cache, or from a checkpoint in one .safetensors.
@@ -45,7 +45,7 @@ def load_pipeline(
     return pipeline
 
 
-def _read(place: Path, prediction: Prediction | None) -> Any:
+def _read(place: Path, prediction: FilePrediction | None) -> Any:
     if not os.path.isdir(place):
         return read_checkpoint(place, prediction)
     if prediction:
