@@ -15,7 +15,13 @@ from ..trainer.regularization.caption_index import CaptionIndex
 from ..trainer.regularization.collection import parts_of
 from ..trainer.regularization.drawn import generated_set
 from ..trainer.regularization.retrieved import COUNT, LEAST_SIMILARITY, retrieve
-from .models import DEFAULTS, add_device_option, add_model_options, load_chosen, recipe_for
+from .models import (
+    add_device_option,
+    add_model_options,
+    add_resolution_option,
+    load_chosen,
+    resolution_for,
+)
 from .output import progress
 from .parsing import positive
 
@@ -34,9 +40,7 @@ def add_to(commands: Any) -> None:
     add_model_options(regularize)
     regularize.add_argument("--class-noun", required=True, metavar="WORD", help=_CLASS_NOUN)
     regularize.add_argument("--count", type=positive, default=200, help="how many pictures")
-    regularize.add_argument(
-        "--resolution", type=int, help=f"default {DEFAULTS.resolution}; take 1024 for SDXL"
-    )
+    add_resolution_option(regularize)
     regularize.add_argument("--steps", type=int, default=25, help="sampling steps (DDIM)")
     regularize.add_argument(
         "--guidance", type=float, default=6.0, help="how closely they follow the prompt (CFG)"
@@ -96,7 +100,7 @@ def regularize_command(options: argparse.Namespace) -> None:
     from ..host.diffusers.sampling import sample
 
     pipeline = load_chosen(options)
-    resolution = options.resolution or recipe_for(options.model).resolution
+    resolution = resolution_for(options, pipeline)
     caption = instance_caption("", options.class_noun)
     with borrowed_models(pipeline) as models:
         settings = {
