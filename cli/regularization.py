@@ -46,7 +46,9 @@ def add_to(commands: Any) -> None:
         "--guidance", type=float, default=6.0, help="how closely they follow the prompt (CFG)"
     )
     regularize.add_argument("--seed", type=int, default=0, help="where the random noise starts")
-    regularize.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    regularize.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="where they go"
+    )
     regularize.set_defaults(command=regularize_command)
 
     find = commands.add_parser(
@@ -91,7 +93,7 @@ def add_to(commands: Any) -> None:
         help="keeps what was read, so that captions are read once",
     )
     add_device_option(find)
-    find.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    find.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where they go")
     find.set_defaults(command=retrieve_command)
 
 
