@@ -61,7 +61,9 @@ def add_to(commands: Any) -> None:
         example="retrieve --collection laion --class-noun cat "
         "--clip-weights open_clip_model.safetensors --output real_cats",
     )
-    find.add_argument("--collection", type=Path, required=True, metavar="FOLDER")
+    find.add_argument(
+        "--collection", type=Path, required=True, metavar="FOLDER", help="your captioned pictures"
+    )
     find.add_argument("--class-noun", required=True, metavar="WORD", help=_CLASS_NOUN)
     find.add_argument("--prompt", help="default: 'photo of a' and the class noun")
     find.add_argument("--count", type=positive, default=COUNT, help="how many pictures at most")
