@@ -49,7 +49,7 @@ Look at {picture}. What to try next:
     {program} train --model your_model.safetensors --images your_photos --class-noun cat
 
   Or in ComfyUI: copy this folder into ComfyUI/custom_nodes, and open the template
-  "learn_one_concept"."""
+  "1 Teach a concept"."""
 
 
 def _program() -> str:

@@ -20,15 +20,22 @@ from .output import progress
 def add_to(commands: Any) -> None:
     distance = commands.add_parser(
         "distance",
-        help="say how close concepts are, before they are merged",
-        description="Of every two concepts: how alike their trigger words are, and how much of "
-        "what a merge has to keep of one belongs to the other (overlap 0 to 1).",
-        example="distance cat.safetensors dog.safetensors --model sd15",
+        help="say how close concepts are, before you merge them",
+        description="For every two concepts: how alike their trigger words are, and how much of "
+        "what a merge must keep of one belongs to the other (overlap, 0 to 1).",
+        example="distance cat.safetensors dog.safetensors --model sd15.safetensors",
     )
     distance.add_argument("concepts", type=Path, nargs="+", metavar="CONCEPT")
-    distance.add_argument("--model", required=True, help="base model; its text encoder is used")
-    distance.add_argument("--captions", type=Path, help="your own captions, one a line")
-    distance.add_argument("--cache", type=Path, help="folder that keeps the captions' factor")
+    distance.add_argument("--model", required=True, help="the model that they were trained on")
+    distance.add_argument(
+        "--captions", type=Path, help="ordinary captions, one a line; default: ours"
+    )
+    distance.add_argument(
+        "--cache",
+        type=Path,
+        metavar="FOLDER",
+        help="keeps what was computed of the captions, for the next time",
+    )
     distance.set_defaults(command=distance_command)
 
 

@@ -27,7 +27,13 @@ from ..inspection.report import aligned
 from ..trainer.data.captioned import CaptionedImage
 from ..trainer.data.folders import load_folder
 from ..trainer.jobs.fingerprint import models_fingerprint
-from .models import DEFAULTS, MINIATURE, add_model_options, load, precision, recipe_for
+from .models import (
+    MINIATURE,
+    add_model_options,
+    add_resolution_option,
+    load_chosen,
+    resolution_for,
+)
 from .output import progress
 from .parsing import positive
 
@@ -42,46 +48,59 @@ def add_to(commands: Any) -> None:
         description="Draws prompts with a concept at each strength and with the base model. A "
         "feature model compares the pictures with the prompts and with yours. Stop it at any time: "
         "the same command resumes. More prompts, seeds or strengths draw only what is new.",
-        example="evaluate --model sd15 --concept cat.safetensors --references my_cat "
+        example="evaluate --model sd15.safetensors --concept cat.safetensors --references my_cat "
         "--judge clip-vit-large-patch14 --output cat_evaluation",
     )
     add_model_options(evaluate)
-    evaluate.add_argument("--concept", type=Path, required=True)
+    evaluate.add_argument("--concept", type=Path, required=True, help="what to evaluate")
     evaluate.add_argument(
         "--references",
         type=Path,
         nargs="+",
         required=True,
         metavar="FOLDER",
-        help="your pictures; of a merge a folder for each trigger word, in the order of `inspect`",
+        help="your pictures; for a merge one folder per trigger word, in the order of `inspect`",
     )
     evaluate.add_argument(
         "--judge",
         required=True,
         metavar="FOLDER",
-        help="of a CLIP or DINOv2 as transformers or open_clip writes it; nothing is downloaded",
+        help="a CLIP or DINOv2, as transformers or open_clip saves it; nothing is downloaded",
     )
     evaluate.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="one a line, {} is the concept; default: ours"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="one per line, {} stands for the concept; default: ours",
     )
-    evaluate.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    evaluate.add_argument("--strengths", type=float, nargs="+", default=[1.0])
+    evaluate.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0, 1],
+        help="one picture of each prompt for each; default: 0 1",
+    )
+    evaluate.add_argument(
+        "--strengths", type=float, nargs="+", default=[1.0], help="of the concept; default: 1"
+    )
     evaluate.add_argument(
         "--class-pictures",
         type=Path,
         metavar="FOLDER",
-        help="real pictures of the class that were not trained on, to measure its drift (KID)",
+        help="real pictures of the class, not used in training: tells how much the class changed",
     )
     evaluate.add_argument(
         "--class-count", type=positive, default=50, help="pictures of the class to draw for that"
     )
+    add_resolution_option(evaluate)
+    evaluate.add_argument("--steps", type=positive, default=50, help="sampling steps (DDIM)")
     evaluate.add_argument(
-        "--resolution", type=int, help=f"default {DEFAULTS.resolution}; take 1024 for SDXL"
+        "--guidance", type=float, default=6.0, help="how closely they follow the prompt (CFG)"
     )
-    evaluate.add_argument("--steps", type=positive, default=50, help="of the sampler, DDIM")
-    evaluate.add_argument("--guidance", type=float, default=6.0)
-    evaluate.add_argument("--batch-size", type=positive, default=4)
-    evaluate.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    evaluate.add_argument("--batch-size", type=positive, default=4, help="pictures at once")
+    evaluate.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="where pictures and scores go"
+    )
     evaluate.set_defaults(command=evaluate_command)
 
 
@@ -99,7 +118,7 @@ def evaluate_command(options: argparse.Namespace) -> None:
     for remark in check_prompts(plan.prompts, concept):
         print(f"warning: {remark}")
     judge = _judge(options)
-    pipeline = load(options.model, options.device, precision(options.precision, options.device))
+    pipeline = load_chosen(options)
     judge = judge.compared_with(_words(pipeline))
     _draw(options, plan, pipeline)
     with tqdm(desc="judging", unit="picture") as bar:
@@ -169,7 +188,7 @@ def _draw(options: argparse.Namespace, plan: Plan, pipeline: Any) -> None:
     from ..host.diffusers.lending import borrowed_models
     from ..host.diffusers.sampling import sample
 
-    resolution = options.resolution or recipe_for(options.model).resolution
+    resolution = resolution_for(options, pipeline)
     with borrowed_models(pipeline) as models:
         fingerprint = models_fingerprint(models.text_encoder, (pipeline.unet, pipeline.vae))
     settings = {

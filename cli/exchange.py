@@ -44,7 +44,9 @@ def add_to(commands: Any) -> None:
         example="export cat.safetensors --format kohya-lora --output for-a1111",
     )
     given.add_argument("concept", type=Path)
-    given.add_argument("--format", choices=[*FORMATS, CHECKPOINT], required=True)
+    given.add_argument(
+        "--format", choices=[*FORMATS, CHECKPOINT], required=True, help="see docs/formats.md"
+    )
     given.add_argument("--base", help="its base model, for formats with whole weights")
     given.add_argument("--full", action="store_true", help="float32 instead of half precision")
     given.add_argument(

@@ -44,7 +44,7 @@ def add_to(commands: Any) -> None:
     many.add_argument("folder", type=Path)
     many.add_argument("--search", default="", metavar="TEXT", help="in file names and prompts")
     many.add_argument("--base", default="", choices=FAMILIES, help="family of the base model")
-    many.add_argument("--sort", default="name", choices=SORTS)
+    many.add_argument("--sort", default="name", choices=SORTS, help="by what")
     many.add_argument("--order", default="", choices=ORDERS, help="default: as suits --sort")
     many.add_argument("--json", action="store_true", help="for a program")
     many.set_defaults(command=list_command)

@@ -13,6 +13,7 @@ from ..concept.errors import ConfigError, IncompatibleModelError
 from ..formats.base import BaseModel, read_base
 from ..host.diffusers.checkpoint import FilePrediction
 from ..merge.captions import read_captions
+from ..trainer.automatic import native_resolution
 from ..trainer.config import MethodName, TrainConfig
 from ..trainer.methods import METHODS, recipe
 
@@ -118,6 +119,20 @@ def load_chosen(options: argparse.Namespace, device: str = "") -> Any:
     device = device or options.device
     dtype = precision(options.precision, device)
     return load(options.model, device, dtype, options.prediction)
+
+
+def add_resolution_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resolution", type=int, help="of the pictures; default: the model's own")
+
+
+def resolution_for(options: argparse.Namespace, pipeline: Any) -> int:
+    """What `add_resolution_option` was given, or what the model draws best at."""
+    if options.resolution or options.model == MINIATURE:
+        return options.resolution or recipe_for(MINIATURE).resolution
+    from ..host.diffusers.lending import text_family
+
+    velocity = pipeline.scheduler.config.prediction_type == "v_prediction"
+    return native_resolution(text_family(pipeline), velocity)
 
 
 def recipe_for(model: str, method: MethodName = DEFAULTS.method) -> TrainConfig:

@@ -15,7 +15,13 @@ from ..trainer.regularization.caption_index import CaptionIndex
 from ..trainer.regularization.collection import parts_of
 from ..trainer.regularization.drawn import generated_set
 from ..trainer.regularization.retrieved import COUNT, LEAST_SIMILARITY, retrieve
-from .models import DEFAULTS, add_device_option, add_model_options, load_chosen, recipe_for
+from .models import (
+    add_device_option,
+    add_model_options,
+    add_resolution_option,
+    load_chosen,
+    resolution_for,
+)
 from .output import progress
 from .parsing import positive
 
@@ -34,15 +40,15 @@ def add_to(commands: Any) -> None:
     add_model_options(regularize)
     regularize.add_argument("--class-noun", required=True, metavar="WORD", help=_CLASS_NOUN)
     regularize.add_argument("--count", type=positive, default=200, help="how many pictures")
-    regularize.add_argument(
-        "--resolution", type=int, help=f"default {DEFAULTS.resolution}; take 1024 for SDXL"
-    )
+    add_resolution_option(regularize)
     regularize.add_argument("--steps", type=int, default=25, help="sampling steps (DDIM)")
     regularize.add_argument(
         "--guidance", type=float, default=6.0, help="how closely they follow the prompt (CFG)"
     )
     regularize.add_argument("--seed", type=int, default=0, help="where the random noise starts")
-    regularize.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    regularize.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="where they go"
+    )
     regularize.set_defaults(command=regularize_command)
 
     find = commands.add_parser(
@@ -55,7 +61,9 @@ def add_to(commands: Any) -> None:
         example="retrieve --collection laion --class-noun cat "
         "--clip-weights open_clip_model.safetensors --output real_cats",
     )
-    find.add_argument("--collection", type=Path, required=True, metavar="FOLDER")
+    find.add_argument(
+        "--collection", type=Path, required=True, metavar="FOLDER", help="your captioned pictures"
+    )
     find.add_argument("--class-noun", required=True, metavar="WORD", help=_CLASS_NOUN)
     find.add_argument("--prompt", help="default: 'photo of a' and the class noun")
     find.add_argument("--count", type=positive, default=COUNT, help="how many pictures at most")
@@ -87,7 +95,7 @@ def add_to(commands: Any) -> None:
         help="keeps what was read, so that captions are read once",
     )
     add_device_option(find)
-    find.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    find.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where they go")
     find.set_defaults(command=retrieve_command)
 
 
@@ -96,7 +104,7 @@ def regularize_command(options: argparse.Namespace) -> None:
     from ..host.diffusers.sampling import sample
 
     pipeline = load_chosen(options)
-    resolution = options.resolution or recipe_for(options.model).resolution
+    resolution = resolution_for(options, pipeline)
     caption = instance_caption("", options.class_noun)
     with borrowed_models(pipeline) as models:
         settings = {

@@ -15,7 +15,7 @@ from ..concept.errors import ConfigError
 from ..concept.file import read_concept
 from ..concept.fit import text_remark
 from ..concept.text import text_mark
-from .models import DEFAULTS, add_model_options, load_chosen, recipe_for
+from .models import add_model_options, add_resolution_option, load_chosen, resolution_for
 from .output import check_new
 from .parsing import positive
 
@@ -46,9 +46,7 @@ def add_to(commands: Any) -> None:
     )
     draw.add_argument("--strengths", type=float, nargs="+", help="one for each of --route")
     draw.add_argument("--count", type=positive, default=1, help="pictures, side by side")
-    draw.add_argument(
-        "--resolution", type=int, help=f"default {DEFAULTS.resolution}; take 1024 for SDXL"
-    )
+    add_resolution_option(draw)
     draw.add_argument("--seed", type=int, default=0, help="where the random noise starts")
     draw.add_argument("--output", type=Path, default=Path("sample.png"), help="where it is saved")
     draw.set_defaults(command=sample_command)
@@ -89,7 +87,7 @@ def sample_command(options: argparse.Namespace) -> None:
         concept,
         strength=options.strength,
         routes=routes,
-        resolution=options.resolution or recipe_for(options.model).resolution,
+        resolution=resolution_for(options, pipeline),
         seeds=range(options.seed, options.seed + options.count),
     )
     kind, picture = Image.EXTENSION[options.output.suffix.lower()], side_by_side(pictures)

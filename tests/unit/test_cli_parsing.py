@@ -106,3 +106,14 @@ def test_a_folder_for_a_picture_is_made_or_told(
     assert main([*line, str(tmp_path / "new" / "a.png")]) == 1
     assert "There is no model nowhere" in capsys.readouterr().err
     assert not list((tmp_path / "new").iterdir())
+
+
+def test_every_option_says_what_it_is_for() -> None:
+    silent = [
+        (command.prog, option)
+        for command in commands(parser())
+        for action in command._actions
+        for option in action.option_strings
+        if not action.help
+    ]
+    assert silent == []

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from custom_diffusion.cli import main, parser
+from custom_diffusion.cli.models import resolution_for
 from custom_diffusion.cli.training import training_config
 from custom_diffusion.concept.file import read_concept
 from custom_diffusion.trainer.config import TrainConfig
@@ -125,3 +126,19 @@ def test_a_job_keeps_what_is_asked_for(
     (job,) = (tmp_path / "jobs").iterdir()
     assert json.loads((job / "job.json").read_text())["keep_best"] == 3
     assert len(list((job / "concepts").glob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "given", "expected"),
+    [
+        ("pipeline", "sd15.safetensors", [], 512),
+        ("xl_pipeline", "sdxl.safetensors", [], 1024),
+        ("xl_pipeline", "sdxl.safetensors", ["--resolution", "768"], 768),
+        ("pipeline", "miniature", [], 192),
+    ],
+)
+def test_pictures_have_the_resolution_that_suits_the_model(
+    request: pytest.FixtureRequest, name: str, model: str, given: list[str], expected: int
+) -> None:
+    options = parser().parse_args(["sample", "--model", model, "--prompt", "a cat", *given])
+    assert resolution_for(options, request.getfixturevalue(name)) == expected
