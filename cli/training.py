@@ -55,6 +55,38 @@ def add_to(commands: Any) -> None:
         '--token "<new1>" --output cat.safetensors',
     )
     add_model_options(teach)
+    _add_concept_options(teach)
+    teach.add_argument(
+        "--method",
+        type=named(METHODS),
+        choices=METHODS,
+        default=DEFAULTS.method,
+        help="what is trained; take low-rank for SDXL. "
+        + "; ".join(f"{name}: {method.description}" for name, method in METHODS.items()),
+    )
+    add_setting_options(teach)
+    results = teach.add_argument_group("what it leaves")
+    results.add_argument(
+        "--jobs",
+        type=Path,
+        metavar="FOLDER",
+        help="train as a job in this folder: progress is saved, Ctrl-C pauses, and the same "
+        "command resumes, also after a crash",
+    )
+    add_job_options(results)
+    results.add_argument(
+        "--whole",
+        action="store_true",
+        help="save all of the change, not only what it does at the concept's own words",
+    )
+    results.add_argument(
+        "--output", type=Path, default=Path("concept.safetensors"), help="where it is saved"
+    )
+    teach.set_defaults(command=train_command)
+
+
+def _add_concept_options(teach: argparse.ArgumentParser) -> None:
+    """What is taught: pictures and words, one of each for each concept."""
     teach.add_argument(
         "--images",
         type=Path,
@@ -106,33 +138,6 @@ def add_to(commands: Any) -> None:
     teach.add_argument(
         "--style", dest="kind", action="store_const", const=["style"], help="short for --kind style"
     )
-    teach.add_argument(
-        "--method",
-        type=named(METHODS),
-        choices=METHODS,
-        default=DEFAULTS.method,
-        help="what is trained; take low-rank for SDXL. "
-        + "; ".join(f"{name}: {method.description}" for name, method in METHODS.items()),
-    )
-    add_setting_options(teach)
-    results = teach.add_argument_group("what it leaves")
-    results.add_argument(
-        "--jobs",
-        type=Path,
-        metavar="FOLDER",
-        help="train as a job in this folder: progress is saved, Ctrl-C pauses, and the same "
-        "command resumes, also after a crash",
-    )
-    add_job_options(results)
-    results.add_argument(
-        "--whole",
-        action="store_true",
-        help="save all of the change, not only what it does at the concept's own words",
-    )
-    results.add_argument(
-        "--output", type=Path, default=Path("concept.safetensors"), help="where it is saved"
-    )
-    teach.set_defaults(command=train_command)
 
 
 def train_command(options: argparse.Namespace) -> None:

@@ -107,16 +107,8 @@ def train(
             # Update, and report.
             learner.step()
             losses.append(loss)
-            measured = validation.after(len(losses))
-            on_event(StepDone(len(losses), loss, measured))
-            if measured is not None and (advice := validation.advice(len(losses))):
-                on_event(advice)
-            if len(losses) % _DRIFT_EVERY_STEPS == 0 and (drift := learner.drift()):
-                on_event(WordsMoved(drift))
-            if config.preview_every_steps and len(losses) % config.preview_every_steps == 0:
-                on_event(PreviewBegun(len(losses)))
-                picture = _preview(config, learner, denoiser, batch)
-                on_event(PreviewDrawn(len(losses), picture))
+            for event in _reports(len(losses), loss, config, learner, denoiser, batch, validation):
+                on_event(event)
             if checkpoint_every_steps and len(losses) % checkpoint_every_steps == 0:
                 on_event(learner.checkpoint(losses, validation.losses, validation.best))
 
@@ -136,6 +128,27 @@ def _notices(
         yield RegularizationLeftOut(unused)
     for pair in alike_tokens(earlier.tokens if earlier else ()):
         yield WordsAlike(*pair)
+
+
+def _reports(
+    step: int,
+    loss: float,
+    config: TrainConfig,
+    learner: Learner,
+    denoiser: Denoiser,
+    batch: Batch,
+    validation: Validation,
+) -> Iterator[Event]:
+    """What is told after a step."""
+    measured = validation.after(step)
+    yield StepDone(step, loss, measured)
+    if measured is not None and (advice := validation.advice(step)):
+        yield advice
+    if step % _DRIFT_EVERY_STEPS == 0 and (drift := learner.drift()):
+        yield WordsMoved(drift)
+    if config.preview_every_steps and step % config.preview_every_steps == 0:
+        yield PreviewBegun(step)
+        yield PreviewDrawn(step, _preview(config, learner, denoiser, batch))
 
 
 def _preview(config: TrainConfig, learner: Learner, denoiser: Denoiser, batch: Batch) -> Tensor:
