@@ -23,6 +23,7 @@ from ..concept.regular_files import read_regular
 from ..concept.tensors import read_tensors
 from ..evaluation.features import WORD, Judge
 from ..formats.base import weight_files
+from ..pictures.tensors import in_eight_bits
 from .diffusers.tokenizer import MOST_JSON_BYTES, read_tokenizer
 
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -184,7 +185,7 @@ def prepare(
         images = F.interpolate(images, size, mode="bicubic", antialias=True)
     top, left = (size[0] - edge) // 2, (size[1] - edge) // 2
     images = images[:, :, top : top + edge, left : left + edge]
-    images = (images.clamp(0, 1) * 255).round() / 255
+    images = in_eight_bits(images)
     shift, spread = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
     return (images - shift) / spread
 

@@ -22,6 +22,11 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
 
 
+def in_eight_bits(images: Tensor) -> Tensor:
+    """What is left of images in 0..1 when they are kept as pictures."""
+    return (images.clamp(0, 1) * 255).round() / 255
+
+
 def for_network(picture: Image.Image) -> Tensor:
     """Colours as a network looks at them, (3, h, w) in -1..1, float32."""
     return to_chw(_numbers(picture)) / 127.5 - 1

@@ -14,10 +14,11 @@ from custom_diffusion.concept.file import write_concept
 from custom_diffusion.evaluation import trials
 from custom_diffusion.evaluation.scores import measure
 from custom_diffusion.evaluation.trials import Plan, draw_trials
-from custom_diffusion.miniature.concepts import concept_pictures, to_image
+from custom_diffusion.miniature.concepts import concept_pictures
 from custom_diffusion.miniature.features import miniature_judge
 from custom_diffusion.miniature.laboratory import Laboratory, pair_of_subjects
 from custom_diffusion.miniature.model import CONFIG
+from custom_diffusion.pictures.tensors import to_hwc, to_picture
 from PIL import Image
 from support.graphs import draw_pictures
 from support.judges import write_clip, write_dinov2
@@ -156,7 +157,7 @@ def test_what_the_miniature_has_learnt_scores_higher_than_the_base_model(tmp_pat
 
     drawing: Callable[..., torch.Tensor] = draw
     draw_trials(tmp_path, {}, plan.everything(), drawing)
-    pictures = [to_image(one) for one in concept_pictures(subject.look, 6, seed=99)]
+    pictures = [to_picture(one) for one in to_hwc(concept_pictures(subject.look, 6, seed=99))]
     found = measure(plan, tmp_path, miniature_judge(), {subject.words: pictures})
     base, taught = found.scores
     assert base.text is not None and taught.text is not None

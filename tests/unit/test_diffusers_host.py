@@ -489,8 +489,7 @@ def test_a_folder_without_a_pipeline_is_named(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleModelError) as caught:
         load_pipeline(tmp_path / "nothing here")
     message = str(caught.value)
-    assert f"{tmp_path / 'nothing here'} is no Stable Diffusion pipeline" in message
-    assert "it has no model_index.json. Give the folder of a downloaded pipeline" in message
+    assert f"There is no model {tmp_path / 'nothing here'}. Give a checkpoint" in message
 
 
 def test_a_damaged_pipeline_folder_is_named(tmp_path: Path) -> None:

@@ -70,8 +70,9 @@ class TrainingService:
             if job:
                 job.queue(work)
             else:
-                asked = {"steps": steps, "fingerprint": fingerprint, "ends_early": ends_early}
-                description = {**asked, **description}
+                asked = {"steps": steps, "fingerprint": fingerprint}
+                early = {"ends_early": ends_early} if ends_early else {}
+                description = {**asked, **early, **description}
                 before = self._furthest(fingerprint, steps)
                 folder = JobFolder.create(self._folder, name, description)
                 if before:
