@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 from custom_diffusion.cli import main
-from custom_diffusion.cli import training as training_command
 from custom_diffusion.cli.output import save_at_any_rate
 from custom_diffusion.concept.errors import ConceptFileError
 from custom_diffusion.concept.file import read_concept, write_concept
 from custom_diffusion.concept.layers import FAMILIES
+from custom_diffusion.trainer import teach
 from support.concepts import random_concept
 from support.graphs import draw_pictures
 from support.tiny_models import tiny_pipeline
@@ -100,7 +100,7 @@ def test_a_training_whose_place_has_gone_is_saved_elsewhere_and_that_is_said(
     tiny_pipeline().save_pretrained(model)
     draw_pictures(photos)
     monkeypatch.chdir(working)
-    train = training_command.train
+    train = teach.train
 
     def train_and_lose_the_folder(*given: Any, **options: Any) -> Any:
         learnt = train(*given, **options)
@@ -108,7 +108,7 @@ def test_a_training_whose_place_has_gone_is_saved_elsewhere_and_that_is_said(
         out.write_text("a file is there now")
         return learnt
 
-    monkeypatch.setattr(training_command, "train", train_and_lose_the_folder)
+    monkeypatch.setattr(teach, "train", train_and_lose_the_folder)
     command = ["train", "--model", str(model), "--images", str(photos), "--class-noun", "cat"]
     output = str(out / "cat.safetensors")
     assert main([*command, "--method", method, "--output", output, *QUICK]) == 1

@@ -431,7 +431,9 @@ def test_no_name_is_looked_up_anywhere(
     name: str, network: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(IncompatibleModelError, match="There is no model|it has no model_index.json"):
+    with pytest.raises(
+        IncompatibleModelError, match="There is no model|it has no model_index.json"
+    ):
         load_pipeline(name)
     assert network == []
 
