@@ -47,6 +47,10 @@ class DataError(CustomDiffusionError):
     """Training images, captions or folders cannot be used."""
 
 
+class UnknownPictureError(DataError):
+    """There is no picture of this name in the folder."""
+
+
 class ConfigError(CustomDiffusionError):
     """Settings contradict each other or lie outside their range."""
 

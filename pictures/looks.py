@@ -13,7 +13,7 @@ _SHARPNESS_EDGE = 512
 
 def difference_hash(picture: Image.Image) -> int:
     """Which of neighbouring shades is the lighter, in a small copy: survives scaling and JPEG."""
-    small = picture.convert("L").resize((_HASH_EDGE + 1, _HASH_EDGE), Image.Resampling.BOX)
+    small = _reduced(picture).resize((_HASH_EDGE + 1, _HASH_EDGE), Image.Resampling.BOX)
     shades = np.asarray(small, np.int16)
     return int.from_bytes(np.packbits(shades[:, 1:] > shades[:, :-1]).tobytes(), "big")
 
@@ -29,8 +29,13 @@ def sharpness(picture: Image.Image) -> float:
     """
     scale = _SHARPNESS_EDGE / min(picture.size)
     size = (max(3, round(picture.width * scale)), max(3, round(picture.height * scale)))
-    shades = np.asarray(picture.convert("L").resize(size, Image.Resampling.BICUBIC), np.float32)
+    shades = np.asarray(_reduced(picture).resize(size, Image.Resampling.BICUBIC), np.float32)
     middle = shades[1:-1, 1:-1]
     around = shades[:-2, 1:-1] + shades[2:, 1:-1] + shades[1:-1, :-2] + shades[1:-1, 2:]
     spread = float(shades.var())
     return float((around - 4 * middle).var()) / spread if spread > 0 else 0.0
+
+
+def _reduced(picture: Image.Image) -> Image.Image:
+    """Its shades, at least as large as they are looked at: a photograph is not copied whole."""
+    return picture.reduce(max(1, min(picture.size) // (2 * _SHARPNESS_EDGE))).convert("L")

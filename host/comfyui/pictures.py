@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ...concept.errors import DataError
+from ...concept.errors import DataError, UnknownPictureError
 from ...trainer.data.captioned import CaptionedImage
 from ...trainer.data.folders import files_beside, pictures_in
 from .paths import input_folder
@@ -23,10 +23,6 @@ lies there for pictures.
 """
 _EDGE = 128
 _QUALITY = 80
-
-
-class UnknownPictureError(DataError):
-    """There is no picture of this name in the folder."""
 
 
 def picture_names(folder: str) -> list[str]:

@@ -43,7 +43,9 @@ def test_a_file_is_read_as_comfyui_reads_it(
             assert difference(context, own) < 1e-5
 
         assert (
-            ours.denoiser.prediction == theirs.prediction == ("v" if name == "sd2_v" else "epsilon")
+            ours.denoiser.prediction_type
+            == theirs.prediction_type
+            == ("v" if name == "sd2_v" else "epsilon")
         )
         assert difference(ours.denoiser.alphas_cumprod, theirs.alphas_cumprod) < 1e-5
         generator = torch.Generator().manual_seed(0)

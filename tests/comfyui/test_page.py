@@ -390,7 +390,7 @@ def test_a_long_list_of_words_stays_in_the_window_and_scrolls(
     for _ in range(15):
         box.press("ArrowDown")
     chosen = offer.locator("[aria-selected=true]")
-    assert chosen.inner_text().startswith("<many15>")
+    until(page, lambda: chosen.inner_text().startswith("<many15>"))
     seen = "row => row.offsetTop - row.parentElement.scrollTop"
     assert 0 <= chosen.evaluate(seen) < offer.evaluate("list => list.clientHeight")
     marks = """row => {

@@ -216,7 +216,7 @@ def test_from_the_click_to_the_last_step_there_is_one_bar_and_a_word(
         assert percents[-1] == 100, (place, told)
         assert any(0 < percent < 10 for percent in percents), (place, told)
         words = " / ".join(text for _, text in told)
-        assert re.search(r"encoding pictures \d+ of 6", words), (place, words)
+        assert re.search(r"encoding pictures \d+ of 3", words), (place, words)
         assert "drawing a sample" in words, (place, words)
         assert "undefined" not in words and "Doing" not in words, (place, words)
     assert "waits in ComfyUI's queue" in " ".join(text for _, text in seen["node"])

@@ -29,6 +29,7 @@ def bench(
 ) -> Iterator[ComfyServer]:
     """A server that forgets results."""
     draw_pictures(base / "input" / "cat")
+    draw_pictures(base / "input" / "ordinary", seed=1)
     for folder, caption in (("a", "photo of a cat"), ("b", "a dog on the beach")):
         draw_pictures(base / "input" / "collection" / folder)
         for picture in (base / "input" / "collection" / folder).glob("*.png"):
@@ -235,4 +236,4 @@ def test_what_cannot_be_retrieved_is_said(
 
 def test_a_set_and_a_folder_together_are_refused(bench: ComfyServer) -> None:
     with pytest.raises(ComfyPromptError, match="Disconnect the set"):
-        bench.run(taught("both", drawn_set(), folder="cat"))
+        bench.run(taught("both", drawn_set(), folder="ordinary"))

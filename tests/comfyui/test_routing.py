@@ -355,9 +355,8 @@ def test_two_nodes_in_a_row_are_one_node_with_both(sd15: Any, cat: Concept, dog:
         sample(model, *(encode(clip, text) for text in texts))
         for model, clip in (together, in_a_row)
     ]
-    assert torch.allclose(*pictures, atol=1e-4)
     model, clip = route(sd15.model, sd15.clip, cat)
-    assert not torch.allclose(pictures[0], sample(model, *(encode(clip, t) for t in texts)))
+    close(*pictures, sample(model, *(encode(clip, t) for t in texts)))
 
 
 def test_a_route_after_an_applied_concept_adds_to_it(sd15: Any, cat: Concept, dog: Concept) -> None:

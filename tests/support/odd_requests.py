@@ -114,7 +114,7 @@ def odd_requests(job: str, concept: str) -> Iterator[Request]:
     """`job` and `concept` are there. None of these changes them."""
     typed = (("Content-Type", JSON_TYPE),)
     for endpoint in ENDPOINTS:
-        right = PREFIX + endpoint.path.format(id=job, name=concept, step=2)
+        right = PREFIX + endpoint.path.format(id=job, name=concept, step=2, picture=0)
         headers = typed if endpoint.method == "POST" else ()
         for path in _odd_paths(endpoint, job, concept):
             yield Request(endpoint.method, path, endpoint, None, headers)
@@ -143,9 +143,13 @@ def _odd_paths(endpoint: Endpoint, job: str, concept: str) -> Iterator[str]:
     if "{" not in endpoint.path:
         yield from (f"{PREFIX}{endpoint.path}/", f"{PREFIX}{endpoint.path}%00")
     if "{id}" in endpoint.path or "{name}" in endpoint.path:
-        yield from (PREFIX + endpoint.path.format(id=odd, name=odd, step=2) for odd in NAMES)
+        yield from (
+            PREFIX + endpoint.path.format(id=odd, name=odd, step=2, picture=0) for odd in NAMES
+        )
     if "{step}" in endpoint.path:
-        yield from (PREFIX + endpoint.path.format(id=job, step=number) for number in NUMBERS)
+        yield from (
+            PREFIX + endpoint.path.format(id=job, step=number, picture=number) for number in NUMBERS
+        )
 
 
 def send(url: str, request: Request, timeout_s: float = 30.0) -> Answer:

@@ -480,8 +480,9 @@ def test_previews_are_drawn_at_their_steps(models: DiffusersModels) -> None:
     trained(models, config(steps=5, preview_every_steps=2), on_event=events.append)
     order = [(type(event).__name__, event.step) for event in events]
     assert order == [
-        ("StepDone", 1), ("StepDone", 2), ("PreviewDrawn", 2), ("StepDone", 3),
-        ("StepDone", 4), ("PreviewDrawn", 4), ("StepDone", 5),
+        ("StepDone", 1), ("StepDone", 2), ("PreviewBegun", 2), ("PreviewDrawn", 2),
+        ("StepDone", 3), ("StepDone", 4), ("PreviewBegun", 4), ("PreviewDrawn", 4),
+        ("StepDone", 5),
     ]  # fmt: skip
     pictures = [event.image_hwc for event in events if isinstance(event, PreviewDrawn)]
     for picture in pictures:

@@ -16,7 +16,12 @@ from typing import Any
 from aiohttp import ClientError, web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from ....concept.errors import CustomDiffusionError, UnknownConceptError, UnknownJobError
+from ....concept.errors import (
+    CustomDiffusionError,
+    UnknownConceptError,
+    UnknownJobError,
+    UnknownPictureError,
+)
 from ....concept.regular_files import read_regular
 from ...http.endpoint import (
     JSON_TYPE,
@@ -25,7 +30,6 @@ from ...http.endpoint import (
     Endpoint,
     UnusableRequestError,
 )
-from ..pictures import UnknownPictureError
 from .workers import TooBusyError, Workers
 
 log = logging.getLogger("custom_diffusion")
