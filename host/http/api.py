@@ -72,7 +72,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint(
         "show_compared",
         "GET",
-        "/jobs/{id}/comparison/{picture}",
+        "/jobs/{id}/comparison/pictures/{picture}",
         "A picture of that sheet",
         PICTURE,
         (_JOB, Parameter("picture", "path", "One of its `pictures`", most=MOST_CELLS)),

@@ -125,7 +125,7 @@ def test_a_step_that_is_taken_draws_what_its_picture_shows(
     sheet = bench.get(path)
     assert (sheet["steps"], sheet["strengths"], sheet["seeds"]) == ([2, 4, 6], [0, 1], [7, 8])
     assert sheet["pictures"] == list(range(12))
-    picture = bench.get_bytes(f"{path}/6")
+    picture = bench.get_bytes(f"{path}/pictures/6")
     names = set()
     for _ in range(2):  # a name that is taken has a number
         taken = bench.post(f"{path}/take", {"picture": 6, "name": "cat"})

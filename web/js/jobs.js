@@ -82,7 +82,7 @@ async function queue(prompt) {
 }
 
 export const comparison = (id) => ask("GET", `${of(id)}/comparison`);
-export const comparedUrl = (id, picture) => api.apiURL(`${of(id)}/comparison/${picture}`);
+export const comparedUrl = (id, picture) => api.apiURL(`${of(id)}/comparison/pictures/${picture}`);
 export const takeStep = (id, picture, name) => ask("POST", `${of(id)}/comparison/take`, { picture, name });
 
 /** Draws a job's kept steps beside each other, with the models of its own graph; waits for the end. */

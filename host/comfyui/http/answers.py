@@ -26,6 +26,7 @@ from ....concept.regular_files import read_regular
 from ...http.endpoint import (
     JSON_TYPE,
     MOST_BODY_BYTES,
+    PICTURE,
     PICTURE_TYPES,
     Endpoint,
     UnusableRequestError,
@@ -95,7 +96,7 @@ def answering(endpoint: Endpoint, handler: Handler, workers: Workers) -> Respond
             def work() -> Answer:
                 try:
                     sent = {"path": path, "query": _once(query), "body": _members(body)}
-                    return _result(handler(endpoint.values(sent)))
+                    return _result(endpoint, handler(endpoint.values(sent)))
                 except CustomDiffusionError as error:
                     return _refusal(what, error)
                 except Exception as error:
@@ -170,10 +171,12 @@ def _no_number(constant: str) -> Any:
     raise ValueError(f"{constant} is no JSON")
 
 
-def _result(result: Any) -> Answer:
+def _result(endpoint: Endpoint, result: Any) -> Answer:
     if isinstance(result, Path):
         return _picture(result)
-    return _tagged(result, _WEBP) if isinstance(result, bytes) else Answer(_json(result))
+    if endpoint.answer == PICTURE and isinstance(result, bytes):
+        return _tagged(result, _WEBP)
+    return Answer(_json(result))
 
 
 def _json(result: Any) -> bytes:
