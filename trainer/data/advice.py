@@ -56,6 +56,7 @@ def advice(
             nearly = "" if near == look else "nearly "
             alike.append(f"{name} looks {nearly}the same as {looks[near]}: it counts twice.")
         looks.setdefault(look, name)
+        del opened, picture  # before the next one is decoded
     if small:
         yield f"Small, so it is enlarged, and its blur is learnt: {some(small)}."
     if blurred := _blurred(sharp):
