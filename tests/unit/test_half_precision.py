@@ -108,7 +108,7 @@ def test_steps_in_bfloat16_equal_those_of_a_naive_loop_and_are_near_those_in_flo
         for adapt in (with_fresh_casts, lambda unet: unet)
     )
     np.testing.assert_allclose(ours.provenance["final_losses"], losses, atol=3e-3, rtol=0)
-    np.testing.assert_allclose(ours.provenance["final_losses"], exact_losses, atol=4e-3, rtol=0)
+    np.testing.assert_allclose(ours.provenance["final_losses"], exact_losses, atol=4.5e-3, rtol=0)
     kept = {name: layer for name in changes if (layer := _layer(name)) in ours.deltas}
     learnt = torch.cat([ours.deltas[layer].dense().flatten() for layer in kept.values()])
     judge = torch.cat([changes[name].flatten() for name in kept])
