@@ -5,10 +5,11 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..evaluation.prompts import PROMPTS
-from ..host.comfyui.drawing import SAMPLERS, SCHEDULERS, Sampling
+from ..host.comfyui.drawing import Sampling
 from ..host.comfyui.evaluation import evaluate
 from ..host.comfyui.inputs import folder_fingerprint
 from ..host.comfyui.paths import NO_FOLDER, input_folders
+from .sampling_inputs import sampling_inputs
 from .types import CATEGORY, Concept, told
 
 
@@ -72,39 +73,7 @@ class EvaluateConcept(io.ComfyNode):
                     tooltip="Pictures of each prompt at each strength. The paper draws 50; raise "
                     "it later, and only the new ones are drawn.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=25,
-                    min=1,
-                    max=1000,
-                    tooltip="Sampling steps per picture, as on KSampler. Lower it to draw faster.",
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=6.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="How closely the pictures follow the prompt, as on KSampler.",
-                ),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=SAMPLERS,
-                    tooltip="The sampler, as on KSampler. Use the one you draw with.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=SCHEDULERS,
-                    tooltip="The noise schedule, as on KSampler. Use the one you draw with.",
-                ),
-                io.Int.Input(
-                    "resolution",
-                    default=512,
-                    min=64,
-                    max=2048,
-                    step=8,
-                    tooltip="Width and height in pixels. Use the one you draw with.",
-                ),
+                *sampling_inputs("Use the one you draw with."),
                 io.Int.Input(
                     "batch_size",
                     default=4,

@@ -5,9 +5,10 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..host.comfyui.drawing import SAMPLERS, SCHEDULERS, Sampling
+from ..host.comfyui.drawing import Sampling
 from ..host.comfyui.jobs.comparison import compare_steps
 from ..host.comfyui.jobs.service import job_results
+from .sampling_inputs import sampling_inputs
 from .types import CATEGORY, Concept, told
 
 _NEWEST, _BEST = "newest", "best"
@@ -105,41 +106,7 @@ class CompareSteps(io.ComfyNode):
                     default="0, 1",
                     tooltip="Seeds to draw each step with. Use several: one picture says little.",
                 ),
-                io.Int.Input(
-                    "sampling_steps",
-                    default=25,
-                    min=1,
-                    max=1000,
-                    tooltip="Sampling steps per picture, as on KSampler. Lower it to draw faster.",
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=6.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="How closely the pictures follow the prompt, as on KSampler. Lower it "
-                    "if they look harsh.",
-                ),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=SAMPLERS,
-                    tooltip="The sampler, as on KSampler. Use one that draws well with your model.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=SCHEDULERS,
-                    tooltip="The noise schedule, as on KSampler. Use the one that goes with your "
-                    "sampler.",
-                ),
-                io.Int.Input(
-                    "resolution",
-                    default=512,
-                    min=64,
-                    max=2048,
-                    step=8,
-                    tooltip="Width and height in pixels. Use the resolution of the training.",
-                ),
+                *sampling_inputs("Use the resolution of the training.", "sampling_steps"),
             ],
             outputs=[
                 io.Image.Output(display_name="sheet"),

@@ -4,7 +4,6 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..host.comfyui.drawing import SAMPLERS, SCHEDULERS
 from ..host.comfyui.paths import NO_FOLDER, clip_weight_files, input_folders
 from ..host.comfyui.regularization import (
     clip_problem,
@@ -14,6 +13,7 @@ from ..host.comfyui.regularization import (
 )
 from ..host.open_clip.text import MODEL, MODELS
 from ..trainer.regularization.retrieved import COUNT, LEAST_SIMILARITY
+from .sampling_inputs import sampling_inputs
 from .types import CATEGORY, RegularizationSet
 
 CLASS_NOUN = "The everyday word for the subject. Use the one of Custom Diffusion Concept."
@@ -51,41 +51,7 @@ class DrawRegularization(io.ComfyNode):
                     control_after_generate=False,
                     tooltip="Where the random noise starts. Change it to draw other pictures.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=25,
-                    min=1,
-                    max=1000,
-                    tooltip="Sampling steps per picture, as on KSampler. Lower it to draw faster.",
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=6.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="How closely the pictures follow the prompt, as on KSampler. Lower it "
-                    "if they look harsh.",
-                ),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=SAMPLERS,
-                    tooltip="The sampler, as on KSampler. Use one that draws well with your model.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=SCHEDULERS,
-                    tooltip="The noise schedule, as on KSampler. Use the one that goes with your "
-                    "sampler.",
-                ),
-                io.Int.Input(
-                    "resolution",
-                    default=512,
-                    min=64,
-                    max=2048,
-                    step=8,
-                    tooltip="Width and height in pixels. Use the resolution of the training.",
-                ),
+                *sampling_inputs("Use the resolution of the training."),
                 io.Int.Input(
                     "batch_size",
                     default=4,
