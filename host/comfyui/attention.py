@@ -104,6 +104,12 @@ class Watch:
         """Around a sampler: the watched prompt is told from others, and hooks last as long."""
         self.recorder.begin()
         self._sigmas = sigmas.detach().float().cpu()
+        conditions = [one for ones in guider.conds.values() for one in ones]
+        if any("area" in one for one in conditions if one.get(WATCHED) == self.key):
+            raise AttentionError(
+                "The watched prompt is limited to an area of the picture, so its attention cannot "
+                "be laid over all of it. Take the area away, or watch the prompt of the whole."
+            )
         guider.conds = {
             kind: [self._flagged(one) for one in ones] for kind, ones in guider.conds.items()
         }

@@ -120,6 +120,13 @@ def test_another_positive_prompt_beside_it_is_not_recorded(sd15: Any) -> None:
         recorder.maps()
 
 
+def test_a_prompt_for_an_area_is_refused(sd15: Any) -> None:
+    watching, positive, _ = watched(sd15.model, sd15.clip, "a cat", "cat")
+    part = [[features, {**more, "area": (8, 8, 0, 0)}] for features, more in positive]
+    with pytest.raises(AttentionError, match="limited to an area"):
+        sample(watching, part, encode(sd15.clip, ""), steps=1)
+
+
 def test_beside_regions_the_whole_prompt_is_recorded(sd15: Any, cat: Concept) -> None:
     from custom_diffusion.host.comfyui.regions import apply_regions
 
