@@ -40,12 +40,14 @@ class CommandParser(argparse.ArgumentParser):
         kwargs["formatter_class"] = _Help
         super().__init__(*args, **kwargs)
         self.example = example
+        self._given: list[str] = []
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
         # Also where a command's own parser is asked by that of all commands, which would name what
         # is left and could not say what the command knows.
+        self._given = list(args or ())
         options, left = super().parse_known_args(args, namespace)
         if unknown := next(filter(None, left), None):
             self.error(f"{unknown} is unknown here{self._meant(unknown)}")
@@ -55,7 +57,16 @@ class CommandParser(argparse.ArgumentParser):
         wrong = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if wrong and (near := nearest(wrong[1], re.findall(r"[\w-]+", wrong[2]))):
             message += f". Did you mean {near}?"
+        # What is missing may be there, with a slip: argparse looks for what is missing first.
+        elif "required" in message and (slip := self._slip()):
+            message = f"{slip} is unknown here{self._meant(slip)}"
         super().error(message)
+
+    def _slip(self) -> str:
+        """The first option given that none begins with; empty where there is none."""
+        names = (word.partition("=")[0] for word in self._given if word.startswith("--"))
+        known = self._option_string_actions
+        return next((n for n in names if not any(k.startswith(n) for k in known)), "")
 
     def _meant(self, unknown: str) -> str:
         near = nearest(unknown.partition("=")[0], self._option_string_actions)

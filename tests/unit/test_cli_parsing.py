@@ -26,6 +26,8 @@ def commands(of: argparse.ArgumentParser) -> Iterator[CommandParser]:
     ("line", "says"),
     [
         (f"{TRAIN} --stpes 5", "--stpes is unknown here. Did you mean --steps?"),
+        ("sample --modle sd15 --prompt cat", "--modle is unknown here. Did you mean --model?"),
+        ("sample --model sd15", "are required: --prompt"),
         (f"{TRAIN} --learning_rate=1e-4", "Did you mean --learning-rate?"),
         (f"{TRAIN} --quux 5", "--quux is unknown here. --help names everything that is known."),
         (f"{TRAIN} --method dream-both", "Did you mean dreambooth?"),
