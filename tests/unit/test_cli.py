@@ -476,9 +476,12 @@ def test_the_demo_leaves_concepts_and_a_picture(
 def test_ctrl_c_in_the_demo_leaves_only_whole_files(tmp_path: Path) -> None:
     assert interrupted(["demo", "--output", "demo"], b"2/", tmp_path) == 130
     left = [path for path in (tmp_path / "demo").rglob("*") if path.is_file()]
-    assert left and all(path.suffix == ".png" for path in left)
+    assert left and {path.suffix for path in left} <= {".png", ".safetensors"}
     for path in left:
-        Image.open(path).load()
+        if path.suffix == ".png":
+            Image.open(path).load()
+        else:
+            read_concept(path)  # the first shape may have been learnt by then
 
 
 def test_the_miniature_is_a_model_like_any_other(tmp_path: Path) -> None:
