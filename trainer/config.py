@@ -11,6 +11,7 @@ from .settings import Setting, setting, settings_of
 
 MethodName = Literal[
     "custom diffusion",
+    "values only",
     "low-rank",
     "cross-attention",
     "textual inversion",

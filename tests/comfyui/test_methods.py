@@ -40,7 +40,7 @@ def test_a_method_teaches_saves_and_draws(bench: ComfyServer, method: MethodName
     changed = picture(bench, {**taught, **draw(PROMPT, [name, 0])})
     concept = read_concept(bench.models / "custom_diffusion" / f"{name}.safetensors")
     assert concept.provenance["method"] == method
-    counts = {"custom diffusion": 22, "low-rank": 22, "cross-attention": 44}
+    counts = {"custom diffusion": 22, "values only": 11, "low-rank": 22, "cross-attention": 44}
     assert len(concept.deltas) == counts.get(method, 0)
 
     graph = {**load(name), **draw(PROMPT, ["loaded", 0])}

@@ -54,7 +54,7 @@ def test_a_training_method_is_added_as_the_page_says(
             config, [concept], [random_bank(concept)], models.denoiser, models.text_encoder
         )
         layers = set(models.denoiser.projections)
-    assert set(learnt.deltas) == {layer for layer in layers if layer.endswith("to_v")}
+    assert set(learnt.deltas) == {layer for layer in layers if layer.endswith("to_k")}
     assert all(delta.dense().norm() > 0 for delta in learnt.deltas.values())
 
 

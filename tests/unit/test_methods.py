@@ -33,6 +33,7 @@ QUERIES_AND_OUTPUTS = ("attn2.to_q.weight", "attn2.to_out.0.weight")
 # What learns in the UNet, and whether the new word does.
 LEARNS: dict[MethodName, tuple[Callable[[str], bool], bool]] = {
     "custom diffusion": (is_key_or_value, True),
+    "values only": (lambda n: "attn2.to_v" in n, True),
     "cross-attention": (lambda n: is_key_or_value(n) or n.endswith(QUERIES_AND_OUTPUTS), True),
     "textual inversion": (lambda n: False, True),
     "dreambooth": (lambda n: True, False),
@@ -72,7 +73,7 @@ def test_three_steps_equal_those_of_a_naive_loop(
 ) -> None:
     learns, learns_words = LEARNS[method]
     settings, concept = config(method), cat_concept(2, regularization=2)
-    if method != "custom diffusion":  # what more than keys and values learn cannot be spliced
+    if not METHODS[method].splices:  # what more than keys and values learn cannot be spliced
         settings = replace(settings, gradient_cut="start and padding")
     losses, changes, rows = naive_training(
         own_pipeline, settings, [concept], [random_bank(concept)], learns, learns_words=learns_words

@@ -244,7 +244,7 @@ def test_a_second_part_adds_its_gradient_without_another_matrix(
     weight = nn.Parameter(torch.randn(2048, 64))
     parts = torch.randn(2, 3, 5, 64).bfloat16().requires_grad_()
     wanted = nn.Parameter(weight.detach().clone())
-    stacked = projections_file._StackedLinear.apply
+    stacked = projections_file.StackedLinear.apply
     stacked(parts[0], weight).square().sum().backward()
     with Largest() as largest:
         stacked(parts[1], weight).square().sum().backward()

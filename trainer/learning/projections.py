@@ -150,7 +150,7 @@ class DenseProjections(KeyValueProjections):
         }
 
     def _keys_values(self, context: Tensor) -> Tensor:
-        return _StackedLinear.apply(context, self.weight)  # type: ignore[no-any-return,no-untyped-call]
+        return StackedLinear.apply(context, self.weight)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class LowRankProjections(KeyValueProjections):
@@ -220,7 +220,7 @@ class FrozenProjections(KeyValueProjections):
         return F.linear(context, self._base)
 
 
-class _StackedLinear(torch.autograd.Function):
+class StackedLinear(torch.autograd.Function):
     """A product with a float32 matrix that learns, in the type of the other side.
 
     The matrix of SDXL takes 1.3 GiB, and so does its gradient. Nothing else of its size is made:

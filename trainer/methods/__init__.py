@@ -11,11 +11,13 @@ from . import (
     fine_tune_all,
     low_rank,
     textual_inversion,
+    values_only,
 )
 from .method import Method
 
 METHODS: Mapping[MethodName, Method] = {
     "custom diffusion": custom_diffusion.METHOD,
+    "values only": values_only.METHOD,
     "low-rank": low_rank.METHOD,
     "cross-attention": cross_attention.METHOD,
     "textual inversion": textual_inversion.METHOD,
