@@ -15,6 +15,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 from ..concept.errors import JobError
 from ..concept.plain import read_json
+from ..trainer.jobs.differences import Difference
 
 _JOBS = "/custom_diffusion/jobs"
 _TIMEOUT_S = 30.0
@@ -50,6 +51,10 @@ class JobServer:
     def losses(self, job_id: str) -> list[float | None]:
         """None where a loss was not finite"""
         return self._ask("GET", f"{_path(job_id)}/metrics", _losses)
+
+    def differences(self, job_id: str, other_id: str) -> dict[str, Difference]:
+        path = f"{_path(job_id)}/differences?other={_quoted(other_id)}"
+        return self._ask("GET", path, _differences)
 
     def steer(self, job_id: str, action: str) -> dict[str, Any]:
         """Pause, resume or stop; returns the job."""
@@ -122,5 +127,17 @@ def _losses(answer: Any) -> list[float | None]:
     return [None if loss is None else float(loss) for loss in answer["losses"]]
 
 
+def _differences(answer: Any) -> dict[str, Difference]:
+    return {str(name): _difference(*values) for name, values in dict(answer["settings"]).items()}
+
+
+def _difference(one: str | None, other: str | None) -> Difference:
+    return None if one is None else str(one), None if other is None else str(other)
+
+
 def _path(job_id: str) -> str:
-    return f"{_JOBS}/{quote(job_id, safe='', errors='surrogatepass')}"
+    return f"{_JOBS}/{_quoted(job_id)}"
+
+
+def _quoted(job_id: str) -> str:
+    return quote(job_id, safe="", errors="surrogatepass")

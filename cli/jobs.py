@@ -11,6 +11,8 @@ from typing import Any
 
 from ..concept.errors import JobError
 from ..concept.plain import json_text
+from ..inspection.report import aligned
+from ..trainer.jobs.differences import Difference, differences
 from ..trainer.jobs.service import TrainingService
 from .job_server import JobServer
 
@@ -29,6 +31,7 @@ def add_to(commands: Any) -> None:
         ("list", list_command, "one line a job, and those that wait for their turn"),
         ("show", show_command, "a job with its settings, as JSON"),
         ("losses", losses_command, "the loss of every step, one a line"),
+        ("differ", differ_command, "the settings in which two jobs differ"),
         ("pause", steer_command, "save progress and free the GPU"),
         ("resume", steer_command, "continue, before the jobs that wait"),
         ("stop", steer_command, "save what was learnt and end"),
@@ -41,6 +44,8 @@ def add_to(commands: Any) -> None:
         action.add_argument("where", metavar="WHERE", type=str)
         if name != "list":
             action.add_argument("id", metavar="ID")
+        if name == "differ":
+            action.add_argument("other", metavar="OTHER_ID")
         if name == "move":
             action.add_argument("position", metavar="POSITION", type=int)
         action.set_defaults(command=partial(_with_jobs, command), action=name)
@@ -67,6 +72,15 @@ def show_command(options: argparse.Namespace) -> None:
 def losses_command(options: argparse.Namespace) -> None:
     for loss in options.where.losses(options.id):
         print("nan" if loss is None else loss)
+
+
+def differ_command(options: argparse.Namespace) -> None:
+    found = options.where.differences(options.id, options.other)
+    rows = [
+        [_one_line(name), *("" if value is None else _one_line(value) for value in values)]
+        for name, values in found.items()
+    ]
+    print("\n".join(aligned([["setting", options.id, options.other], *rows])))
 
 
 def steer_command(options: argparse.Namespace) -> None:
@@ -108,6 +122,10 @@ class JobFolders:
 
     def losses(self, job_id: str) -> list[float]:
         return self._service.job(job_id).losses()
+
+    def differences(self, job_id: str, other_id: str) -> dict[str, Difference]:
+        one, other = (self._service.job(each).folder.description for each in (job_id, other_id))
+        return differences(one, other)
 
     def steer(self, job_id: str, action: str) -> dict[str, Any]:
         getattr(self._service, action)(job_id)

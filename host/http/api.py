@@ -44,6 +44,14 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         (_JOB, Parameter("after", "query", "That step", default=0, most=MOST_STEPS)),
     ),
     Endpoint(
+        "show_differences",
+        "GET",
+        "/jobs/{id}/differences",
+        "The settings in which the job differs from another",
+        "Differences",
+        (_JOB, Parameter("other", "query", "The other job's id")),
+    ),
+    Endpoint(
         "show_graph",
         "GET",
         "/jobs/{id}/graph",

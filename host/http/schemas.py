@@ -144,6 +144,12 @@ SCHEMAS: dict[str, Schema] = {
             "Step → loss after it on pictures that are kept back; of the steps it was measured at",
         ),
     ),
+    "Differences": _object(
+        settings=_said(
+            _map(_list(MAYBE_TEXT)),
+            "Setting → its value in this job and in the other, null where it has none",
+        )
+    ),
     "Comparison": _object(
         prompt=TEXT,
         steps=_list(COUNT),

@@ -301,6 +301,49 @@ def test_it_can_be_used_with_the_keyboard_at_any_width_and_by_a_screen_reader(
     card(page, "paused")
 
 
+def test_two_trainings_are_compared(bench: ComfyServer, page: Any) -> None:
+    kept = {"validation_pictures": 1, "validation_every_steps": 2, "preview_every_steps": 4}
+    for name, rate in (("slow", 1e-4), ("fast", 1e-3), ("newest", 1e-3)):
+        bench.run(train(name, steps=4, wait=True, learning_rate=rate, **kept))
+    panel = open_panel(page)
+    rivals = panel.locator(".cd-rivals")
+    rivals.get_by_text("Compare two trainings").click()
+    one, other = (
+        rivals.get_by_role("combobox", name=label, exact=True)
+        for label in ("One training", "The other training")
+    )
+    chosen = [box.evaluate("box => box.selectedOptions[0].label") for box in (one, other)]
+    assert chosen == ["newest", "fast"]
+    rivals.get_by_text("No setting differs").wait_for()
+    other.select_option(label="slow")
+    rate_row = rivals.get_by_role("row", name="learning_rate")
+    rate_row.wait_for()
+    assert rate_row.get_by_role("cell").all_inner_texts() == ["0.001", "0.0001"]
+    assert rivals.get_by_text("No setting differs").count() == 0
+    lowest = rivals.get_by_role("row", name="lowest validation").get_by_role("cell")
+    until(page, lambda: all(" at step " in cell for cell in lowest.all_inner_texts()))
+    for number, box in enumerate((one, other)):
+        path = f"{JOBS}/{box.input_value()}/metrics"
+        measured = bench.get(path)["validation"]
+        step, loss = min(measured.items(), key=lambda item: item[1])
+        figure, at = lowest.nth(number).inner_text().split(" at step ")
+        assert (float(figure), at) == (pytest.approx(loss, rel=0.01), step)
+    curves = rivals.locator(".cd-curve")
+    drawn = [curve.get_attribute("d") for curve in curves.all()]
+    assert len(set(drawn)) == 2 and all(drawn)
+    assert rivals.locator(".cd-sample img").count() == 2
+    for palette in ("dark", "light"):
+        page.evaluate(f"app.extensionManager.setting.set('Comfy.ColorPalette', '{palette}')")
+        for width in (220, 600):
+            panel.evaluate("(panel, width) => { panel.style.width = `${width}px`; }", width)
+            assert panel.evaluate("panel => panel.scrollWidth <= panel.clientWidth")
+            rivals.scroll_into_view_if_needed()
+            screenshot(page, f"panel-rivals-{palette}-{width}px")
+        troubles = axe().run(page, context=".cd-panel").response["violations"]
+        assert not [(trouble["id"], trouble["help"]) for trouble in troubles]
+    page.evaluate("app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
+
+
 def test_a_part_of_the_chart_is_enlarged(bench: ComfyServer, page: Any) -> None:
     bench.run(train(steps=8))
     open_panel(page)

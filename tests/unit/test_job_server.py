@@ -89,6 +89,7 @@ def test_what_is_no_answer_of_ours_is_an_error(
         *((["show", "a"], value) for value in ({}, {**JOB, "error": None})),
         (["pause", "a"], {**JOB, "steps": "2"}),
         (["move", "a", "0"], {"queue": None}),
+        *((["differ", "a", "b"], {"settings": value}) for value in (5, ["a"], {"a": 1})),
     ],
 )
 def test_an_answer_of_another_shape_is_an_error(

@@ -50,6 +50,9 @@ export const sampleUrl = (id, step) => api.apiURL(`${of(id)}/samples/${step}`);
  */
 export const metrics = (id, after) => ask("GET", `${of(id)}/metrics?after=${after}`);
 
+/** In which settings two jobs differ: setting → [its value in the one, in the other]. */
+export const differences = (id, other) => ask("GET", `${of(id)}/differences?other=${encodeURIComponent(other)}`);
+
 /**
  * Queues the graph that a job came from: the job goes on. With `steps`, so many in all: another job
  * goes on from where this one has come to.

@@ -121,11 +121,7 @@ export class LossChart {
   }
 
   #path(points, low, high) {
-    const at = ([step, loss]) => {
-      const y = HEIGHT - 3 - ((loss - low) / (high - low)) * (HEIGHT - 6);
-      return `${this.#x(step).toFixed(1)} ${Math.min(Math.max(y, 1), HEIGHT - 1).toFixed(1)}`;
-    };
-    return points.length ? `M${points.map(at).join("L")}` : "";
+    return path(points, (step) => this.#x(step), low, high);
   }
 
   #x(step) {
@@ -209,13 +205,54 @@ export class LossChart {
   }
 }
 
+/** Curves of several trainings over one another: averages strong, with dots the losses on pictures that
+ * are kept back. Figures stand elsewhere: it is a picture.
+ */
+export class CurveChart {
+  /** @param {string[]} names classes, one for each training */
+  constructor(names) {
+    this.svg = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img" });
+    this.svg.setAttribute("aria-label", t("curves"));
+    this.curves = names.map((name) =>
+      ["cd-curve", "cd-checked"].map((kind) => this.svg.appendChild(svg("path", { class: `${kind} ${name}` }))),
+    );
+    this.element = element("figure", "cd-chart", this.svg);
+  }
+
+  /** @param {{losses: (number|null)[], validation: Map<number, number>}[]} trainings */
+  show(trainings) {
+    const last = Math.max(2, ...trainings.map(({ losses }) => losses.length));
+    const lines = trainings.map(({ losses, validation }) => [
+      thinned(smoothed(losses), POINTS),
+      [...validation].filter(([, loss]) => loss !== null).toSorted(([a], [b]) => a - b),
+    ]);
+    const drawn = lines.flat(2).map(([, loss]) => loss);
+    const [low, high] = range(drawn.length ? drawn : [0]);
+    const place = (points) => path(points, (step) => ((step - 1) / (last - 1)) * WIDTH, low, high);
+    for (const [number, [average, validation]] of lines.entries()) {
+      const [curve, checked] = this.curves[number];
+      curve.setAttribute("d", place(average));
+      checked.setAttribute("d", validation.map((point) => place([point, point])).join(""));
+    }
+  }
+}
+
 /** The first of the points [step, loss] with the lowest loss; undefined of none. */
-function lowest(points) {
+export function lowest(points) {
   return points.toSorted(([, a], [, b]) => a - b)[0];
 }
 
-function inWords(loss) {
+export function inWords(loss) {
   return loss === null ? t("noNumber") : loss.toPrecision(3);
+}
+
+/** A line through points [step, loss], between two losses as bottom and top; `x` gives a step's place. */
+function path(points, x, low, high) {
+  const at = ([step, loss]) => {
+    const y = HEIGHT - 3 - ((loss - low) / (high - low)) * (HEIGHT - 6);
+    return `${x(step).toFixed(1)} ${Math.min(Math.max(y, 1), HEIGHT - 1).toFixed(1)}`;
+  };
+  return points.length ? `M${points.map(at).join("L")}` : "";
 }
 
 function svg(name, attributes) {

@@ -9,6 +9,7 @@ import { actionButton, element } from "./dom.js";
 import { JobCard, PreparationCard } from "./job_card.js";
 import * as jobs from "./jobs.js";
 import { openFirstTemplate } from "./templates.js";
+import { TrainingComparison } from "./training_comparison.js";
 import { t } from "./words.js";
 
 export const TAB = "custom-diffusion-trainings";
@@ -26,10 +27,11 @@ class Panel {
     this.preparations = new Map(); // prompt and node → its card
     this.preparing = element("div");
     this.listing = element("div");
+    this.comparison = new TrainingComparison({ onError: complain, askStepName, onTaken: () => this.#saved() });
     this.library = new ConceptLibrary({ onError: complain, addToGraph, askName, confirmBin });
     this.element = element(
       "section", "cd-panel", this.memory, this.trouble, this.empty, this.preparing, this.listing,
-      this.library.element,
+      this.comparison.element, this.library.element,
     );
     this.element.setAttribute("aria-label", t("title"));
     this.element.tabIndex = -1;
@@ -132,6 +134,7 @@ class Panel {
   }
 
   tally() {
+    this.comparison.offer([...this.cards.values()].map(({ job }) => job).toReversed());
     this.empty.hidden = this.cards.size + this.preparations.size > 0;
     const tab = app.extensionManager.getSidebarTabs().find((each) => each.id === TAB);
     if (tab) tab.iconBadge = this.active.size ? String(this.active.size) : null;

@@ -22,6 +22,7 @@ from ....inspection.filing import bin_concept, rename_concept
 from ....inspection.library import list_concepts
 from ....inspection.report import inspect_concept
 from ....trainer.jobs.comparison import Comparison
+from ....trainer.jobs.differences import differences
 from ....trainer.jobs.job import Job
 from ...http.api import ENDPOINTS
 from ...http.endpoint import PREFIX, Endpoint, Lane
@@ -57,6 +58,11 @@ def _show(sent: Values) -> dict[str, Any]:
 def _metrics(sent: Values) -> dict[str, Any]:
     job, after = _job(sent), sent["after"]
     return {"after": after, "losses": job.losses(after), "validation": job.validation(after)}
+
+
+def _differences(sent: Values) -> dict[str, Any]:
+    one, other = (training_service().job(sent[name]).folder for name in ("id", "other"))
+    return {"settings": differences(one.description, other.description)}
 
 
 def _graph(sent: Values) -> Mapping[str, Any]:
@@ -170,6 +176,7 @@ HANDLERS: Mapping[str, Handler] = {
     "show_job": _show,
     "delete_job": _delete,
     "show_losses": _metrics,
+    "show_differences": _differences,
     "show_graph": _graph,
     "show_sample": _sample,
     "show_comparison": _comparison,
