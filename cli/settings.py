@@ -19,6 +19,7 @@ TITLES: Mapping[Group, str] = {
     **dict.fromkeys(("method", "run"), "how it learns"),
     "views": "how it sees the pictures",
     **dict.fromkeys(("advanced", "added"), "what you rarely need"),
+    "options": "what few trainings need",
 }
 
 

@@ -183,6 +183,12 @@ class CustomDiffusionViews(io.ComfyNode):
                     tooltip="The model to teach. Connect it where resolution is 0, to see the "
                     "resolution that follows it.",
                 ),
+                TrainingConcept.Input(
+                    "together",
+                    optional=True,
+                    tooltip="Another concept of the same training. Connect it to see the pictures "
+                    "that seg_mix makes of both.",
+                ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             outputs=[io.Image.Output(display_name="contact sheet")],
@@ -193,10 +199,12 @@ class CustomDiffusionViews(io.ComfyNode):
         return str(training_of(running_graph(), str(cls.hidden.unique_id)))
 
     @classmethod
-    def execute(cls, concept: Any, model: Any = None, **settings: Any) -> io.NodeOutput:
+    def execute(
+        cls, concept: Any, model: Any = None, together: Any = None, **settings: Any
+    ) -> io.NodeOutput:
         training = training_of(cls.hidden.prompt or {}, str(cls.hidden.unique_id))
         seen, config, lines = as_trained(concept, settings, training, model)
-        sheet = draw_contact_sheet(seen, config)
+        sheet = draw_contact_sheet(seen, config, together)
         shown = told(*lines, **ui.PreviewImage(sheet, cls=cls).as_dict())
         return io.NodeOutput(sheet, ui=shown)
 

@@ -11,7 +11,15 @@ from ..trainer.automatic import AUTOMATIC
 from ..trainer.methods import METHODS
 from ..trainer.request import TrainingRequest
 from .training_inputs import automatic_inputs, job_input, method_inputs, setting_inputs
-from .types import CATEGORY, Concept, TrainingConcept, notes, told, without_leftovers
+from .types import (
+    CATEGORY,
+    Concept,
+    TrainingConcept,
+    TrainingOptions,
+    notes,
+    told,
+    without_leftovers,
+)
 
 MOST_CONCEPTS = 8
 
@@ -104,6 +112,12 @@ class CustomDiffusionTrain(io.ComfyNode):
                 ),
                 job_input("keep_best"),
                 *setting_inputs("added"),
+                TrainingOptions.Input(
+                    "options",
+                    optional=True,
+                    tooltip="From Custom Diffusion Options: choices that few trainings need. Leave "
+                    "it unconnected otherwise.",
+                ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             outputs=[
@@ -133,11 +147,13 @@ class CustomDiffusionTrain(io.ComfyNode):
         keep_on_interrupt: Any,
         keep_best: Any,
         start: Any = None,
+        options: Any = None,
         **settings: Any,
     ) -> io.NodeOutput:
         node_id = str(cls.hidden.unique_id)
         taught = list(concepts.values())
-        config, found = follow_comfy_model(model, {**method, **settings}, len(taught), start)
+        chosen = {**method, **settings, **(options or {})}
+        config, found = follow_comfy_model(model, chosen, len(taught), start)
         lines = [found] if found else []
         tell_node(node_id, notes=notes(*lines))  # before the time that encoding takes
         job = start_training(
@@ -152,4 +168,23 @@ class CustomDiffusionTrain(io.ComfyNode):
         return io.NodeOutput(*outputs, ui=told(*lines))
 
 
-NODES = [CustomDiffusionTrain]
+class CustomDiffusionOptions(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CustomDiffusionOptions",
+            display_name="Custom Diffusion Options",
+            category=CATEGORY,
+            description="Choices for Custom Diffusion Train that few trainings need. As they are, "
+            "they change nothing.",
+            search_aliases=["training options", "optimizer", "learning rate schedule", "min snr"],
+            inputs=setting_inputs("options"),
+            outputs=[TrainingOptions.Output(display_name="options")],
+        )
+
+    @classmethod
+    def execute(cls, **settings: Any) -> io.NodeOutput:
+        return io.NodeOutput(settings)
+
+
+NODES = [CustomDiffusionTrain, CustomDiffusionOptions]

@@ -58,7 +58,7 @@ def _input(
     options: dict[str, Any] = {"default": getattr(defaults, setting.name), "tooltip": words}
     if setting.group in _ADVANCED:
         options["advanced"] = True
-    if setting.group == "added":  # graphs that were saved before there was a choice still run
+    if setting.group in ("added", "options"):  # graphs from before there was a choice still run
         options["optional"] = True
     if setting.choices:
         return io.Combo.Input(setting.name, options=list(setting.choices), **options)

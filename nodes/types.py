@@ -11,6 +11,7 @@ CATEGORY = "custom diffusion"
 Concept = io.Custom("CONCEPT")
 TrainingConcept = io.Custom("TRAINING_CONCEPT")
 RegularizationSet = io.Custom("REGULARIZATION_SET")
+TrainingOptions = io.Custom("TRAINING_OPTIONS")
 RegionSocket = io.Custom("CONCEPT_REGION")
 
 MOST_CONCEPTS = 8

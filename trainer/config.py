@@ -204,6 +204,32 @@ class TrainConfig:
         least=1,
         most=100_000,
     )
+    seg_mix: float = setting(
+        0.0,
+        "How often the subjects of two concepts are pasted into one picture, whose caption says "
+        "both. It needs pictures with masks. Set 0.3 when two concepts that are trained together "
+        "take each other's looks.",
+        "options",
+        least=0,
+        most=1,
+        step=0.05,
+    )
+    seg_mix_smallest: float = setting(
+        0.75,
+        "Smallest size of a pasted subject; 1 fills its half of the picture.",
+        "options",
+        least=0.1,
+        most=1,
+        step=0.05,
+    )
+    seg_mix_largest: float = setting(
+        1.0,
+        "Largest size of a pasted subject; 1 fills its half of the picture.",
+        "options",
+        least=0.1,
+        most=1,
+        step=0.05,
+    )
     max_gradient_norm: float | None = setting(
         1.0, "Gradients are scaled down to this norm; None leaves them.", None, least=1e-12
     )

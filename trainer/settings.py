@@ -11,11 +11,12 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from ..concept.errors import ConfigError
 
-Group = Literal["method", "run", "views", "advanced", "added", "job"]
+Group = Literal["method", "run", "views", "advanced", "added", "options", "job"]
 """Where nodes show a setting, in this order and in that of the fields: with the choice of the
 method; first; with how views are made; among the advanced ones; and, for those that came after the
-first version, last and optional, because saved graphs know inputs by their place. Settings of a job
-(`JobSettings`) have places of their own.
+first version, last and optional, because saved graphs know inputs by their place. `options`, what
+few trainings need, have a node of their own. Settings of a job (`JobSettings`) have places of their
+own.
 """
 _T = TypeVar("_T")
 

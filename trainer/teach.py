@@ -10,6 +10,7 @@ from functools import partial
 from ..concept.concept import Concept
 from ..concept.text import TextEncoder
 from ..diffusion.protocols import Denoiser, LatentEncoder
+from .data.mixing import mixable, with_mixed
 from .earlier import check_earlier
 from .events import Event
 from .loop import train
@@ -34,7 +35,10 @@ def prepared(
     """
     if request.earlier:
         check_earlier(request.earlier, denoiser, request.config)
-    count = len(request.concepts)
+    mixing = request.config.seg_mix > 0
+    if mixing:
+        mixable(request.concepts, request.config)
+    count = len(request.concepts) + mixing
     banks = [
         prepare(
             concept,
@@ -46,6 +50,9 @@ def prepared(
         )
         for index, concept in enumerate(request.concepts)
     ]
+    if mixing:
+        last = _part(on_progress, count - 1, count)
+        banks = with_mixed(banks, request.concepts, request.config, latent_encoder, last)
     return partial(train, request.config, request.concepts, banks, earlier=request.earlier)
 
 

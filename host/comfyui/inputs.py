@@ -213,9 +213,11 @@ def _listed(folder: Path) -> list[Path]:
         return []
 
 
-def draw_contact_sheet(concept: TrainingConcept, config: TrainConfig) -> torch.Tensor:
+def draw_contact_sheet(
+    concept: TrainingConcept, config: TrainConfig, together: TrainingConcept | None = None
+) -> torch.Tensor:
     """`contact_sheet` as an IMAGE (1, h, w, 3)."""
-    return to_tensor(contact_sheet(concept, config))[None]
+    return to_tensor(contact_sheet(concept, config, together))[None]
 
 
 def look_through(concept: TrainingConcept) -> tuple[list[str], torch.Tensor]:

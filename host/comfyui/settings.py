@@ -18,7 +18,11 @@ from .models.parts import noise_of
 from .models.weights import cross_attention_unet, unet_family
 
 TRAIN = "CustomDiffusionTrain"
-_LOOKED_AT = ("method", "resolution", "seed", "augment", "flip", "fit", "gradient_cut")
+OPTIONS = "CustomDiffusionOptions"
+_LOOKED_AT = (
+    *("method", "resolution", "seed", "augment", "flip", "fit", "gradient_cut"),
+    *("seg_mix", "seg_mix_smallest", "seg_mix_largest"),
+)
 """What the views of a training depend on"""
 
 
@@ -47,9 +51,17 @@ def training_of(graph: Mapping[str, Any], node_id: str) -> Training | None:
         inputs = node["inputs"]
         slots = [value for name, value in inputs.items() if name.startswith("concepts.")]
         if link is not None and node["class_type"] == TRAIN and link in slots:
+            inputs = {**inputs, **_options_of(graph, inputs)}
             names = [name for name in _LOOKED_AT if not isinstance(inputs.get(name, []), list)]
             return Training(key, {name: inputs[name] for name in names})
     return None
+
+
+def _options_of(graph: Mapping[str, Any], inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Inputs of the options node that a Train node is connected to, where there is one."""
+    link = inputs.get("options")
+    node = graph.get(link[0], {}) if isinstance(link, list) and link else {}
+    return node.get("inputs", {}) if node.get("class_type") == OPTIONS else {}
 
 
 def as_trained(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from support.comfy_server import ComfyServer
 from support.comfy_xl import comfy_refiner, comfy_xl_model
 from support.graphs import draw_pictures, node, teach
@@ -57,6 +58,11 @@ def test_a_model_of_no_known_family_is_refused(
 def bench(comfyui_path: Path, checkpoints: Path, base: Path) -> Iterator[ComfyServer]:
     draw_pictures(base / "input" / "cat")
     draw_pictures(base / "input" / "cats", seed=1)
+    for name, seed in (("masked-cat", 2), ("masked-dog", 3)):
+        draw_pictures(base / "input" / name, count=1, seed=seed)
+        mask = Image.new("L", (80, 96))
+        mask.paste(255, (20, 20, 60, 80))
+        mask.save(base / "input" / name / "0.mask.png")
     server = ComfyServer(comfyui_path, base, checkpoints=[checkpoints / "sd15.safetensors"])
     with server:
         yield server
@@ -124,3 +130,26 @@ def test_views_without_a_training_are_as_they_are_set(bench: ComfyServer) -> Non
     graph["views"]["inputs"]["model"] = ["checkpoint", 0]
     outputs = bench.run(graph)["outputs"]["views"]
     assert outputs["text"] == ["Resolution 512."]
+
+
+def test_options_count_in_the_training_and_in_its_views(bench: ComfyServer) -> None:
+    graph = teach("mixed", "masked-cat", "cat", "<new1>", batch_size=2)
+    data = {**graph["mixed-data"]["inputs"], "folder": "masked-dog", "modifier_token": "<new2>"}
+    graph["dog"] = node("CustomDiffusionConcept", **{**data, "class_noun": "dog"})
+    graph["mixed"]["inputs"]["concepts.concept1"] = ["dog", 0]
+    graph["views"] = node("CustomDiffusionViews", concept=["mixed-data", 0], **VIEWS)
+    (plain,) = bench.images(bench.run(graph), "views")
+    assert job_config(bench)["seg_mix"] == 0
+
+    graph["options"] = node("CustomDiffusionOptions", seg_mix=0.5)
+    graph["mixed"]["inputs"]["options"] = ["options", 0]
+    graph["views"]["inputs"]["together"] = ["dog", 0]
+    (sheet,) = bench.images(bench.run(graph), "views")
+    assert sheet.shape[0] > plain.shape[0], "a row more"
+    assert job_config(bench)["seg_mix"] == 0.5
+
+
+def job_config(bench: ComfyServer) -> Any:
+    """Of the newest training."""
+    newest = bench.get("/custom_diffusion/jobs")["jobs"][-1]
+    return bench.get(f"/custom_diffusion/jobs/{newest['id']}")["config"]

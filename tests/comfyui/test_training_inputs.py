@@ -57,6 +57,7 @@ OF_THE_HOST = {
     **dict.fromkeys(("model", "clip", "vae"), "--model holds all three"),
     **dict.fromkeys(("wait", "share_device", "keep_on_interrupt"), "prompts beside a training"),
     "concepts": "given folder by folder, see IN_OTHER_WORDS",
+    "options": "a node of their own",
 }
 """Inputs of the nodes that no command line can have → why"""
 IN_OTHER_WORDS = {
@@ -74,7 +75,7 @@ OF_THE_COMMAND = {
 def test_what_the_nodes_can_the_command_can_and_the_other_way_round(server: ComfyServer) -> None:
     """No setting may come to one of them alone."""
     inputs: set[str] = set()
-    for node in ("CustomDiffusionConcept", "CustomDiffusionTrain"):
+    for node in ("CustomDiffusionConcept", "CustomDiffusionTrain", "CustomDiffusionOptions"):
         groups = server.object_info(node)["input"]
         for group in ("required", "optional"):
             for name, (kind, *options) in groups[group].items():

@@ -16,6 +16,7 @@ from custom_diffusion.trainer.data.advice import advice
 from custom_diffusion.trainer.data.captioned import CaptionedImage
 from custom_diffusion.trainer.data.contact_sheet import PictureSheet, contact_sheet
 from custom_diffusion.trainer.data.latents import encode_views
+from custom_diffusion.trainer.data.mixing import mixed_views
 from custom_diffusion.trainer.data.training_concept import TrainingConcept
 from PIL import Image, ImageChops
 from torch import Tensor
@@ -162,3 +163,25 @@ def test_pictures_are_opened_once_for_the_sheet_and_the_advice(tmp_path: Path) -
     assert picture_sheet(shown).height > TILE
     watching.clear()
     assert [opened.count(str(file)) for file in files] == [1, 1, 1]
+
+
+def test_what_is_mixed_with_another_concept_is_shown() -> None:
+    mixing = settings(augment=False, flip=False, seg_mix=0.3)
+    cat = concept(masks=True)
+    dog = replace(
+        cat,
+        images=tuple(replace(i, caption="a <new2> dog") for i in cat.images),
+        class_noun="dog",
+        token="<new2>",
+    )
+    alone, both = contact_sheet(cat, mixing), contact_sheet(cat, mixing, dog)
+    assert both.height == alone.height + ROW
+    for column, one in enumerate(mixed_views(cat, dog, mixing, 8)):
+        wanted = ((one.view.image_chw + 1) * 127.5).mean(0).numpy()
+        small = np.asarray(Image.fromarray(wanted).resize((TILE, TILE)))
+        counts = one.view.mask.repeat_interleave(8, 0).repeat_interleave(8, 1).numpy()
+        whole = np.asarray(Image.fromarray((counts > 0.99).astype(np.float32)).resize((TILE, TILE)))
+        seen = tile(both, 2, column).mean(-1)
+        assert np.abs(seen - small)[whole == 1].mean() < 3
+    unmixed = settings(augment=False, flip=False)
+    assert contact_sheet(cat, unmixed, dog).height == contact_sheet(cat, unmixed).height

@@ -14,7 +14,7 @@ import torch
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import DataError
 from custom_diffusion.host.diffusers.lending import borrowed_models
-from custom_diffusion.trainer.config import TrainConfig
+from custom_diffusion.trainer.config import SETTINGS, TrainConfig
 from custom_diffusion.trainer.data.captioned import CaptionedImage
 from custom_diffusion.trainer.data.training_concept import TrainingConcept
 from custom_diffusion.trainer.jobs.fingerprint import training_fingerprint
@@ -104,18 +104,21 @@ def test_what_is_kept_back_makes_another_and_when_it_ends_does_not(inputs: Input
 
 
 def test_settings_that_came_later_leave_the_fingerprints_of_old_jobs(inputs: Inputs) -> None:
-    """As it was computed before there was validation."""
+    """As it was computed before there was validation, and before there were options."""
     config = TrainConfig()
+    options = {name for name, one in SETTINGS.items() if one.group == "options"}
     later = ("validation_pictures", "validation_every_steps", "early_stopping", "patience_steps")
 
     class Before:
         validation_pictures = 0
 
         def as_json(self) -> dict[str, Any]:
-            return {k: v for k, v in config.as_json().items() if k not in later}
+            return {k: v for k, v in config.as_json().items() if k not in (*later, *options)}
 
     before: Any = Before()
     assert fingerprint(**{**inputs, "config": before}) == fingerprint(**inputs)
+    chosen = TrainConfig(seg_mix=0.3)
+    assert fingerprint(**{**inputs, "config": chosen}) != fingerprint(**inputs)
 
 
 @pytest.mark.parametrize(

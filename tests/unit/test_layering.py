@@ -62,7 +62,7 @@ INSIDE_TRAINER = {
         *("config", "checkpoint", "events", "economy", "data", "learning", "learner"),
         "validation",
     },
-    "teach": {"events", "loop", "prepare", "request", "earlier"},
+    "teach": {"data", "events", "loop", "prepare", "request", "earlier"},
 }
 """Rooms of the trainer, and files at its door → the others they may import. Nothing there knows
 jobs: a run has no idea that it is one.

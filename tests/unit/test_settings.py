@@ -26,6 +26,7 @@ LATER_OPTIONS = {
     *("--prior-weight 0.5", "--weight-decay 0.1", "--preview-every-steps 10"),
     *("--validation-pictures 2", "--validation-every-steps 10", "--patience-steps 20"),
     "--early-stopping on",
+    *("--seg-mix 0.3", "--seg-mix-smallest 0.5", "--seg-mix-largest 0.8"),
 }
 
 

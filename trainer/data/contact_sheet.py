@@ -14,6 +14,7 @@ from ..config import TrainConfig
 from .augmentation import View
 from .captioned import Picture
 from .latents import instance_views, regularization_view, views_per_image
+from .mixing import mixable, mixed_views
 from .training_concept import TrainingConcept
 
 _COLUMNS, _GIVEN_COLUMNS, _TILE = 8, 4, 160
@@ -25,8 +26,11 @@ _DIMMED = 0.25
 """Brightness of what does not count"""
 
 
-def contact_sheet(concept: TrainingConcept, config: TrainConfig) -> Image.Image:
-    """The first views of every image of a run, just as they will be encoded.
+def contact_sheet(
+    concept: TrainingConcept, config: TrainConfig, together: TrainingConcept | None = None
+) -> Image.Image:
+    """The first views of every image of a run, just as they will be encoded; where its settings mix
+    concepts also the first of those beside the one that is trained `together` with it.
 
     What the loss does not see is dark. Raises DataError as the run itself would, for the pictures
     that are shown.
@@ -44,6 +48,13 @@ def contact_sheet(concept: TrainingConcept, config: TrainConfig) -> Image.Image:
             next(views)
     if more := len(concept.images) - len(pictures):
         rows.append(Row(f"{more} more pictures", "are not shown", ()))
+    if together and config.seg_mix:
+        mixable([concept, together], config)
+        seen = mixed_views(concept, together, config, _COLUMNS)
+        words = f"in {config.seg_mix:.0%} of its views"
+        rows.append(
+            _row(f"Beside {together.subject}", words, ((one.prompt, one.view) for one in seen))
+        )
     shown = concept.regularization[: _REGULARIZATION * _COLUMNS]
     for start in range(0, len(shown), _COLUMNS):
         images = shown[start : start + _COLUMNS]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TypeVar
 
@@ -39,6 +39,8 @@ class EncodedView:
     mask: Tensor
     prompt: str
     sizes: Sizes
+    subject_masks: Mapping[str, Tensor] = field(default_factory=dict)
+    """What a concept is called → where its subject is seen (h, w), in 0..1"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class LatentBank:
     regularization: tuple[EncodedView, ...]
     kept_back: tuple[tuple[EncodedView, ...], ...] = ()
     """Views of images that no step draws"""
+    mixed: tuple[EncodedView, ...] = ()
+    """Views of the concept's subject beside another's (`mixing.py`)"""
 
 
 def encode_views(
@@ -79,7 +83,8 @@ def encode_views(
             mean, deviation = encoder.moments(view.image_chw)
             seen[key] = means.keep(mean), deviations.keep(deviation)
         on_progress(done := done + 1, total)
-        return EncodedView(*seen[key], masks.keep(view.mask), prompt, view.sizes)
+        mask = masks.keep(view.mask)
+        return EncodedView(*seen[key], mask, prompt, view.sizes, {concept.subject: mask})
 
     views = [encode(*view) for view in instance_views(concept.images, per_image, config)]
     instances = [
@@ -205,7 +210,15 @@ def batch_of_step(
     prior = config.batch_size // 2 if regularization else 0
     taught = config.batch_size - prior
     turns = range(step * taught, (step + 1) * taught)
-    views = [rng.choice(_in_turn(instances, turn, f"{config.seed} images")) for turn in turns]
+    views = [
+        _drawn(
+            _in_turn(instances, turn, f"{config.seed} images"),
+            banks[turn % len(banks)].mixed,
+            config,
+            rng,
+        )
+        for turn in turns
+    ]
     turns = range(step * prior, (step + 1) * prior)
     views += [_in_turn(regularization, turn, f"{config.seed} regularization") for turn in turns]
     mean, deviation = (torch.stack([getattr(v, k) for v in views]) for k in ("mean", "deviation"))
@@ -216,6 +229,19 @@ def batch_of_step(
         sizes=torch.tensor([view.sizes for view in views]),
         prior=prior,
     )
+
+
+def _drawn(
+    of_image: Sequence[EncodedView],
+    mixed: Sequence[EncodedView],
+    config: TrainConfig,
+    rng: random.Random,
+) -> EncodedView:
+    """A view of an image, or with the probability of Seg-Mix one of its subject beside another."""
+    view = rng.choice(of_image)
+    if mixed and rng.random() < config.seg_mix:
+        return rng.choice(mixed)
+    return view
 
 
 def step_randomness(seed: int, step: int) -> tuple[random.Random, torch.Generator]:

@@ -29,6 +29,11 @@ class TrainingConcept:
     """What is said of it; STYLE_TEMPLATE for a style, whose class noun is `art`, say."""
 
     @property
+    def subject(self) -> str:
+        """`<new1> cat`"""
+        return subject(self.token, self.class_noun)
+
+    @property
     def prompt(self) -> str:
         """`photo of a <new1> cat`"""
         return instance_caption(self.token, self.class_noun, self.template)

@@ -16,12 +16,17 @@ from ...concept.file import concept_tensors
 from ...concept.regular_files import read_regular
 from ...concept.text import TextEncoder
 from ...pictures.opening import MOST_BYTES
+from ..config import SETTINGS
 from ..request import TrainingRequest
 
 _SAMPLED = 4096  # entries of each weight that are looked at
 Network = nn.Module | Iterable[tuple[str, Tensor]]
 """Or its weights one after the other, in the order of its state"""
 _ENDS = {"steps", "early_stopping", "patience_steps"}
+_LATER_COUNT_WHERE_CHOSEN = {
+    name: one.default for name, one in SETTINGS.items() if one.group == "options"
+}
+"""Settings that came later, and what they were before: jobs from then are found"""
 _KEEPING_BACK = {"validation_pictures", "validation_every_steps"}
 _PROBE = "photo of a cat on the left of a red mug"
 
@@ -40,7 +45,9 @@ def training_fingerprint(
     settings = {
         name: value
         for name, value in request.config.as_json().items()
-        if name not in uncounted and value != ""  # jobs from before there were texts are found
+        if name not in uncounted
+        and value != ""  # jobs from before there were texts are found
+        and (name not in _LATER_COUNT_WHERE_CHOSEN or value != _LATER_COUNT_WHERE_CHOSEN[name])
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for concept in request.concepts:
