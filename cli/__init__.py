@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from ..concept.errors import CustomDiffusionError
 from . import (
+    composing,
     compression,
     demo,
     distance,
@@ -62,6 +63,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
     commands = parser.add_subparsers(required=True)
     concepts = (merging, distance, compression, inspection, exchange)
-    for part in (demo, training, jobs, *concepts, sampling, evaluation, regularization):
+    for part in (demo, training, jobs, *concepts, sampling, evaluation, regularization, composing):
         part.add_to(commands)
     return parser

@@ -55,6 +55,7 @@ def add_to(commands: Any) -> None:
         '--token "<new1>" --output cat.safetensors',
     )
     add_model_options(teach)
+    add_subject_options(teach)
     _add_concept_options(teach)
     teach.add_argument(
         "--method",
@@ -85,8 +86,8 @@ def add_to(commands: Any) -> None:
     teach.set_defaults(command=train_command)
 
 
-def _add_concept_options(teach: argparse.ArgumentParser) -> None:
-    """What is taught: pictures and words, one of each for each concept."""
+def add_subject_options(teach: argparse.ArgumentParser) -> None:
+    """Pictures and words of what is taught, one of each for each concept."""
     teach.add_argument(
         "--images",
         type=Path,
@@ -109,6 +110,10 @@ def _add_concept_options(teach: argparse.ArgumentParser) -> None:
         metavar="WORD",
         help="its trigger word in angle brackets, default <new1>; '' teaches the class noun itself",
     )
+
+
+def _add_concept_options(teach: argparse.ArgumentParser) -> None:
+    """What else may be said of each concept."""
     teach.add_argument(
         "--initializer",
         nargs="+",
@@ -146,7 +151,7 @@ def train_command(options: argparse.Namespace) -> None:
             check_new(output)
     config = training_config(options)
     job_settings(options)  # refused before anything is loaded
-    concepts = _training_concepts(options)
+    concepts = training_concepts(options)
     start = read_concept(options.start) if options.start else None
     request = TrainingRequest(config, concepts, start)
     with team(options.device) as together:
@@ -270,7 +275,7 @@ def _network_file(output: Path) -> Path:
     return output.with_name(f"{output.stem}-unet.safetensors")
 
 
-def _training_concepts(options: argparse.Namespace) -> list[TrainingConcept]:
+def training_concepts(options: argparse.Namespace) -> list[TrainingConcept]:
     """One for each folder of pictures."""
     count = len(options.images)
     tokens = options.token or [f"<new{number}>" for number in range(1, count + 1)]

@@ -8,6 +8,7 @@ from ..host.comfyui.unknown_words import watch_prompts
 from . import (
     applying,
     attention,
+    composing,
     composition,
     compression,
     concept,
@@ -37,7 +38,7 @@ class CustomDiffusionExtension(ComfyExtension):
             attention,
             evaluation,
         )
-        modules = (*concepts, training, concept, jobs, regularization)
+        modules = (*concepts, training, concept, composing, jobs, regularization)
         nodes = [node for module in modules for node in module.NODES]
         watch_prompts({node.define_schema().node_id for node in nodes})
         return nodes
