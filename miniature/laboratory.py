@@ -256,7 +256,8 @@ def added(concepts: Sequence[Concept]) -> Concept:
 def look_at(recognizer: Recognizer, images: Sequence[CaptionedImage]) -> Seen:
     from ..trainer.data.augmentation import whole_view
 
-    pictures = [whole_view(image.open(), PICTURE_EDGE).image_chw for image in images]
+    frame = (PICTURE_EDGE, PICTURE_EDGE)
+    pictures = [whole_view(image.open(), frame).image_chw for image in images]
     return recognizer.look(torch.stack(pictures) / 2 + 0.5)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -36,6 +38,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF's orientation → what makes it upright"""
+_ON_ITS_SIDE = (5, 6, 7, 8)
 _DECODER_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError),
     *(AssertionError, EOFError, MemoryError, RuntimeError, BufferError, Warning),
@@ -50,30 +53,49 @@ class PictureError(DataError):
 
 def read_picture(path: Path) -> Image.Image:
     """The first frame of a file, upright, in RGB or RGBA. Raises PictureError naming the file."""
-    try:
-        content = read_regular(path, MOST_BYTES)
-    except (OSError, ValueError) as error:
-        raise _unreadable(str(path), getattr(error, "strerror", None) or error) from error
-    return decode_picture(content, str(path))
+    return decode_picture(_content(path), str(path))
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Width and height of what `read_picture` returns, mostly without decoding it."""
+    with _opened(_content(path), str(path)) as image:
+        if image.format == "TIFF":  # its decoder turns it by itself, in old versions late
+            image.load()
+        width, height = image.size
+        return (height, width) if _orientation(image) in _ON_ITS_SIDE else (width, height)
 
 
 def decode_picture(content: bytes, name: str) -> Image.Image:
     """The first frame of a file's content, upright, in RGB or RGBA. Raises PictureError with the
     name.
     """
+    with _opened(content, name) as image:
+        image.load()
+        turn = _UPRIGHT.get(_orientation(image))
+        picture: Image.Image = image
+        if image.format == "WEBP":  # its decoder would stay with it, and takes as much again
+            picture = image.copy()
+        picture = in_colours(picture)
+        return picture if turn is None else picture.transpose(turn)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return read_regular(path, MOST_BYTES)
+    except (OSError, ValueError) as error:
+        raise _unreadable(str(path), getattr(error, "strerror", None) or error) from error
+
+
+@contextmanager
+def _opened(content: bytes, name: str) -> Iterator[Image.Image]:
+    """A picture whose header is read; what goes wrong with it in the context is a PictureError."""
     if claims_too_much(content, MOST_PIXELS):
         raise _unreadable(name, "its tags claim too much")
     try:
         with Image.open(io.BytesIO(without_comments(content)), formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise Image.DecompressionBombError
-            image.load()
-            turn = _UPRIGHT.get(_orientation(image))
-            picture: Image.Image = image
-            if image.format == "WEBP":  # its decoder would stay with it, and takes as much again
-                picture = image.copy()
-            picture = in_colours(picture)
-            return picture if turn is None else picture.transpose(turn)
+            yield image
     except UnidentifiedImageError as error:
         raise _unreadable(name, f"it is none of {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from ..concept.errors import ConfigError
 from ..diffusion.latents import LATENT_PIXELS
 from .settings import Setting, setting, settings_of
 
@@ -21,7 +22,7 @@ MethodName = Literal[
 """What learns: `trainer/methods/` has a file for each."""
 OptimizerName = Literal["adamw", "adamw 8-bit"]
 GradientCut = Literal["none", "start", "start and padding", "own words"]
-Framing = Literal["crop", "letterbox"]
+Framing = Literal["buckets", "crop", "letterbox"]
 EarlyStopping = Literal["off", "suggested", "on"]
 
 
@@ -97,9 +98,10 @@ class TrainConfig:
         True, "Mirrors half of the pictures. Turn it off for writing, logos and faces.", "views"
     )
     fit: Framing = setting(
-        "crop",
-        "For pictures that are not square. crop cuts out the middle; letterbox keeps all of the "
-        "picture, between grey bars that are not learnt.",
+        "buckets",
+        "For pictures that are not square. buckets keeps their shape; crop cuts out the middle "
+        "square; letterbox keeps all of the picture in a square, between grey bars that are not "
+        "learnt.",
         "views",
     )
     prior_weight: float = setting(
@@ -204,6 +206,12 @@ class TrainConfig:
         least=1,
         most=100_000,
     )
+    more_resolutions: str = setting(
+        "",
+        "Further sizes to train at, as '384, 640'. Leave it empty, unless you will draw at "
+        "very different sizes.",
+        "options",
+    )
     seg_mix: float = setting(
         0.0,
         "How often the subjects of two concepts are pasted into one picture, whose caption says "
@@ -240,6 +248,21 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, known in SETTINGS.items():
             known.check(getattr(self, name))
+        _ = self.resolutions  # raises for what is none
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """All that it trains at, the first one first. Raises ConfigError for what is no size."""
+        known = SETTINGS["resolution"]
+        words = [word.strip() for word in self.more_resolutions.split(",") if word.strip()]
+        if wrong := [word for word in words if not word.isdecimal()]:
+            raise ConfigError(
+                f"more_resolutions={self.more_resolutions!r} has {wrong[0]!r}, which is no number "
+                f"of pixels. Write sizes between commas: '384, 640'."
+            )
+        for word in words:
+            known.check(int(word))
+        return tuple(dict.fromkeys([self.resolution, *map(int, words)]))
 
     @property
     def ends_early(self) -> str:

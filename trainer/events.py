@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -74,6 +74,26 @@ class RegularizationLeftOut:
 
 
 @dataclass(frozen=True)
+class Bucketed:
+    """The pictures of a run have several sizes, so they are not all seen in one step."""
+
+    pictures: Mapping[tuple[int, int], int]
+    """How many there are of each size"""
+    fewer: Sequence[tuple[int, int]]
+    """Sizes of which there are fewer than a step takes"""
+
+    def text(self) -> str:
+        sizes = ", ".join(
+            f"{count} of {width} x {height}" for (width, height), count in self.pictures.items()
+        )
+        said = f"pictures keep their shapes: {sizes}; a step sees those of one size"
+        if self.fewer:
+            names = ", ".join(f"{width} x {height}" for width, height in self.fewer)
+            said += f". Where they are fewer than it takes ({names}) it sees several views of each"
+        return said
+
+
+@dataclass(frozen=True)
 class WordsAlike:
     """Two words of what the run goes on from have the same vectors."""
 
@@ -111,7 +131,7 @@ class NoLongerBetter:
         )
 
 
-Notice = MemoryShort | RegularizationLeftOut | WordsAlike | NoLongerBetter
+Notice = MemoryShort | RegularizationLeftOut | Bucketed | WordsAlike | NoLongerBetter
 """What the user is told in words"""
 
 

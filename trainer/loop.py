@@ -12,16 +12,19 @@ from torch import Tensor
 from ..concept.concept import Concept, alike_tokens
 from ..concept.errors import TrainingError
 from ..concept.text import TextEncoder
+from ..diffusion.latents import LATENT_PIXELS
 from ..diffusion.protocols import Denoiser
 from ..diffusion.sampling import ddim_sample
 from .checkpoint import Checkpoint
 from .config import TrainConfig
-from .data.latents import Batch, LatentBank, batch_of_step, step_randomness
+from .data.batches import Batch, Batches, step_randomness
+from .data.latents import LatentBank
 from .data.training_concept import TrainingConcept
 from .economy.backward import Backward
 from .economy.economical import economical
 from .economy.processes import Replica
 from .events import (
+    Bucketed,
     Event,
     MemoryShort,
     PreviewBegun,
@@ -70,9 +73,10 @@ def train(
     if len(training_concepts) != len(banks):
         raise ValueError(f"{len(training_concepts)} concepts need as many banks, not {len(banks)}")
     replica.check(config.batch_size)
+    batches = Batches(banks, config)
     learner = Learner(config, training_concepts, earlier, denoiser, text_encoder)
     validation = Validation(config, banks, denoiser, learner, replica)
-    for notice in _notices(training_concepts, banks, earlier):
+    for notice in _notices(training_concepts, banks, batches, earlier):
         on_event(notice)
     losses: list[float] = []
     backward = Backward(
@@ -88,7 +92,7 @@ def train(
         while len(losses) < config.steps and not validation.ended and not should_stop():
             # Data: latents, noise, timesteps; text, once for all samples.
             rng, generator = step_randomness(config.seed, len(losses))
-            batch = batch_of_step(banks, config, len(losses), rng, generator)
+            batch = batches.of_step(len(losses), rng, generator)
             text = learner.prompts.encode(batch.prompts)
             leaves = text.as_leaves()
             drawn = drawn_noise(batch, generator, denoiser)
@@ -120,9 +124,12 @@ def train(
 def _notices(
     training_concepts: Sequence[TrainingConcept],
     banks: Sequence[LatentBank],
+    batches: Batches,
     earlier: Concept | None,
 ) -> Iterator[Event]:
     """What is told before the first step."""
+    if len(batches.pictures) > 1:
+        yield Bucketed(batches.pictures, batches.fewer)
     pairs = zip(training_concepts, banks, strict=True)
     if unused := sum(len(one.regularization) for one, bank in pairs if not bank.regularization):
         yield RegularizationLeftOut(unused)
@@ -165,7 +172,8 @@ def _sample(
     config: TrainConfig, prompt: str, learner: Learner, denoiser: Denoiser, batch: Batch
 ) -> Tensor:
     fixed = torch.Generator().manual_seed(config.seed)
-    noise = torch.randn(batch.latents_bchw[:1].shape, generator=fixed)
+    edge = config.resolution // LATENT_PIXELS
+    noise = torch.randn((1, batch.latents_bchw.shape[1], edge, edge), generator=fixed)
     with torch.no_grad():
         text, _, own = learner.prompts.encode([prompt])
         nothing, _, not_own = learner.prompts.encode([""])

@@ -18,7 +18,9 @@ from ..concept.errors import TrainingError
 from ..diffusion.protocols import Denoiser
 from .checkpoint import Checkpoint
 from .config import TrainConfig
-from .data.latents import Batch, LatentBank
+from .data.batches import Batch
+from .data.buckets import Frame
+from .data.latents import EncodedView, LatentBank
 from .economy.processes import Replica
 from .events import NoLongerBetter
 from .learner import Learner
@@ -44,7 +46,7 @@ class Validation:
     ) -> None:
         self._config, self._denoiser, self._learner = config, denoiser, learner
         self._replica = replica
-        self._batch = validation_batch(banks, config)
+        self._batches = validation_batches(banks, config)
         self.losses: dict[int, float] = {}
         """By step"""
         self.best: tuple[Tensor, ...] = ()
@@ -61,9 +63,10 @@ class Validation:
 
     def after(self, step: int) -> float | None:
         """The loss after a step; None where it is not measured then."""
-        if self._batch is None or step % self._config.validation_every_steps:
+        if not self._batches or step % self._config.validation_every_steps:
             return None
-        loss = self._loss(self._batch)
+        count = sum(len(batch.prompts) for batch in self._batches)
+        loss = sum(len(batch.prompts) / count * self._loss(batch) for batch in self._batches)
         if not math.isfinite(loss):
             raise TrainingError(
                 f"The validation loss became {loss} at step {step}; a finite number was needed. "
@@ -119,16 +122,21 @@ def _sum_of_losses(learner: Learner, samples: Samples) -> float:
     return sum(float(loss_of(learner.projections, one)) for one in each)
 
 
-def validation_batch(banks: Sequence[LatentBank], config: TrainConfig) -> Batch | None:
-    """Samples of all pictures that are kept back, in turn, each with its views in turn."""
+def validation_batches(banks: Sequence[LatentBank], config: TrainConfig) -> list[Batch]:
+    """Samples of all pictures that are kept back, in turn, each with its views in turn; those of a
+    frame together.
+    """
     pictures = list(chain.from_iterable(bank.kept_back for bank in banks))
-    if not pictures:
-        return None
     count = max(len(pictures), min(_SAMPLES_PER_PICTURE * len(pictures), _MOST_SAMPLES))
-    views = []
+    framed: dict[Frame, list[EncodedView]] = {}
     for place in range(count):
         turn, picture = divmod(place, len(pictures))
-        views.append(pictures[picture][turn % len(pictures[picture])])
+        view = pictures[picture][turn % len(pictures[picture])]
+        framed.setdefault(view.frame, []).append(view)
+    return [_batch_of(views, config) for views in framed.values()]
+
+
+def _batch_of(views: Sequence[EncodedView], config: TrainConfig) -> Batch:
     mean, deviation = (torch.stack([getattr(v, k) for v in views]) for k in ("mean", "deviation"))
     drawn = torch.randn(mean.shape, generator=_generator(f"{config.seed} validation latents"))
     return Batch(

@@ -20,8 +20,8 @@ from .models.weights import cross_attention_unet, unet_family
 TRAIN = "CustomDiffusionTrain"
 OPTIONS = "CustomDiffusionOptions"
 _LOOKED_AT = (
-    *("method", "resolution", "seed", "augment", "flip", "fit", "gradient_cut"),
-    *("seg_mix", "seg_mix_smallest", "seg_mix_largest"),
+    *("method", "resolution", "more_resolutions", "seed", "augment", "flip", "fit"),
+    *("gradient_cut", "seg_mix", "seg_mix_smallest", "seg_mix_largest"),
 )
 """What the views of a training depend on"""
 

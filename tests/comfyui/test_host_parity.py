@@ -90,13 +90,14 @@ def test_latents_agree(hosts: Any) -> None:
         assert difference(mine, other) < LIMIT
 
 
-def test_loss_and_gradients_of_a_training_step_agree(hosts: Any) -> None:
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8)], ids=["square", "upright"])
+def test_loss_and_gradients_of_a_training_step_agree(hosts: Any, shape: tuple[int, int]) -> None:
     (comfy_denoiser, comfy_text, _), (denoiser, text, _) = hosts
     assert comfy_denoiser.prediction_type == denoiser.prediction_type
     assert difference(comfy_denoiser.alphas_cumprod, denoiser.alphas_cumprod) < 1e-5
 
-    loss, weight, row, base_hash = one_step(comfy_denoiser, comfy_text)
-    other_loss, other_weight, other_row, other_hash = one_step(denoiser, text)
+    loss, weight, row, base_hash = one_step(comfy_denoiser, comfy_text, shape)
+    other_loss, other_weight, other_row, other_hash = one_step(denoiser, text, shape)
 
     print(
         f"host parity ({denoiser.family.name}): loss {abs(loss - other_loss) / other_loss:.1e}, "
@@ -109,12 +110,14 @@ def test_loss_and_gradients_of_a_training_step_agree(hosts: Any) -> None:
     assert difference(row, other_row) < LIMIT
 
 
-def one_step(denoiser: Any, encoder: Any) -> tuple[float, torch.Tensor, torch.Tensor, str]:
+def one_step(
+    denoiser: Any, encoder: Any, shape: tuple[int, int]
+) -> tuple[float, torch.Tensor, torch.Tensor, str]:
     """Loss, gradient of all keys and values, gradient of V*, and the base model's hash."""
     generator = torch.Generator().manual_seed(1)
-    latents, noise = (torch.randn(4, 4, 8, 8, generator=generator) for _ in range(2))
+    latents, noise = (torch.randn(4, 4, *shape, generator=generator) for _ in range(2))
     timesteps = torch.tensor([17, 400, 700, 981])
-    masks = (torch.rand(4, 8, 8, generator=generator) > 0.3).float()
+    masks = (torch.rand(4, *shape, generator=generator) > 0.3).float()
     row = torch.nn.Parameter(encoder.vocabulary_row(42170)[encoder.name])
 
     words = with_word(encoder, row)

@@ -27,6 +27,9 @@ _followed = [_steps[0], {**_steps[1], "default": 0, "min": 0}]
 _automatic = {"key": "automatic", "inputs": {"required": {"steps": _followed}}}
 _values_only = {**_method["options"][0], "key": "values only"}
 _method["options"][:1] = [_automatic, _method["options"][0], _values_only]
+for _node in ("CustomDiffusionTrain", "CustomDiffusionViews"):
+    _, _fit = FIRST[_node]["required"]["fit"]
+    _fit |= {"default": "buckets", "options": ["buckets", *_fit["options"]]}
 """Defaults that are others on purpose; what graphs have stored is still to be chosen."""
 FIRST["CustomDiffusionViews"]["required"]["resolution"][1].update(_resolution)
 for _name in ("resolution", "seed", "augment", "flip", "fit"):

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from custom_diffusion.concept.layers import layer_from_diffusers
 from custom_diffusion.trainer.config import TrainConfig
-from custom_diffusion.trainer.data.latents import LatentBank, batch_of_step, step_randomness
+from custom_diffusion.trainer.data.batches import Batches, step_randomness
+from custom_diffusion.trainer.data.latents import LatentBank
 from custom_diffusion.trainer.data.training_concept import TrainingConcept
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
@@ -91,7 +92,7 @@ def naive_training(
     losses = []
     for step in range(settings.steps):
         rng, generator = step_randomness(settings.seed, step)
-        batch = batch_of_step(banks, settings, step, rng, generator)
+        batch = Batches(banks, settings).of_step(step, rng, generator)
         noise = torch.randn(batch.latents_bchw.shape, generator=generator)
         timesteps = torch.randint(1000, (settings.batch_size,), generator=generator)
         each = [

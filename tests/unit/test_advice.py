@@ -99,6 +99,10 @@ def test_repeats_make_no_more_pictures_of_few() -> None:
             cats(*(textured(s) for s in range(4)), textured(4).filter(ImageFilter.GaussianBlur(6))),
             "Blurred next to the others, and blur is learnt: picture 5.",
         ),
+        (
+            cats(*(scene(s) for s in range(4)), scene(4).resize((1400, 300))),
+            "only the middle is learnt; crop it to what counts: picture 5 (1400 x 300 pixels).",
+        ),
         (replace(GOOD, token="", regularization=()), "no regularization pictures"),
         (
             cats(*(scene(seed) for seed in range(4)), caption=f"{OWN}{', red' * 37}"),

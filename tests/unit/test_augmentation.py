@@ -24,7 +24,7 @@ WHITE = Image.new("RGB", (24, 24), "white")
 
 
 def whole(image: Image.Image, size: int, flip: bool = False, fit: Framing = "crop") -> View:
-    return whole_view(Picture(image), size, flip, fit)
+    return whole_view(Picture(image), (size, size), flip, fit)
 
 
 def views(
@@ -37,7 +37,7 @@ def views(
     fit: Framing = "crop",
 ) -> list[View]:
     rng = random.Random(seed)
-    return [random_view(Picture(image), size, rng, flip, fit) for _ in range(count)]
+    return [random_view(Picture(image), (size, size), rng, flip, fit) for _ in range(count)]
 
 
 def small_views(size: int, count: int, image: Image.Image = WHITE) -> list[View]:
@@ -212,7 +212,7 @@ def test_a_mask_goes_where_its_picture_goes() -> None:
     rng = random.Random(0)
     for fit in ("crop", "letterbox"):
         for number in range(100):
-            view = random_view(picture, 128, rng, flip=number % 2 == 1, fit=fit)
+            view = random_view(picture, (128, 128), rng, flip=number % 2 == 1, fit=fit)
             shown = torch.nn.functional.avg_pool2d(view.image_chw[:1] / 2 + 0.5, 8)[0]
             counted = view.mask > 0
             assert counted.sum() >= 1
@@ -223,7 +223,7 @@ def test_a_close_up_that_misses_what_counts_gives_way_to_the_whole() -> None:
     mask = Image.new("L", (64, 64))
     mask.paste(255, (0, 0, 9, 9))
     picture, rng = Picture(Image.new("RGB", (64, 64), "white"), mask), random.Random(0)
-    drawn = [random_view(picture, 128, rng) for _ in range(300)]
+    drawn = [random_view(picture, (128, 128), rng) for _ in range(300)]
     assert all(view.mask.sum() >= 1 for view in drawn)
     assert 0 < sum(view.prefix in LARGE_PREFIXES for view in drawn) < 60
 
@@ -304,6 +304,6 @@ def test_the_crop_is_where_the_first_pixel_was_in_the_resized_picture(
 
 
 def test_a_whole_square_picture_is_not_cropped() -> None:
-    assert whole_view(Picture(ramp(256, 256)), 128).sizes == (256, 256, 0, 0, 128, 128)
-    assert whole_view(Picture(ramp(384, 256)), 128).sizes == (256, 384, 0, 32, 128, 128)
-    assert whole_view(Picture(ramp(384, 256)), 128, fit="letterbox").sizes[2:4] == (0, 0)
+    assert whole_view(Picture(ramp(256, 256)), (128, 128)).sizes == (256, 256, 0, 0, 128, 128)
+    assert whole_view(Picture(ramp(384, 256)), (128, 128)).sizes == (256, 384, 0, 32, 128, 128)
+    assert whole_view(Picture(ramp(384, 256)), (128, 128), fit="letterbox").sizes[2:4] == (0, 0)

@@ -136,7 +136,7 @@ def test_a_sheet_refuses_what_the_run_would_refuse() -> None:
     taught = TrainingConcept((CaptionedImage(noise(0), "a <new1> cat", outside),), "cat", "<new1>")
     for refuse in (contact_sheet, lambda c, s: encode_views(c, SeenViews(), s)):
         with pytest.raises(DataError, match="less than 8 x 8 pixels to learn in the middle square"):
-            refuse(taught, settings())
+            refuse(taught, settings(fit="crop"))
     contact_sheet(taught, settings(fit="letterbox"))
     long = TrainingConcept(
         (CaptionedImage(Image.new("RGB", (500, 100)), "a <new1> cat"),), "cat", "<new1>"
@@ -176,7 +176,7 @@ def test_what_is_mixed_with_another_concept_is_shown() -> None:
     )
     alone, both = contact_sheet(cat, mixing), contact_sheet(cat, mixing, dog)
     assert both.height == alone.height + ROW
-    for column, one in enumerate(mixed_views(cat, dog, mixing, 8)):
+    for column, one in enumerate(mixed_views(cat, dog, mixing, 8, [(128, 128)])):
         wanted = ((one.view.image_chw + 1) * 127.5).mean(0).numpy()
         small = np.asarray(Image.fromarray(wanted).resize((TILE, TILE)))
         counts = one.view.mask.repeat_interleave(8, 0).repeat_interleave(8, 1).numpy()

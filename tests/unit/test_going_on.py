@@ -16,7 +16,7 @@ from custom_diffusion.host.diffusers.lending import DiffusersModels, borrowed_mo
 from custom_diffusion.host.diffusers.routing import route, routing
 from custom_diffusion.host.diffusers.sampling import applied_concept
 from custom_diffusion.trainer.config import MethodName, TrainConfig
-from custom_diffusion.trainer.data.latents import batch_of_step, step_randomness
+from custom_diffusion.trainer.data.batches import Batches, step_randomness
 from custom_diffusion.trainer.data.training_concept import TrainingConcept
 from custom_diffusion.trainer.events import Event, WordsAlike
 from custom_diffusion.trainer.loop import train
@@ -148,7 +148,7 @@ def test_a_concept_of_its_own_words_learns_on_as_the_host_routes_it(
     assert start.scope == more.scope == "own words"
 
     rng, generator = step_randomness(settings.seed, 0)
-    batch = batch_of_step([bank], settings, 0, rng, generator)
+    batch = Batches([bank], settings).of_step(0, rng, generator)
     noise = torch.randn(batch.latents_bchw.shape, generator=generator)
     timesteps = torch.randint(1000, (settings.batch_size,), generator=generator)
     noisy = pipeline.scheduler.add_noise(batch.latents_bchw, noise, timesteps)

@@ -17,36 +17,23 @@ from custom_diffusion.diffusion.protocols import whole_picture
 from custom_diffusion.host.diffusers.lending import DiffusersModels
 from custom_diffusion.trainer.config import TrainConfig
 from custom_diffusion.trainer.data.augmentation import LARGE_PREFIXES, PREFIXES, SMALL_PREFIXES
+from custom_diffusion.trainer.data.batches import Batch, Batches, step_randomness
 from custom_diffusion.trainer.data.captioned import CaptionedImage
 from custom_diffusion.trainer.data.latents import (
-    Batch,
     EncodedView,
     LatentBank,
-    batch_of_step,
     encode_views,
     instance_views,
     regularization_view,
-    step_randomness,
 )
 from custom_diffusion.trainer.data.training_concept import TrainingConcept
 from custom_diffusion.trainer.prepare import prepare
 from PIL import Image
 from support.children import run_python
+from support.tiny_models import AveragingEncoder
 from torch import Tensor
 
 CAPTION = "photo of a <new1> cat"
-
-
-class AveragingEncoder:
-    """Latents are the averages of 8 × 8 pixels: the picture can be recognised in them."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def moments(self, image_chw: Tensor) -> tuple[Tensor, Tensor]:
-        self.calls += 1
-        mean = torch.nn.functional.avg_pool2d(image_chw, 8)
-        return torch.cat([mean, mean[:1]]), torch.full((4, *mean.shape[1:]), 0.5)
 
 
 def picture(number: int = 0) -> Image.Image:
@@ -100,10 +87,8 @@ def draw(bank: LatentBank, settings: TrainConfig, count: int, seed: int = 0) -> 
 def draw_together(
     banks: Sequence[LatentBank], settings: TrainConfig, count: int, seed: int = 0
 ) -> list[Batch]:
-    settings = replace(settings, seed=seed)
-    return [
-        batch_of_step(banks, settings, step, *step_randomness(seed, step)) for step in range(count)
-    ]
+    batches = Batches(banks, replace(settings, seed=seed))
+    return [batches.of_step(step, *step_randomness(seed, step)) for step in range(count)]
 
 
 def red_is_left(view: EncodedView) -> bool:
@@ -162,7 +147,7 @@ def test_views_that_are_equal_to_the_bit_are_encoded_once(augment: bool) -> None
     encoder = AveragingEncoder()
     bank = encode_views(taught, encoder, settings)
     views = [view for _, view in instance_views(taught.images, len(bank.instances[0]), settings)]
-    views += [regularization_view(image, settings) for image in taught.regularization]
+    views += [regularization_view(image, (64, 64), settings) for image in taught.regularization]
     assert encoder.calls == len({view.image_chw.numpy().tobytes() for view in views}) < len(views)
     found = [view for one in bank.instances[:5] for view in one] + [*bank.regularization]
     assert len(found) == len(views)
@@ -282,7 +267,7 @@ def test_a_step_needs_no_step_before_it() -> None:
     banks, settings = [bank_of(4, 3, 1.0), bank_of(2, 0, 1.0)], config(seed=3)
     in_order = draw_together(banks, settings, 12, seed=3)
     for step in (11, 4, 7):
-        again = batch_of_step(banks, settings, step, *step_randomness(3, step))
+        again = Batches(banks, settings).of_step(step, *step_randomness(3, step))
         assert again.prompts == in_order[step].prompts
         assert torch.equal(again.latents_bchw, in_order[step].latents_bchw)
 
@@ -472,7 +457,8 @@ from pathlib import Path
 from custom_diffusion.trainer.config import TrainConfig
 from custom_diffusion.trainer.data.training_concept import TrainingConcept
 from custom_diffusion.trainer.data.folders import load_folder
-from custom_diffusion.trainer.data.latents import batch_of_step, encode_views, step_randomness
+from custom_diffusion.trainer.data.batches import Batches, step_randomness
+from custom_diffusion.trainer.data.latents import encode_views
 
 class Encoder:
     calls = 0
@@ -486,7 +472,7 @@ concept, encoder = TrainingConcept(images, "cat", "<new1>"), Encoder()
 config = TrainConfig(resolution=64, augment=False)
 bank = encode_views(concept, encoder, config)
 for step in range(10):
-    batch_of_step([bank], config, step, *step_randomness(0, step))
+    Batches([bank], config).of_step(step, *step_randomness(0, step))
 print(len(images), encoder.calls, peak_mb() - before, time.perf_counter() - start)
 """
     pictures, calls, megabytes, seconds = map(float, run_python(code).split())

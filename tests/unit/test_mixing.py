@@ -12,19 +12,21 @@ from custom_diffusion.concept.prompts import STYLE_TEMPLATE
 from custom_diffusion.host.diffusers.lending import borrowed_models
 from custom_diffusion.trainer.checkpoint import Checkpoint
 from custom_diffusion.trainer.config import TrainConfig
+from custom_diffusion.trainer.data.batches import Batches, step_randomness
 from custom_diffusion.trainer.data.captioned import CaptionedImage
-from custom_diffusion.trainer.data.latents import LatentBank, batch_of_step, step_randomness
+from custom_diffusion.trainer.data.latents import LatentBank, encode_views
 from custom_diffusion.trainer.data.mixing import VIEWS, mixable, mixed_views, with_mixed
 from custom_diffusion.trainer.data.training_concept import TrainingConcept
 from custom_diffusion.trainer.events import CheckpointDue, Event
 from custom_diffusion.trainer.request import TrainingRequest
 from custom_diffusion.trainer.teach import prepared
 from PIL import Image
-from support.tiny_models import RESOLUTION, random_bank, tiny_pipeline
+from support.tiny_models import RESOLUTION, AveragingEncoder, random_bank, tiny_pipeline
 from torch import Tensor
 
 RED, BLUE = (230, 20, 20), (20, 20, 230)
 SIZE = 128
+SQUARE = [(SIZE, SIZE)]
 CONFIG = TrainConfig(seg_mix=0.3, resolution=SIZE, batch_size=4, preview_every_steps=0)
 
 
@@ -49,7 +51,7 @@ def pixels(image_chw: Tensor) -> Tensor:
 
 
 def test_each_subject_is_where_its_mask_says_and_nothing_else_is() -> None:
-    seen = list(mixed_views(CAT, DOG, CONFIG, 20))
+    seen = list(mixed_views(CAT, DOG, CONFIG, 20, SQUARE))
     lefts = set()
     for one in seen:
         assert one.prompt == "photo of a <new1> cat and a <new2> dog"
@@ -73,17 +75,17 @@ def test_subjects_are_as_large_as_it_is_set() -> None:
     settings = replace(CONFIG, seg_mix_smallest=0.5, seg_mix_largest=0.6)
     widths = [
         int((pixels(one.view.image_chw)[0] > 180).any(0).sum())
-        for one in mixed_views(CAT, DOG, settings, 20)
+        for one in mixed_views(CAT, DOG, settings, 20, SQUARE)
     ]
     assert 0.5 * SIZE / 2 - 2 <= max(widths) <= 0.6 * SIZE / 2 + 2  # some are partly hidden
 
 
 def test_views_follow_from_the_seed_and_the_two_concepts() -> None:
-    first = list(mixed_views(CAT, DOG, CONFIG, 6))
-    again = list(islice(mixed_views(CAT, DOG, CONFIG, 40), 6))
+    first = list(mixed_views(CAT, DOG, CONFIG, 6, SQUARE))
+    again = list(islice(mixed_views(CAT, DOG, CONFIG, 40, SQUARE), 6))
     for one, other in zip(first, again, strict=True):
         assert torch.equal(one.view.image_chw, other.view.image_chw)
-    other = next(mixed_views(CAT, DOG, replace(CONFIG, seed=1), 1))
+    other = next(mixed_views(CAT, DOG, replace(CONFIG, seed=1), 1, SQUARE))
     assert not torch.equal(first[0].view.image_chw, other.view.image_chw)
 
 
@@ -94,7 +96,7 @@ def test_pictures_that_are_kept_back_are_in_no_view() -> None:
         concept = replace(CAT, images=(CAT.images[0], marked))
         found = {
             bool((pixels(one.view.image_chw)[1] > 200).any())
-            for one in mixed_views(concept, DOG, settings, 8)
+            for one in mixed_views(concept, DOG, settings, 8, SQUARE)
         }
         assert len(found) == 1, "always the one or always the other"
 
@@ -123,7 +125,7 @@ def banks() -> list[LatentBank]:
 
 
 def drawn(banks: list[LatentBank], config: TrainConfig, step: int) -> tuple[Tensor, list[str]]:
-    batch = batch_of_step(banks, config, step, *step_randomness(config.seed, step))
+    batch = Batches(banks, config).of_step(step, *step_randomness(config.seed, step))
     return batch.latents_bchw, list(batch.prompts)
 
 
@@ -167,3 +169,26 @@ def test_a_training_with_them_resumes_to_the_bit() -> None:
     whole = learnt()
     resumed = learnt(kept[0])
     assert all(torch.equal(resumed[layer], dense) for layer, dense in whole.items())
+
+
+def test_pictures_of_several_shapes_are_mixed_in_the_frames_that_they_have() -> None:
+    """A step sees one frame, mixed views too, and they come as often as asked for."""
+    settings = replace(CONFIG, seg_mix=0.5, resolution=128, augment=False, flip=False)
+    tall = replace(DOG, images=tuple(stretched(image) for image in DOG.images))
+    encoder = AveragingEncoder()
+    plain = [encode_views(one, encoder, settings) for one in (CAT, tall)]
+    batches = Batches(with_mixed(plain, (CAT, tall), settings, encoder), settings)
+    assert {*batches.pictures} == {(128, 128), (64, 192)}
+    mixed = 0
+    for step in range(100):
+        batch = batches.of_step(step, *step_randomness(0, step))
+        assert len({tuple(sizes[4:].tolist()) for sizes in batch.sizes}) == 1
+        mixed += sum(" and a " in prompt for prompt in batch.prompts)
+    assert 0.4 < mixed / 400 < 0.6
+
+
+def stretched(image: CaptionedImage) -> CaptionedImage:
+    picture = image.open()
+    assert picture.mask is not None
+    tall = SIZE, 3 * SIZE
+    return replace(image, source=picture.image.resize(tall), mask=picture.mask.resize(tall))

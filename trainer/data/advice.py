@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from ...pictures.looks import SAME_BITS, bits_apart, difference_hash, sharpness
+from .buckets import LONGEST
 from .captioned import Picture, open_each
 from .folders import some
 from .training_concept import TrainingConcept
@@ -41,6 +42,7 @@ def advice(
         for number, image in enumerate(concept.images, start=1)
     ]
     small: list[str] = []
+    long: list[str] = []
     alike: list[str] = []
     looks: dict[int, str] = {}
     sharp: dict[str, float] = {}
@@ -49,6 +51,8 @@ def advice(
         name, picture = names[place], opened.image
         if min(picture.size) < SMALL_PIXELS:
             small.append(f"{name} ({picture.width} x {picture.height} pixels)")
+        if max(picture.size) > LONGEST * min(picture.size):
+            long.append(f"{name} ({picture.width} x {picture.height} pixels)")
         sharp[name] = sharpness(picture)
         look = difference_hash(picture)
         near = min(looks, key=lambda other: bits_apart(look, other), default=None)
@@ -59,6 +63,8 @@ def advice(
         del opened, picture  # before the next one is decoded
     if small:
         yield f"Small, so it is enlarged, and its blur is learnt: {some(small)}."
+    if long:
+        yield f"So long that only the middle is learnt; crop it to what counts: {some(long)}."
     if blurred := _blurred(sharp):
         yield f"Blurred next to the others, and blur is learnt: {some(blurred)}."
     yield from alike

@@ -10,7 +10,7 @@ from PIL import Image, ImageChops
 
 from ...concept.errors import DataError
 from ...pictures.colours import in_colours
-from ...pictures.opening import read_picture
+from ...pictures.opening import read_picture, read_size
 
 GREY = (128, 128, 128)
 """What stands for nothing: the middle of the range that the autoencoder sees."""
@@ -39,6 +39,10 @@ class CaptionedImage:
     @property
     def name(self) -> str:
         return self.source.name if isinstance(self.source, Path) else "an image in memory"
+
+    def size(self) -> tuple[int, int]:
+        """Width and height of what `open` returns, of a file without decoding its pixels."""
+        return read_size(self.source) if isinstance(self.source, Path) else self.source.size
 
     def open(self) -> Picture:
         """Transparent parts become grey and do not count.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import islice
+from itertools import chain, islice
 
 from PIL import Image, ImageOps
 
@@ -13,7 +13,13 @@ from ...pictures.tensors import of_network, to_picture
 from ..config import TrainConfig
 from .augmentation import View
 from .captioned import Picture
-from .latents import instance_views, regularization_view, views_per_image
+from .latents import (
+    frames_of,
+    instance_views,
+    regularization_frames,
+    regularization_view,
+    views_per_image,
+)
 from .mixing import mixable, mixed_views
 from .training_concept import TrainingConcept
 
@@ -39,8 +45,10 @@ def contact_sheet(
     count = views_per_image(config, len(concept.images))
     views = instance_views(pictures, count, config)
     rows = []
-    for captioned in pictures:
-        words = f"{count} views"
+    frames = [frames_of(captioned.size(), config) for captioned in concept.images]
+    shown = [(one, frame) for one, each in zip(pictures, frames, strict=False) for frame in each]
+    for captioned, (width, height) in shown:
+        words = f"{count} views of {width} x {height}"
         if captioned.repeats > 1:
             words += f", {captioned.repeats} times as often"
         rows.append(_row(captioned.name, words, islice(views, min(count, _COLUMNS))))
@@ -50,16 +58,19 @@ def contact_sheet(
         rows.append(Row(f"{more} more pictures", "are not shown", ()))
     if together and config.seg_mix:
         mixable([concept, together], config)
-        seen = mixed_views(concept, together, config, _COLUMNS)
+        seen = mixed_views(concept, together, config, _COLUMNS, sorted({*chain(*frames)}))
         words = f"in {config.seg_mix:.0%} of its views"
         rows.append(
             _row(f"Beside {together.subject}", words, ((one.prompt, one.view) for one in seen))
         )
-    shown = concept.regularization[: _REGULARIZATION * _COLUMNS]
-    for start in range(0, len(shown), _COLUMNS):
-        images = shown[start : start + _COLUMNS]
-        pairs = ((image.caption, regularization_view(image, config)) for image in images)
-        words = f"{len(shown)} of {len(concept.regularization)}"
+    guards = regularization_frames(concept, frames, config)
+    first = guards[: _REGULARIZATION * _COLUMNS]
+    for start in range(0, len(first), _COLUMNS):
+        pairs = (
+            (image.caption, regularization_view(image, frame, config))
+            for image, frame in first[start : start + _COLUMNS]
+        )
+        words = f"{len(first)} of {len(guards)}"
         rows.append(_row("Regularization", words, pairs))
     return lay_out(rows, _TILE)
 
@@ -99,7 +110,8 @@ def _fitted(picture: Picture) -> Image.Image:
 
 
 def _row(title: str, words: str, views: Iterable[tuple[str, View]]) -> Row:
-    tiles = [(prompt, _shown(view).resize((_TILE, _TILE))) for prompt, view in views]
+    square = (_TILE, _TILE)
+    tiles = [(prompt, ImageOps.contain(_shown(view), square)) for prompt, view in views]
     return Row(title, words, [tile for _, tile in tiles], [prompt for prompt, _ in tiles])
 
 

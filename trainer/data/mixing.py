@@ -18,10 +18,11 @@ from torch.nn import functional
 from ...concept.errors import ConfigError
 from ...concept.prompts import STYLE_TEMPLATE
 from ...diffusion.latents import LATENT_PIXELS
-from ...diffusion.protocols import LatentEncoder, whole_picture
+from ...diffusion.protocols import LatentEncoder
 from ...pictures.tensors import for_network, to_tensor
 from ..config import TrainConfig
 from .augmentation import View
+from .buckets import Frame
 from .captioned import GREY, CaptionedImage, Picture
 from .latents import EncodedView, LatentBank, kept_back
 from .training_concept import TrainingConcept
@@ -45,23 +46,27 @@ class MixedView:
 
 
 def mixed_views(
-    one: TrainingConcept, other: TrainingConcept, config: TrainConfig, count: int
+    one: TrainingConcept,
+    other: TrainingConcept,
+    config: TrainConfig,
+    count: int,
+    frames: Sequence[Frame],
 ) -> Iterator[MixedView]:
-    """The first `count` views of `one` beside `other`. They depend on these two and on
-    `config.seed` alone.
+    """The first `count` views of `one` beside `other`, in each of these frames in turn. They depend
+    on these and on `config.seed` alone.
     """
     rng = random.Random(f"{config.seed} mixed {one.subject} {other.subject}")
     cut_outs = [
         [
-            _cut_out(image.open(), config.resolution)
+            _cut_out(image.open(), max(map(max, frames)))
             for image in _taught(concept, config)
             if has_subject(image)
         ]
         for concept in (one, other)
     ]
-    for _ in range(count):
+    for number in range(count):
         pair = [rng.choice(pictures) for pictures in cut_outs]
-        yield _side_by_side((one, other), pair, config, rng)
+        yield _side_by_side((one, other), pair, frames[number % len(frames)], config, rng)
 
 
 def has_subject(image: CaptionedImage) -> bool:
@@ -103,15 +108,16 @@ def with_mixed(
 ) -> list[LatentBank]:
     """The banks of a run with views of each concept beside each other one. Raises as `mixable`."""
     things = mixable(concepts, config)
-    count = -(-VIEWS // (len(things) - 1))
+    frames = [sorted({views[0].frame for views in bank.instances}) for bank in banks]
+    count = max(-(-VIEWS // (len(things) - 1)), *map(len, frames))
     total, done = len(things) * (len(things) - 1) * count, 0
     mixed = []
-    for bank, concept in zip(banks, concepts, strict=True):
+    for bank, concept, seen in zip(banks, concepts, frames, strict=True):
         views = []
         for other in things if concept in things else ():
             if other is concept:
                 continue
-            for one in mixed_views(concept, other, config, count):
+            for one in mixed_views(concept, other, config, count, seen):
                 mean, deviation = encoder.moments(one.view.image_chw)
                 mask, sizes = one.view.mask, one.view.sizes
                 views.append(
@@ -142,24 +148,25 @@ def _cut_out(picture: Picture, size: int) -> Picture:
 def _side_by_side(
     concepts: Sequence[TrainingConcept],
     pair: Sequence[Picture],
+    frame: Frame,
     config: TrainConfig,
     rng: random.Random,
 ) -> MixedView:
     """Each in its half of the picture, give or take the margin; either may stand in front."""
-    size = config.resolution
-    canvas = Image.new("RGB", (size, size), GREY)
-    places = [Image.new("L", (size, size)) for _ in pair]
+    across, down = frame
+    canvas = Image.new("RGB", frame, GREY)
+    places = [Image.new("L", frame) for _ in pair]
     first_is_left = rng.random() < 0.5
     order = [0, 1] if rng.random() < 0.5 else [1, 0]
     for index in order:
         picture, mask = pair[index].image, pair[index].mask
         assert mask is not None
         share = rng.uniform(config.seg_mix_smallest, config.seg_mix_largest)
-        scale = share * min(size / 2 / picture.width, size / picture.height)
+        scale = share * min(across / 2 / picture.width, down / picture.height)
         width, height = (max(round(scale * side), 1) for side in picture.size)
-        margin = rng.randint(0, int(_MARGIN * size))
-        left = margin if (index == 0) == first_is_left else size - margin - width
-        top = rng.randint(0, size - height)
+        margin = rng.randint(0, int(_MARGIN * across))
+        left = margin if (index == 0) == first_is_left else across - margin - width
+        top = rng.randint(0, down - height)
         if config.flip and rng.random() < 0.5:
             picture, mask = ImageOps.mirror(picture), ImageOps.mirror(mask)
         small = mask.resize((width, height), Image.Resampling.BILINEAR)
@@ -171,8 +178,9 @@ def _side_by_side(
         places[index].paste(small, (left, top))
     seen = [functional.avg_pool2d(to_tensor(place)[None], LATENT_PIXELS)[0] for place in places]
     one, other = concepts
+    whole = (down, across, 0, 0, down, across)
     return MixedView(
-        View(for_network(canvas), sum(seen[1:], seen[0]).clamp(max=1), "", whole_picture(size)),
+        View(for_network(canvas), sum(seen[1:], seen[0]).clamp(max=1), "", whole),
         f"{one.prompt} and a {other.subject}",
         {concept.subject: mask for concept, mask in zip(concepts, seen, strict=True)},
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...diffusion.noise import add_noise, target
 from ...diffusion.protocols import Denoiser
 from ..config import TrainConfig
-from ..data.latents import Batch
+from ..data.batches import Batch
 from .objective import sample_losses, sample_weights
 from .projections import KeyValueProjections
 from .prompt_features import PromptText
