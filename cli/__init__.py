@@ -17,6 +17,7 @@ from . import (
     compression,
     demo,
     distance,
+    editing,
     evaluation,
     exchange,
     inspection,
@@ -62,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
     commands = parser.add_subparsers(required=True)
-    concepts = (merging, distance, compression, inspection, exchange)
+    concepts = (merging, distance, editing, compression, inspection, exchange)
     for part in (demo, training, jobs, *concepts, sampling, evaluation, regularization, composing):
         part.add_to(commands)
     return parser

@@ -78,11 +78,11 @@ def merge_command(options: argparse.Namespace) -> None:
             captions=captions_for(options.model, options.captions),
             relative_ridge=options.ridge,
             cache_folder=options.cache,
-            on_progress=lambda fraction: _show_percent(fraction, bar),
+            on_progress=lambda fraction: show_percent(fraction, bar),
         )
     print(report.text())
     save(merged, options.output)
 
 
-def _show_percent(fraction: float, bar: tqdm[None]) -> None:
+def show_percent(fraction: float, bar: tqdm[None]) -> None:
     bar.update(int(100 * fraction) - bar.n)

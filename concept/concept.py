@@ -16,11 +16,14 @@ from torch import Tensor
 from .delta import Delta
 from .errors import TokenError
 from .layers import FAMILIES, Family, sort_layers
+from .plain import plain_words
 from .prompts import check_modifier_token
 
 SAME_WORD_DISTANCE = 1e-2
 """Words whose vectors are closer than this, relative to their length, are one word"""
 
+_SHOWN = 6
+"""Edited words that a description names"""
 
 Scope = Literal["every word", "own words"]
 """The words of a prompt through which a concept was taught: all of them, or its own alone, V* and
@@ -106,8 +109,24 @@ class Concept:
 
     def describe(self) -> str:
         """One line for messages and lists."""
-        tokens = ", ".join(f"{t.name} {t.class_noun}".strip() for t in self.tokens) or "no word"
+        tokens = ", ".join(f"{t.name} {t.class_noun}".strip() for t in self.tokens)
+        tokens = tokens or edited_words(self.provenance) or "no word"
         return f"{tokens} ({FAMILIES[self.family.name].title}, {len(self.deltas)} projections)"
+
+
+def edited_words(provenance: Mapping[str, Any]) -> str:
+    """`edit of square, red`: what Edit Concepts changed; empty for other concepts. It may come from
+    somebody else's file.
+    """
+    edits = provenance.get("edits")
+    named = (
+        [edit.get("word") for edit in edits if isinstance(edit, Mapping)]
+        if isinstance(edits, list)
+        else []
+    )
+    words = [word for word in named if isinstance(word, str)]
+    more = f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
+    return plain_words(f"edit of {', '.join(words[:_SHOWN])}{more}") if words else ""
 
 
 def same_vectors(rows: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:

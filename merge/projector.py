@@ -100,21 +100,25 @@ class Projector:
 
 
 def constraint_projector(
-    factor: CaptionFactor, constraints: Tensor, still: Tensor | None = None
+    factor: CaptionFactor,
+    constraints: Tensor,
+    still: Tensor | None = None,
+    softness: float = 0.0,
 ) -> Projector:
     """P for constraint rows (s, d): exact when they can be told apart, damped when they nearly
     coincide.
 
-    `still` (s,) marks constraints at which nothing may change: they shape P, and its rows for them,
-    which 0 would be multiplied by, are left out.
+    With a `softness` μ above 0 they are wishes: P = (C G⁻¹ Cᵀ + μ S₁² I)⁻¹ C G⁻¹, the weighted
+    least squares of Unified Concept Editing. `still` (s,) marks constraints at which nothing may
+    change: they shape P, and its rows for them, which 0 would be multiplied by, are left out.
     """
     c = constraints.to(torch.float64)
     z = torch.linalg.solve_triangular(factor.upper, c, upper=True, left=False)
     u, singular, vh = torch.linalg.svd(z, full_matrices=False)
     smallest = float(singular[-1]) if len(singular) == len(c) else 0.0
     condition = float(singular[0]) / smallest if smallest > 0 else float("inf")
-    damped = condition > EXACT_CONDITION_LIMIT
-    mu = DAMPING if damped else 0.0
+    damped = condition > EXACT_CONDITION_LIMIT or softness > 0
+    mu = softness or (DAMPING if damped else 0.0)
     inverse = singular / (singular.square() + mu * singular[0].square())
     p = (u * inverse) @ torch.linalg.solve_triangular(factor.upper, vh.T, upper=True).T
     if still is not None:

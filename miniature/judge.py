@@ -152,8 +152,8 @@ def _follows(seen: Seen, index: int, facts: Facts) -> Tensor:
     right = torch.equal(there, wanted) and int(seen.count[index].argmax()) == len(shapes)
     for said in facts.objects:
         at = (index, SHAPES.index(said.shape))
-        right &= not said.color or _name(seen.color[at]) == said.color
-        right &= not said.second_color or _name(seen.second_color[at]) == said.second_color
+        right &= not said.color or named_color(seen.color[at]) == said.color
+        right &= not said.second_color or named_color(seen.second_color[at]) == said.second_color
         right &= not said.pattern or PATTERNS[int(seen.pattern[at].argmax())] == said.pattern
         right &= not said.mark or MARKS[int(seen.mark[at].argmax())] == said.mark
     return torch.tensor(right)
@@ -195,7 +195,7 @@ def _second_alike(seen: Seen, shape: int, color: Color) -> Tensor:
     return patterned * _alike(seen.second_color[:, shape], color)
 
 
-def _name(color: Tensor) -> str:
+def named_color(color: Tensor) -> str:
     return min(COLORS, key=lambda name: float((color - torch.tensor(COLORS[name])).norm()))
 
 

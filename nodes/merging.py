@@ -37,7 +37,7 @@ class ConceptMerge(io.ComfyNode):
                 concepts_input(
                     2, "How many concepts to merge. The inputs below follow this number."
                 ),
-                _captions_input(),
+                captions_input(),
                 io.Float.Input(
                     "relative_ridge",
                     default=DEFAULT_RELATIVE_RIDGE,
@@ -76,14 +76,14 @@ class ConceptMerge(io.ComfyNode):
         return io.NodeOutput(merged, report.text(), ui=_told(given, report))
 
 
-def _captions_input() -> io.Input:
+def captions_input(purpose: str = "What the merged model must keep drawing as before.") -> io.Input:
     return io.Combo.Input(
         "regularization_captions",
         options=caption_files(),
         default=BUILT_IN_CAPTIONS,
         advanced=True,
-        tooltip="What the merged model must keep drawing as before. Use built-in, or a .txt file "
-        "in ComfyUI's input folder with one caption per line.",
+        tooltip=f"{purpose} Use built-in, or a .txt file in ComfyUI's input folder with one "
+        "caption per line.",
     )
 
 
@@ -113,7 +113,7 @@ class ConceptDistance(io.ComfyNode):
                 ),
                 Concept.Input("concept", tooltip="One of the two. It is not changed."),
                 Concept.Input("other", tooltip="The concept to compare it with."),
-                _captions_input(),
+                captions_input(),
             ],
             outputs=[io.Float.Output(display_name="overlap")],
         )

@@ -133,7 +133,7 @@ def merge_in_comfyui(
         concepts,
         text_encoder(clip),
         strengths=strengths,
-        captions=_captions(captions),
+        captions=chosen_captions(captions),
         relative_ridge=relative_ridge,
         cache_folder=cache_folder(),
         on_progress=lambda fraction: progress.update_absolute(int(100 * fraction), 100),
@@ -148,7 +148,7 @@ def distances_in_comfyui(
     return concept_distances(
         concepts,
         text_encoder(clip),
-        captions=_captions(captions),
+        captions=chosen_captions(captions),
         cache_folder=cache_folder(),
         on_progress=lambda fraction: progress.update_absolute(int(100 * fraction), 100),
     )
@@ -165,7 +165,7 @@ def project_in_comfyui(clip: Any, concept: Concept) -> tuple[Concept, MergeRepor
     )
 
 
-def _captions(name: str) -> list[str] | None:
+def chosen_captions(name: str) -> list[str] | None:
     """Of a file in `input/`; None for our own."""
     return None if name == BUILT_IN_CAPTIONS else read_captions(input_folder(name))
 

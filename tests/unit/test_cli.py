@@ -497,3 +497,26 @@ def test_the_miniature_is_a_model_like_any_other(tmp_path: Path) -> None:
     prompt = ["--prompt", "photo of a <a> cross", "--output", str(picture)]
     assert main(["sample", "--model", "miniature", "--concept", str(both), *prompt]) == 0
     assert Image.open(picture).size == (192, 192)
+
+
+def test_words_of_a_model_are_edited_and_restored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two, none = (tmp_path / f"{name}.safetensors" for name in ("one", "two", "none"))
+    edit = ["edit", "--model", "miniature"]
+    asked = ["--erase", "square", "--replace", "cross=circle", "--preserve", "triangle"]
+    assert main([*edit, *asked, "--output", str(one)]) == 0
+    said = capsys.readouterr().out
+    assert "'square' erased" in said and "'cross' replaced by 'circle'" in said
+    assert read_concept(one).describe().startswith("edit of cross, square")
+    more = ["--earlier", str(one), "--restore", "square=1", "--debias", "circle=red:0.3,blue:-0.3"]
+    assert main([*edit, *more, "--output", str(two)]) == 0
+    assert read_concept(two).describe().startswith("edit of circle, cross")
+    back = ["--earlier", str(one), "--restore", "square=1", "--restore", "cross=1"]
+    assert main([*edit, *back, "--output", str(none)]) == 0
+    assert all(delta.is_zero() for delta in read_concept(none).deltas.values())
+    capsys.readouterr()
+    assert main([*edit, "--restore", "square=1", "--output", str(tmp_path / "x")]) == 1
+    assert "no earlier edit" in capsys.readouterr().err
+    assert main([*edit, "--moderate", "square", "--output", str(tmp_path / "x")]) == 1
+    assert "has no '='" in capsys.readouterr().err
