@@ -88,8 +88,10 @@ def _add_option(parser: Any, setting: Setting, condition: str = "") -> None:
         )
         return
     if setting.kind is str and not setting.choices:
-        quoted = f"{text} Here: each in quotes."
-        parser.add_argument(f"--{words}", nargs="+", metavar="PROMPT", help=quoted)
+        prompts = "prompts" in words
+        text += " Here: each in quotes." if prompts else ""
+        metavar = "PROMPT" if prompts else "N"
+        parser.add_argument(f"--{words}", nargs="+", metavar=metavar, help=text)
         return
     parser.add_argument(
         f"--{words}",

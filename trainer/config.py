@@ -212,6 +212,21 @@ class TrainConfig:
         "very different sizes.",
         "options",
     )
+    preview_seeds: str = setting(
+        "",
+        "Seeds of the samples, as '1, 2, 3': a row of pictures for each. Leave it empty for the "
+        "seed of the training.",
+        "options",
+    )
+    preview_resolution: int = setting(
+        0,
+        "Width and height of the samples. 0 is the resolution of the training; a smaller one is "
+        "drawn faster.",
+        "options",
+        least=0,
+        most=2048,
+        step=LATENT_PIXELS,
+    )
     seg_mix: float = setting(
         0.0,
         "How often the subjects of two concepts are pasted into one picture, whose caption says "
@@ -248,21 +263,24 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, known in SETTINGS.items():
             known.check(getattr(self, name))
-        _ = self.resolutions  # raises for what is none
+        _ = self.resolutions, self.sample_seeds  # raise for what is none
 
     @property
     def resolutions(self) -> tuple[int, ...]:
         """All that it trains at, the first one first. Raises ConfigError for what is no size."""
         known = SETTINGS["resolution"]
-        words = [word.strip() for word in self.more_resolutions.split(",") if word.strip()]
-        if wrong := [word for word in words if not word.isdecimal()]:
-            raise ConfigError(
-                f"more_resolutions={self.more_resolutions!r} has {wrong[0]!r}, which is no number "
-                f"of pixels. Write sizes between commas: '384, 640'."
-            )
-        for word in words:
-            known.check(int(word))
-        return tuple(dict.fromkeys([self.resolution, *map(int, words)]))
+        more = _numbers("more_resolutions", self.more_resolutions)
+        for edge in more:
+            known.check(edge)
+        return tuple(dict.fromkeys([self.resolution, *more]))
+
+    @property
+    def sample_seeds(self) -> tuple[int, ...]:
+        """Of each row of a sample. Raises ConfigError for what is no seed."""
+        seeds = _numbers("preview_seeds", self.preview_seeds)
+        for seed in seeds:
+            SETTINGS["seed"].check(seed)
+        return tuple(seeds) or (self.seed,)
 
     @property
     def ends_early(self) -> str:
@@ -272,6 +290,17 @@ class TrainConfig:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    """Of a setting that lists them. Raises ConfigError for anything else."""
+    words = text.replace(",", " ").split()
+    if wrong := [word for word in words if not (word.isascii() and word.isdecimal())]:
+        raise ConfigError(
+            f"{name}={text!r} has {wrong[0]!r}, which is no whole number. Write numbers with "
+            f"commas between them."
+        )
+    return [int(word) for word in words]
 
 
 SETTINGS: Mapping[str, Setting] = settings_of(TrainConfig)

@@ -159,20 +159,23 @@ def _reports(
 
 
 def _preview(config: TrainConfig, learner: Learner, denoiser: Denoiser, batch: Batch) -> Tensor:
-    """A sample of each prompt, side by side, (h, w, 3); always from the same noise, so that those
-    of one run can be compared.
+    """A sample of each prompt, side by side, and of each seed, below each other, (h, w, 3); always
+    from the same noise, so that those of one run can be compared.
     """
     chosen = [line for line in config.preview_prompts.splitlines() if line.strip()]
     prompts = chosen or [learner.prompt]
-    samples = [_sample(config, prompt, learner, denoiser, batch) for prompt in prompts]
-    return torch.cat(samples, dim=1)
+    rows = [
+        torch.cat([_sample(config, p, seed, learner, denoiser, batch) for p in prompts], dim=1)
+        for seed in config.sample_seeds
+    ]
+    return torch.cat(rows)
 
 
 def _sample(
-    config: TrainConfig, prompt: str, learner: Learner, denoiser: Denoiser, batch: Batch
+    config: TrainConfig, prompt: str, seed: int, learner: Learner, denoiser: Denoiser, batch: Batch
 ) -> Tensor:
-    fixed = torch.Generator().manual_seed(config.seed)
-    edge = config.resolution // LATENT_PIXELS
+    fixed = torch.Generator().manual_seed(seed)
+    edge = (config.preview_resolution or config.resolution) // LATENT_PIXELS
     noise = torch.randn((1, batch.latents_bchw.shape[1], edge, edge), generator=fixed)
     with torch.no_grad():
         text, _, own = learner.prompts.encode([prompt])

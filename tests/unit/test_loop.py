@@ -494,6 +494,30 @@ def test_previews_are_drawn_at_their_steps(models: DiffusersModels) -> None:
     assert not torch.equal(*pictures)
 
 
+def test_samples_of_several_seeds_and_a_size_of_their_own_are_a_grid(
+    models: DiffusersModels,
+) -> None:
+    """Each picture of the grid is the one that a run draws with that prompt and seed alone."""
+
+    def sample(prompts: str, seeds: str) -> Tensor:
+        settings = config(
+            steps=1,
+            preview_every_steps=1,
+            preview_prompts=prompts,
+            preview_seeds=seeds,
+            preview_resolution=128,
+        )
+        events: list[Event] = []
+        trained(models, settings, on_event=events.append)
+        (picture,) = (event.image_hwc for event in events if isinstance(event, PreviewDrawn))
+        return picture
+
+    grid = sample("a cat\na <new1> cat", "7, 3")
+    assert grid.shape == (256, 256, 3)
+    assert torch.equal(grid[:128, 128:], sample("a <new1> cat", "7"))
+    assert torch.equal(grid[128:, :128], sample("a cat", "3"))
+
+
 class CountingEncoder:
     """Counts how often each prompt's ids are encoded, by this encoder or one made from it."""
 
