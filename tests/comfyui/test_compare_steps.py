@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 from custom_diffusion.concept.file import read_concept
-from support.browser import LONG_MS, card, open_panel, page_of, press, screenshot, until
+from support.browser import (
+    LONG_MS,
+    SharedPage,
+    card,
+    open_panel,
+    press,
+    screenshot,
+    shared_page,
+    until,
+)
 from support.comfy_server import PACK_FOLDER, ComfyPromptError, ComfyServer, ComfyServerError
 from support.graphs import Graph, draw, draw_pictures, node, teach
 
@@ -209,13 +218,16 @@ def test_a_run_that_has_ended_early_is_not_done_again_and_can_be_extended(
 # In the page
 
 
+@pytest.fixture(scope="module")
+def browser(bench: ComfyServer) -> Iterator[SharedPage]:
+    with shared_page(bench) as shared:
+        yield shared
+
+
 @pytest.fixture
-def page(bench: ComfyServer) -> Iterator[Any]:
-    troubles: list[str] = []
-    with page_of(bench, troubles) as page:
-        page.evaluate("app.graph.clear()")
+def page(bench: ComfyServer, browser: SharedPage) -> Iterator[Any]:
+    with browser.anew() as page:
         yield page
-    assert not troubles
 
 
 def test_the_chart_shows_what_was_measured(page: Any) -> None:
@@ -265,7 +277,7 @@ def test_a_click_on_a_picture_takes_its_step(bench: ComfyServer, page: Any) -> N
         assert "my cat" not in body["prompt"]  # nothing is trained again
         route.continue_(post_data=json.dumps(body))
 
-    page.context.route("**/prompt", hasten)
+    page.route("**/prompt", hasten)
     open_panel(page)
     finished = card(page, "finished")
     until(page, lambda: "validation" in finished.locator("figcaption").inner_text())

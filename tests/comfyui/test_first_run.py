@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.browser import LONG_MS, TAB, open_panel, page_of, press, screenshot, until
+from support.browser import (
+    LONG_MS,
+    TAB,
+    SharedPage,
+    in_palette,
+    open_panel,
+    press,
+    screenshot,
+    shared_page,
+    until,
+)
 from support.comfy_server import ComfyServer
 from support.graphs import draw_pictures
 
@@ -66,12 +76,16 @@ def bench(comfyui_path: Path, checkpoints: Path, base: Path) -> Iterator[ComfySe
         yield server
 
 
+@pytest.fixture(scope="module")
+def browser(bench: ComfyServer) -> Iterator[SharedPage]:
+    with shared_page(bench) as shared:
+        yield shared
+
+
 @pytest.fixture
-def page(bench: ComfyServer) -> Iterator[Any]:
-    troubles: list[str] = []
-    with page_of(bench, troubles) as page:
+def page(bench: ComfyServer, browser: SharedPage) -> Iterator[Any]:
+    with browser.anew() as page:
         yield page
-    assert not troubles
 
 
 @pytest.fixture
@@ -194,10 +208,7 @@ def test_what_is_advanced_is_folded(nodes: Any, vue_nodes: bool) -> None:
 def test_sockets_have_colours_in_every_palette(nodes: Any, vue_nodes: bool) -> None:
     types = ("CONCEPT", "TRAINING_CONCEPT", "REGULARIZATION_SET", "CONCEPT_REGION")
     for palette in ("light", "dark"):
-        nodes.evaluate(
-            "name => app.extensionManager.setting.set('Comfy.ColorPalette', name)", palette
-        )
-        nodes.wait_for_timeout(500)
+        in_palette(nodes, palette)
         canvas = nodes.evaluate(
             "types => types.map(type => app.canvas.default_connection_color_byType[type])", types
         )

@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 from custom_diffusion.concept.file import write_concept
 from PIL import Image
-from support.browser import LONG_MS, card, contrast, open_panel, page_of, press, screenshot, until
+from support.browser import (
+    LONG_MS,
+    SharedPage,
+    card,
+    contrast,
+    in_palette,
+    open_panel,
+    press,
+    screenshot,
+    shared_page,
+    until,
+)
 from support.comfy_server import PACK_FOLDER, ComfyServer, ComfyServerError
 from support.graphs import draw, draw_pictures, merge, node, teach
 from support.made_concepts import made_concept
@@ -42,13 +53,16 @@ def bench(comfyui_path: Path, checkpoints: Path, base: Path) -> Iterator[ComfySe
         yield running
 
 
+@pytest.fixture(scope="module")
+def browser(bench: ComfyServer) -> Iterator[SharedPage]:
+    with shared_page(bench) as shared:
+        yield shared
+
+
 @pytest.fixture
-def page(bench: ComfyServer) -> Iterator[Any]:
-    troubles: list[str] = []
-    with page_of(bench, troubles) as page:
-        page.evaluate("app.graph.clear()")
+def page(bench: ComfyServer, browser: SharedPage) -> Iterator[Any]:
+    with browser.anew() as page:
         yield page
-    assert not troubles
 
 
 _WITHIN_NODE = """frame => {
@@ -126,8 +140,7 @@ def test_saved_concepts_are_found_in_the_panel(page: Any) -> None:
     library.get_by_role("combobox", name="Sort by").select_option("name")
     until(page, lambda: items.first.get_attribute("data-name") == "cat.safetensors")
     for palette in ("dark", "light"):
-        page.evaluate(f"app.extensionManager.setting.set('Comfy.ColorPalette', '{palette}')")
-        page.wait_for_timeout(500)
+        in_palette(page, palette)
         for text in (".cd-name", ".cd-taught", ".cd-word", ".cd-buttons button"):
             assert contrast(cat.locator(text).first) > 4.5, (palette, text)
         screenshot(page, f"panel-concepts-{palette}")
@@ -150,7 +163,7 @@ def test_saved_concepts_are_found_in_the_panel(page: Any) -> None:
     graph = page.evaluate("app.graphToPrompt().then(made => made.output)")
     (load,) = (made for made in graph.values() if made["class_type"] == "LoadConcept")
     assert load["inputs"]["concept_name"] == "mug.safetensors"
-    page.evaluate("app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
+    in_palette(page, "dark")
 
 
 def test_load_concept_shows_which_one_is_chosen(page: Any) -> None:
@@ -211,8 +224,7 @@ def test_nodes_tell_what_they_have_found(bench: ComfyServer, page: Any) -> None:
             "vue => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue)", vue_nodes
         )
         for palette in ("light", "dark"):
-            page.evaluate(f"app.extensionManager.setting.set('Comfy.ColorPalette', '{palette}')")
-            page.wait_for_timeout(500)
+            in_palette(page, palette)
             for warning in page.locator(".cd-notes .cd-warning").all():
                 assert contrast(warning) >= 4.5, (vue_nodes, palette)
             screenshot(page, f"node-warnings-{palette}-{'vue' if vue_nodes else 'classic'}")
@@ -400,8 +412,7 @@ def test_a_long_list_of_words_stays_in_the_window_and_scrolls(
         return probe;
     }"""
     for palette in ("dark", "light"):
-        page.evaluate(f"app.extensionManager.setting.set('Comfy.ColorPalette', '{palette}')")
-        page.wait_for_timeout(500)
+        in_palette(page, palette)
         assert offer.is_visible()
         assert contrast(chosen.locator("span")) >= 4.5, palette
         assert contrast(chosen.locator("small")) >= 4.5, palette
@@ -409,7 +420,7 @@ def test_a_long_list_of_words_stays_in_the_window_and_scrolls(
         assert contrast(mark) >= 3, palette  # the bar at the row's left, against the list
         mark.evaluate("mark => mark.remove()")
         screenshot(page, f"completion-long-{palette}")
-    page.evaluate("app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
+    in_palette(page, "dark")
     offer.evaluate("list => list.scrollTo(0, 0)")
     page.mouse.move(*[offer.bounding_box()[side] + 20 for side in ("x", "y")])
     page.mouse.wheel(0, 50)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from custom_diffusion.concept.file import write_concept
 from PIL import Image
-from support.browser import LONG_MS, open_panel, page_of, press, screenshot, until
+from support.browser import LONG_MS, SharedPage, open_panel, press, screenshot, shared_page, until
 from support.comfy_server import ComfyServer, ComfyServerError
 from support.graphs import draw, draw_pictures, node, teach
 from support.made_concepts import made_concept
@@ -37,13 +37,16 @@ def bench(server_of_this_file: ComfyServer) -> ComfyServer:
     return server_of_this_file
 
 
+@pytest.fixture(scope="module")
+def browser(server_of_this_file: ComfyServer) -> Iterator[SharedPage]:
+    with shared_page(server_of_this_file) as shared:
+        yield shared
+
+
 @pytest.fixture
-def page(bench: ComfyServer) -> Iterator[Any]:
-    troubles: list[str] = []
-    with page_of(bench, troubles) as page:
-        page.evaluate("app.graph.clear()")
+def page(bench: ComfyServer, browser: SharedPage) -> Iterator[Any]:
+    with browser.anew() as page:
         yield page
-    assert not troubles
 
 
 def show(page: Any, graph: dict[str, Any]) -> None:

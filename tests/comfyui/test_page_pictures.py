@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from support.browser import page_of, screenshot
+from support.browser import SharedPage, screenshot, shared_page
 from support.comfy_server import ComfyPromptError, ComfyServer
 from support.graphs import draw_pictures, node
 
@@ -26,13 +26,17 @@ def bench(comfyui_path: Path, base: Path) -> Iterator[ComfyServer]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def browser(bench: ComfyServer) -> Iterator[SharedPage]:
+    with shared_page(bench) as shared:
+        yield shared
+
+
 @pytest.fixture
-def page(bench: ComfyServer) -> Iterator[Any]:
-    troubles: list[str] = []
-    with page_of(bench, troubles) as page:
+def page(browser: SharedPage) -> Iterator[Any]:
+    with browser.anew() as page:
         page.evaluate(
             """() => {
-                app.graph.clear();
                 const node = LiteGraph.createNode("CustomDiffusionConcept");
                 app.graph.add(node);
                 node.pos = [100, 100];
@@ -40,7 +44,6 @@ def page(bench: ComfyServer) -> Iterator[Any]:
         )
         page.locator(".cd-pictures").wait_for()
         yield page
-    assert not troubles
 
 
 def picture(colour: str) -> bytes:

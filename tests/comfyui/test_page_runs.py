@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 from custom_diffusion.concept.file import write_concept
-from support.browser import LONG_MS, contrast, page_of, press, screenshot, until
+from support.browser import (
+    LONG_MS,
+    SharedPage,
+    contrast,
+    in_palette,
+    press,
+    screenshot,
+    shared_page,
+    until,
+)
 from support.comfy_server import ComfyServer
 from support.graphs import draw_pictures, node, teach
 from support.made_concepts import made_concept
@@ -30,14 +39,16 @@ def bench(comfyui_path: Path, checkpoints: Path, base: Path) -> Iterator[ComfySe
         yield running
 
 
+@pytest.fixture(scope="module")
+def browser(bench: ComfyServer) -> Iterator[SharedPage]:
+    with shared_page(bench) as shared:
+        yield shared
+
+
 @pytest.fixture
-def page(bench: ComfyServer) -> Iterator[Any]:
-    troubles: list[str] = []
-    with page_of(bench, troubles) as page:
-        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-        page.evaluate("app.graph.clear()")
+def page(bench: ComfyServer, browser: SharedPage) -> Iterator[Any]:
+    with browser.anew("clipboard-read", "clipboard-write") as page:
         yield page
-    assert not troubles
 
 
 def show(page: Any, graph: dict[str, Any]) -> None:
@@ -149,11 +160,10 @@ def test_an_error_stands_on_the_node_that_raised_it(page: Any, vue_nodes: bool) 
     )
     assert marked == f"text {sentence}"
     for palette in ("dark", "light"):
-        page.evaluate(f"app.extensionManager.setting.set('Comfy.ColorPalette', '{palette}')")
-        page.wait_for_timeout(500)
+        in_palette(page, palette)
         assert contrast(error) >= 4.5, palette
         screenshot(page, f"node-error-{palette}-{'vue' if vue_nodes else 'classic'}")
-    page.evaluate("app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
+    in_palette(page, "dark")
 
     page.evaluate(
         """() => {

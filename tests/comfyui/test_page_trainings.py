@@ -12,12 +12,14 @@ import pytest
 from custom_diffusion.concept.file import read_concept
 from support.browser import (
     LONG_MS,
+    SharedPage,
     card,
     contrast,
+    in_palette,
     open_panel,
-    page_of,
     press,
     screenshot,
+    shared_page,
     until,
 )
 from support.comfy_server import ComfyServer
@@ -52,13 +54,16 @@ def bench(server_of_this_file: ComfyServer) -> ComfyServer:
     return server
 
 
+@pytest.fixture(scope="module")
+def browser(server_of_this_file: ComfyServer) -> Iterator[SharedPage]:
+    with shared_page(server_of_this_file) as shared:
+        yield shared
+
+
 @pytest.fixture
-def page(bench: ComfyServer) -> Iterator[Any]:
-    troubles: list[str] = []
-    with page_of(bench, troubles) as page:
-        page.evaluate("app.graph.clear()")
+def page(bench: ComfyServer, browser: SharedPage) -> Iterator[Any]:
+    with browser.anew() as page:
         yield page
-    assert not troubles
 
 
 def use(page: Any, *, vue_nodes: bool) -> None:
@@ -71,8 +76,7 @@ def in_all_themes(page: Any, name: str, texts: list[Any]) -> None:
     """Texts can be told from what is behind them; axe finds no fault with nodes and panel."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     for palette in PALETTES:
-        page.evaluate(f"app.extensionManager.setting.set('Comfy.ColorPalette', '{palette}')")
-        page.wait_for_timeout(700)
+        in_palette(page, palette)
         screenshot(page, f"{name}-{palette}")
         for text in texts:
             assert contrast(text) >= 4.5, (palette, text)
@@ -82,7 +86,7 @@ def in_all_themes(page: Any, name: str, texts: list[Any]) -> None:
             troubles = axe.run(page, context=part).response["violations"]
             told = [(one["id"], [n["html"][:200] for n in one["nodes"]]) for one in troubles]
             assert not told, (palette, part)
-    page.evaluate("app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
+    in_palette(page, "dark")
 
 
 def show(page: Any, graph: Graph) -> None:
@@ -189,7 +193,7 @@ def test_from_the_click_to_the_last_step_there_is_one_bar_and_a_word(
     page.evaluate(
         """() => {
             window.seen = {node: [], panel: []};
-            setInterval(() => {
+            window.looks = setInterval(() => {
                 for (const [place, bars] of Object.entries({
                     node: ".cd-node .cd-training", panel: ".cd-panel .cd-job",
                 })) {
@@ -208,7 +212,7 @@ def test_from_the_click_to_the_last_step_there_is_one_bar_and_a_word(
     card(page, "finished")  # what is short is in what was seen meanwhile
     screenshot(page, f"card-one-bar-{'vue' if vue_nodes else 'classic'}")
     page.wait_for_timeout(500)
-    seen = page.evaluate("seen")
+    seen = page.evaluate("clearInterval(looks), seen")
     for place, told in seen.items():
         percents = [percent for percent, _ in told]
         assert percents == sorted(percents), (place, told)

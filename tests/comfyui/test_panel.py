@@ -18,13 +18,15 @@ from PIL import Image
 from support.browser import (
     LONG_MS,
     TAB,
+    SharedPage,
     card,
     contrast,
+    in_palette,
     open_panel,
-    page_of,
     press,
     screenshot,
     second_tab,
+    shared_page,
     until,
 )
 from support.comfy_server import PACK_FOLDER, ComfyServer
@@ -56,13 +58,16 @@ def bench(server_of_this_file: ComfyServer) -> ComfyServer:
     return server
 
 
+@pytest.fixture(scope="module")
+def browser(server_of_this_file: ComfyServer) -> Iterator[SharedPage]:
+    with shared_page(server_of_this_file) as shared:
+        yield shared
+
+
 @pytest.fixture
-def page(bench: ComfyServer) -> Iterator[Any]:
-    troubles: list[str] = []
-    with page_of(bench, troubles) as page:
-        page.evaluate("app.graph.clear()")
+def page(bench: ComfyServer, browser: SharedPage) -> Iterator[Any]:
+    with browser.anew() as page:
         yield page
-    assert not troubles
 
 
 def train(name: str = "my cat", **settings: Any) -> dict[str, Any]:
@@ -122,11 +127,11 @@ def test_a_training_is_watched_and_steered_to_its_end(bench: ComfyServer, page: 
 
 
 def test_the_bar_fills_as_far_as_the_training_is(bench: ComfyServer, page: Any) -> None:
-    bench.run(train(steps=200))
+    bench.run(train(steps=40))
     open_panel(page)
     card(page, "running")
     bar = page.locator(".cd-job").get_by_role("progressbar")
-    until(page, lambda: step_of(bar) > 10)
+    until(page, lambda: step_of(bar) > 2)
     press(card(page, "running"), "Pause")
     card(page, "paused")
     page.wait_for_function(
@@ -134,7 +139,7 @@ def test_the_bar_fills_as_far_as_the_training_is(bench: ComfyServer, page: Any) 
     )
     share = float(bar.get_attribute("aria-valuenow")) / 100
     # A tenth is for encoding the pictures, which was done before there was a job.
-    assert share == pytest.approx(0.1 + 0.9 * step_of(bar) / 200, abs=1e-3)
+    assert share == pytest.approx(0.1 + 0.9 * step_of(bar) / 40, abs=1e-3)
     assert 0.1 < share < 1
     pixels = np.asarray(Image.open(io.BytesIO(bar.screenshot())).convert("RGB"), dtype=int)
     row = pixels[len(pixels) // 2]
@@ -186,7 +191,7 @@ def test_the_state_follows_a_click_at_once_and_a_second_one_is_harmless(
 
 
 def test_a_word_that_moved_far_is_said_in_plain_words(bench: ComfyServer, page: Any) -> None:
-    bench.run(train(steps=20, learning_rate=0.02))
+    bench.run(train(steps=10, learning_rate=0.02))
     open_panel(page)
     finished = card(page, "finished")
     warning = finished.locator(".cd-warning")
@@ -194,11 +199,10 @@ def test_a_word_that_moved_far_is_said_in_plain_words(bench: ComfyServer, page: 
     assert "<new1> has moved very far from where it began" in warning.inner_text()
     assert "%" not in finished.inner_text()
     for palette in ("dark", "light"):
-        page.evaluate(f"app.extensionManager.setting.set('Comfy.ColorPalette', '{palette}')")
-        page.wait_for_timeout(500)
+        in_palette(page, palette)
         assert contrast(warning) >= 4.5, palette
         screenshot(page, f"panel-drift-{palette}")
-    page.evaluate("app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
+    in_palette(page, "dark")
 
 
 def test_a_failed_training_says_why_and_goes_on_when_that_is_mended(
@@ -250,11 +254,10 @@ def test_it_looks_native(bench: ComfyServer, page: Any) -> None:
     until(page, lambda: running.locator(".cd-sample").count() > 0)
     for palette in ("dark", "light"):
         for vue_nodes in (False, True):
-            page.evaluate(f"app.extensionManager.setting.set('Comfy.ColorPalette', '{palette}')")
             page.evaluate(
                 "vue => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', vue)", vue_nodes
             )
-            page.wait_for_timeout(500)
+            in_palette(page, palette)
             screenshot(page, f"panel-{palette}-{'vue' if vue_nodes else 'classic'}")
             assert contrast(running.locator(".cd-name")) > 4.5
             for quiet in (".cd-state", ".cd-pace", ".cd-taught >> nth=0"):
@@ -395,8 +398,7 @@ def test_files_of_other_tools_are_listed_and_the_list_is_filtered_by_base_model(
     assert "of another tool" not in items.filter(has_text="cat.safetensors").inner_text()
 
     for palette in ("dark", "light"):
-        page.evaluate(f"app.extensionManager.setting.set('Comfy.ColorPalette', '{palette}')")
-        page.wait_for_timeout(500)
+        in_palette(page, palette)
         for text in (".cd-name", ".cd-taught", ".cd-buttons button"):
             assert contrast(toy.locator(text).first) > 4.5, (palette, text)
         for width in (220, 600):
@@ -405,7 +407,7 @@ def test_files_of_other_tools_are_listed_and_the_list_is_filtered_by_base_model(
             screenshot(page, f"panel-other-files-{palette}-{width}px")
         troubles = axe().run(page, context=".cd-panel").response["violations"]
         assert not [(trouble["id"], trouble["help"]) for trouble in troubles]
-    page.evaluate("app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
+    in_palette(page, "dark")
 
     base = library.get_by_role("combobox", name="Base model")
     offered = base.get_by_role("option").all_inner_texts()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from .comfy_server import PACK_FOLDER, ComfyServer
+from .comfy_server import PACK_FOLDER, SETTINGS, ComfyServer
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 READY = """
@@ -20,6 +20,7 @@ window.app?.extensionManager?.workflow?.activeWorkflow?.isLoaded
 """
 TAB = "custom-diffusion-trainings"
 LONG_MS = 120_000
+VIEWPORT = {"width": 1440, "height": 900}
 SCREENSHOTS = Path(__file__).resolve().parents[2] / "build" / "screenshots"
 _ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
@@ -37,7 +38,7 @@ def page_of(server: ComfyServer, troubles: list[str] | None = None) -> Iterator[
     seen = [] if troubles is None else troubles
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=_ARGUMENTS)
-        context = browser.new_context(viewport={"width": 1440, "height": 900})
+        context = browser.new_context(viewport=VIEWPORT)
         page = context.new_page()
         context.route(
             lambda url: not url.startswith(server.url),
@@ -65,6 +66,79 @@ def page_of(server: ComfyServer, troubles: list[str] | None = None) -> Iterator[
         _load(page, server)
         yield page
         browser.close()
+
+
+class SharedPage:
+    """One page for a file of tests: loading it takes five seconds of a core, and putting away what
+    the test before has left takes a tenth of one.
+    """
+
+    def __init__(self, page: Any, troubles: list[str]) -> None:
+        self._page, self._troubles = page, troubles
+
+    @contextmanager
+    def anew(self, *permissions: str) -> Iterator[Any]:
+        """The page (a playwright Page) with an empty graph, nothing else open, and ComfyUI's lists
+        read again; at the end, what the pack's own files threw or logged fails the test.
+        """
+        page = self._page
+        page.context.clear_permissions()
+        page.context.grant_permissions(list(permissions))
+        page.set_viewport_size(VIEWPORT)
+        page.mouse.move(VIEWPORT["width"] / 2, VIEWPORT["height"] - 1)
+        dialogs = page.locator("[role=dialog]:visible")
+        while dialogs.count():
+            page.keyboard.press("Escape")
+            page.wait_for_timeout(50)
+        page.evaluate(_PUT_AWAY, {**SETTINGS, **_OUR_SETTINGS})
+        self._troubles.clear()
+        yield page
+        page.unroute_all(behavior="ignoreErrors")
+        assert not self._troubles
+
+
+@contextmanager
+def shared_page(server: ComfyServer) -> Iterator[SharedPage]:
+    """For a fixture of a module; each of its tests takes the page `anew`."""
+    troubles: list[str] = []
+    with page_of(server, troubles) as page:
+        yield SharedPage(page, troubles)
+
+
+_OUR_SETTINGS = {
+    "CustomDiffusion.SoundWhenDone": False,
+    "CustomDiffusion.ShareDevice": False,
+    "CustomDiffusion.KeepBest": 1,
+}
+"""What tests change, beside ComfyUI's own."""
+_PUT_AWAY = """async settings => {
+    const { command, setting, sidebarTab, toast, workflow } = app.extensionManager;
+    for (const menu of document.querySelectorAll(".litecontextmenu")) menu.remove();
+    for (const part of document.querySelectorAll(".cd-panel details[open]")) part.open = false;
+    for (const box of document.querySelectorAll(".cd-panel input, .cd-panel select")) {
+        if (box.matches("select")) box.selectedIndex = 0;
+        else box.value = "";
+        for (const kind of ["input", "change"]) box.dispatchEvent(new Event(kind, {bubbles: true}));
+    }
+    document.querySelector(".cd-panel")?.removeAttribute("style");
+    const shown = sidebarTab.activeSidebarTab?.id;
+    if (shown) await command.execute(`Workspace.ToggleSidebarTab.${shown}`);
+    toast.removeAll?.();
+    document.activeElement.blur();
+    for (const [name, value] of Object.entries(settings)) {
+        if (setting.get(name) !== value) await setting.set(name, value);
+    }
+    localStorage.clear();
+    sessionStorage.clear();
+    const before = [...workflow.openWorkflows];
+    await command.execute("Comfy.NewBlankWorkflow");
+    for (const one of before) await workflow.closeWorkflow(one);
+    app.canvas.setGraph(app.graph);
+    app.graph.clear();
+    app.canvas.ds.reset();
+    await (app.reloadNodeDefs?.() ?? app.refreshComboInNodes());
+    toast.removeAll?.();
+}"""
 
 
 def second_tab(page: Any, server: ComfyServer) -> Any:
@@ -104,6 +178,24 @@ def until(page: Any, condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not come to that"
         page.wait_for_timeout(50)
+
+
+def in_palette(page: Any, name: str) -> None:
+    """Changes ComfyUI's colours to `dark` or `light`; returns when nothing changes any more."""
+    page.evaluate(_IN_PALETTE, name)
+
+
+_IN_PALETTE = """async name => {
+    await app.extensionManager.setting.set("Comfy.ColorPalette", name);
+    const frame = () => new Promise(requestAnimationFrame);
+    const dark = () => Boolean(document.querySelector("html.dark-theme, body.dark-theme"));
+    for (let frames = 0; dark() !== (name === "dark") && frames < 200; frames++) await frame();
+    for (let frames = 0; frames < 3; frames++) await frame();
+    const ends = animation => animation.effect.getComputedTiming().endTime < 1000;
+    const moving = document.getAnimations().filter(ends).map(({finished}) => finished);
+    await Promise.race([Promise.allSettled(moving), new Promise(end => setTimeout(end, 1000))]);
+    await frame();
+}"""
 
 
 def screenshot(page: Any, name: str) -> None:

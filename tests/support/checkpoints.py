@@ -1,8 +1,9 @@
 """Random checkpoints of true shape, so that tests need no pretrained weights.
 
 Every file uses the original single-file naming that ComfyUI's CheckpointLoaderSimple reads. Widths,
-names and data types are those of the real models; only the number of UNet levels is lower, which
-keeps a file small and a sampling step short. Weights are drawn from a seeded generator and scaled
+names and data types are those of the real models; only the number of UNet levels is lower, and the
+lower level of SD 1.x no wider than the upper one, which keeps a file small and a sampling step
+short. Weights are drawn from a seeded generator and scaled
 by fan-in, so activations stay of order one and no output is constant.
 """
 
@@ -26,6 +27,7 @@ V_PREDICTION_KEY = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.
 _MODEL_CHANNELS = 320
 _TIME_CHANNELS = 4 * _MODEL_CHANNELS
 _CHANNEL_MULT = (1, 2, 4, 4)
+_NARROW = (1, 1)
 _ATTENTION_LEVELS = 3
 _VAE_WIDTHS = (128, 256, 512, 512)
 
@@ -33,16 +35,16 @@ _VAE_WIDTHS = (128, 256, 512, 512)
 def write_sd15(
     path: Path,
     *,
-    levels: int = 2,
+    channel_mult: tuple[int, ...] = _NARROW,
     res_blocks: int = 2,
     vae: VaeKind = "kl",
     seed: int = 0,
     dtype: torch.dtype = torch.float16,
 ) -> Path:
-    """Write an SD 1.x checkpoint; ``levels=4`` gives the exact shapes of SD 1.5."""
+    """Write an SD 1.x checkpoint; ``channel_mult=(1, 2, 4, 4)`` gives SD 1.5 exactly."""
     tensors = _draw(
         [
-            *_unet(levels, res_blocks, context_dim=768, linear_projection=False),
+            *_unet(channel_mult, res_blocks, context_dim=768, linear_projection=False),
             *_clip_l("cond_stage_model.transformer.text_model."),
             *_vae(vae),
         ],
@@ -83,7 +85,7 @@ def write_sd2(
     """
     tensors = _draw(
         [
-            *_unet(levels, res_blocks, context_dim=1024, linear_projection=True),
+            *_unet(_CHANNEL_MULT[:levels], res_blocks, context_dim=1024, linear_projection=True),
             *_open_clip_h("cond_stage_model.model."),
             *_vae(vae),
         ],
@@ -147,8 +149,9 @@ def _norm(name: str, width: int) -> Shapes:
     yield f"{name}.bias", (width,)
 
 
-def _unet(levels: int, res_blocks: int, *, context_dim: int, linear_projection: bool) -> Shapes:
-    mults = _CHANNEL_MULT[:levels]
+def _unet(
+    mults: tuple[int, ...], res_blocks: int, *, context_dim: int, linear_projection: bool
+) -> Shapes:
     prefix = UNET_PREFIX
     channels = _MODEL_CHANNELS
 

@@ -43,8 +43,9 @@ def diffusers_twin(checkpoint: Path, tokenizer: Any, *, v_prediction: bool = Fal
 
 
 def _unet(weights: dict[str, torch.Tensor], sd2: bool) -> Any:
+    lower = len(weights["model.diffusion_model.middle_block.0.out_layers.0.weight"])
     unet = UNet2DConditionModel(
-        block_out_channels=(320, 640),
+        block_out_channels=(320, lower),
         down_block_types=("CrossAttnDownBlock2D",) * 2,
         up_block_types=("CrossAttnUpBlock2D",) * 2,
         layers_per_block=2,

@@ -6,12 +6,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
+from custom_diffusion.diffusion.sampling import ddim_sample
 from custom_diffusion.host.diffusers.lending import DiffusersModels, borrowed_models
+from custom_diffusion.trainer import loop
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from support import tiny_models
 from transformers import CLIPTokenizer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_previews() -> Iterator[None]:
+    """Of 3 steps of sampling, not 20: drawing one takes longer than a whole training of a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "ddim_sample", partial(ddim_sample, steps=3))
+        yield
 
 
 @pytest.fixture(scope="session")
