@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ..attention.boxes import boxes_of
+from ..composition.routing import Route
 from ..concept.atomic import write_atomically, write_text_atomically
 from ..concept.concept import Concept
 from ..concept.errors import ConfigError, DataError
@@ -19,10 +22,10 @@ from ..concept.file import read_concept
 from ..concept.plain import json_text
 from ..concept.regular_files import read_regular
 from ..evaluation.features import WORD, Judge
-from ..evaluation.prompts import check_prompts, names_of, read_prompts
+from ..evaluation.prompts import Taught, Together, check_prompts, names_of, read_prompts
 from ..evaluation.report import alignment_plot, as_json, sheet, table, verdict
 from ..evaluation.scores import measure
-from ..evaluation.trials import Plan, Trial, concept_fingerprint, draw_trials
+from ..evaluation.trials import Drawn, Plan, Trial, concept_fingerprint, draw_trials
 from ..inspection.report import aligned
 from ..trainer.data.captioned import CaptionedImage
 from ..trainer.data.folders import load_folder
@@ -52,14 +55,28 @@ def add_to(commands: Any) -> None:
         "--judge clip-vit-large-patch14 --output cat_evaluation",
     )
     add_model_options(evaluate)
-    evaluate.add_argument("--concept", type=Path, required=True, help="what to evaluate")
+    evaluate.add_argument(
+        "--concept",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="what to evaluate; several need --routed",
+    )
+    evaluate.add_argument(
+        "--routed",
+        action="store_true",
+        help="let concepts act at their own words alone, as Route Concepts does, instead of adding "
+        "one to the weights",
+    )
     evaluate.add_argument(
         "--references",
         type=Path,
         nargs="+",
         required=True,
         metavar="FOLDER",
-        help="your pictures; for a merge one folder per trigger word, in the order of `inspect`",
+        help="your pictures; with several trigger words a folder for each, in the order of "
+        "`inspect` and of --concept. With two or more each subject is also looked for in the "
+        "pictures and compared with all; masks beside your pictures say where it is there",
     )
     evaluate.add_argument(
         "--judge",
@@ -105,7 +122,13 @@ def add_to(commands: Any) -> None:
 
 
 def evaluate_command(options: argparse.Namespace) -> None:
-    concept = read_concept(options.concept)
+    concepts = tuple(map(read_concept, options.concept))
+    if len(concepts) > 1 and not options.routed:
+        raise ConfigError(
+            f"{len(concepts)} concepts were given. Add --routed to draw them together, each at its "
+            f"own words; or merge them first, and evaluate the merge."
+        )
+    concept = Together(concepts) if len(concepts) > 1 else concepts[0]
     references = _references(options.references, concept)
     real = load_folder(options.class_pictures, "") if options.class_pictures else ()
     plan = Plan(
@@ -114,13 +137,14 @@ def evaluate_command(options: argparse.Namespace) -> None:
         tuple(options.seeds),
         tuple(options.strengths),
         options.class_count if real else 0,
+        tuple(references) if len(references) > 1 else (),
     )
     for remark in check_prompts(plan.prompts, concept):
         print(f"warning: {remark}")
     judge = _judge(options)
     pipeline = load_chosen(options)
     judge = judge.compared_with(_words(pipeline))
-    _draw(options, plan, pipeline)
+    _draw(options, concepts, plan, pipeline)
     with tqdm(desc="judging", unit="picture") as bar:
         found = measure(
             plan,
@@ -129,6 +153,7 @@ def evaluate_command(options: argparse.Namespace) -> None:
             {name: map(_image, images) for name, images in references.items()},
             map(_image, real),
             progress(bar),
+            {name: map(_subject, images) for name, images in references.items()},
         )
     first = [_image(image) for images in references.values() for image in images[:_ON_SHEET]]
     pictures = {
@@ -144,7 +169,7 @@ def evaluate_command(options: argparse.Namespace) -> None:
     print(f"scores.json, sheet.png, plot.png and every picture are in {options.output}")
 
 
-def _references(folders: Sequence[Path], concept: Concept) -> dict[str, tuple[CaptionedImage, ...]]:
+def _references(folders: Sequence[Path], concept: Taught) -> dict[str, tuple[CaptionedImage, ...]]:
     names = names_of(concept)
     if len(folders) > len(names):
         raise ConfigError(
@@ -156,6 +181,10 @@ def _references(folders: Sequence[Path], concept: Concept) -> dict[str, tuple[Ca
 
 def _image(image: CaptionedImage) -> Image.Image:
     return image.open().image
+
+
+def _subject(image: CaptionedImage) -> Image.Image:
+    return image.open().subject()
 
 
 def _text(file: Path) -> str:
@@ -184,39 +213,64 @@ def _words(pipeline: Any) -> Iterator[Tensor]:
     yield from text_encoder(pipeline).vocabulary_row(WORD).values()
 
 
-def _draw(options: argparse.Namespace, plan: Plan, pipeline: Any) -> None:
+def _draw(
+    options: argparse.Namespace, concepts: Sequence[Concept], plan: Plan, pipeline: Any
+) -> None:
     from ..host.diffusers.lending import borrowed_models
-    from ..host.diffusers.sampling import sample
 
     resolution = resolution_for(options, pipeline)
     with borrowed_models(pipeline) as models:
         fingerprint = models_fingerprint(models.text_encoder, (pipeline.unet, pipeline.vae))
     settings = {
         "model": fingerprint,
-        "concept": concept_fingerprint(plan.concept),
+        "concept": " ".join(map(concept_fingerprint, concepts)),
         "steps": options.steps,
         "guidance": options.guidance,
         "resolution": resolution,
+        **({"use": "routed"} if options.routed else {}),
     }
-
-    def draw(trials: Sequence[Trial]) -> Tensor:
-        return sample(
-            pipeline,
-            [trial.prompt for trial in trials],
-            plan.concept if trials[0].strength else None,
-            strength=trials[0].strength,
-            resolution=resolution,
-            seeds=[trial.seed for trial in trials],
-            steps=options.steps,
-            guidance=options.guidance,
-        )
-
     with tqdm(desc="drawing", unit="picture") as bar:
         draw_trials(
             options.output,
             settings,
             plan.everything(),
-            draw,
+            partial(_drawn, options, concepts, pipeline, resolution),
             batch_size=options.batch_size,
             on_progress=progress(bar),
         )
+
+
+def _drawn(
+    options: argparse.Namespace,
+    concepts: Sequence[Concept],
+    pipeline: Any,
+    resolution: int,
+    trials: Sequence[Trial],
+) -> Drawn:
+    from ..host.diffusers.attention import watched_words, watching
+    from ..host.diffusers.lending import text_encoder
+    from ..host.diffusers.sampling import sample
+
+    first = trials[0]
+    taught = concepts if first.strength else ()
+    with ExitStack() as watch:
+        if first.subjects:
+            encoder: Any = text_encoder(pipeline)
+            for concept in taught:
+                encoder = encoder.with_tokens(concept.embeddings())
+            words = watched_words(encoder, first.prompt, [text for _, text in first.subjects])
+            recorder = watch.enter_context(watching(pipeline, words))
+        images = sample(
+            pipeline,
+            [trial.prompt for trial in trials],
+            next(iter(taught), None) if not options.routed else None,
+            strength=first.strength,
+            routes=[Route(one, first.strength) for one in taught] if options.routed else (),
+            resolution=resolution,
+            seeds=[trial.seed for trial in trials],
+            steps=options.steps,
+            guidance=options.guidance,
+        )
+    if not first.subjects:
+        return Drawn(images)
+    return Drawn(images, boxes_of(recorder.maps().between(), [name for name, _ in first.subjects]))

@@ -6,6 +6,7 @@ All features have length 1, so that products are cosines.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,7 @@ class CropScores:
 
     presence: Tensor
     """(concepts,): share of pictures in which the crop is nearer to its own concept than to all
-    others"""
+    others; NaN of a concept without crops, here and below"""
     resemblance: Tensor
     """(concepts,): mean image alignment of a concept's crops to its own references"""
     bleed: Tensor
@@ -52,19 +53,17 @@ class CropScores:
     of a column's, less what those references have to one another anyway; 0 in the diagonal"""
 
 
-def crop_scores(crops: list[Tensor], references: list[Tensor]) -> CropScores:
-    """`crops` has for each concept the features (b, d) of its crop in every picture, `references`
-    those (r, d) of its own pictures.
+def crop_scores(crops: Sequence[Tensor], references: Sequence[Tensor]) -> CropScores:
+    """`crops` has for each concept the features (b, d) of its crops, as many as there are;
+    `references` those (r, d) of its own pictures.
     """
-    to_each = torch.stack(
-        [torch.stack([image_alignment(crop, one) for one in references], -1) for crop in crops]
-    )  # (concepts, pictures, concepts)
-    own = torch.arange(len(crops))
-    presence = (to_each.argmax(-1) == own[:, None]).float().mean(1)
-    means = to_each.mean(1)
+    to_each = [
+        torch.stack([image_alignment(crop, one) for one in references], -1) for crop in crops
+    ]  # of each concept (its crops, concepts)
+    presence = [(one.argmax(-1) == own).float().mean() for own, one in enumerate(to_each)]
+    means = torch.stack([one.mean(0) for one in to_each])
     apart = torch.stack(
         [torch.stack([image_alignment(a, b).mean() for b in references]) for a in references]
     )
-    bleed = means - apart
-    bleed[own, own] = 0
-    return CropScores(presence, means[own, own], bleed)
+    bleed = (means - apart).fill_diagonal_(0)
+    return CropScores(torch.stack(presence), means.diagonal().clone(), bleed)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
-from ..concept.concept import Concept
+from ..concept.concept import Concept, ModifierToken
 from ..concept.errors import ConfigError
 from ..concept.prompts import subject
 from ..concept.weighted_prompts import weighted_parts
@@ -39,6 +41,43 @@ MOST_PROMPTS = 1000
 _SPACES = re.compile(r"\s+")
 
 
+class Taught(Protocol):
+    """What an evaluation asks of a concept, or of several that are drawn together."""
+
+    @property
+    def tokens(self) -> Sequence[ModifierToken]: ...
+    @property
+    def constraint_prompts(self) -> Sequence[str]: ...
+    def describe(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Together:
+    """Concepts that are drawn in one picture, each at its own words (routed)."""
+
+    concepts: tuple[Concept, ...]
+
+    def __post_init__(self) -> None:
+        names = [token.name for token in self.tokens]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ConfigError(
+                f"Two of the concepts have the trigger word {twice}, so nobody could tell which of "
+                f"them a picture should show. Rename one in Load Concept."
+            )
+
+    @property
+    def tokens(self) -> Sequence[ModifierToken]:
+        return tuple(token for concept in self.concepts for token in concept.tokens)
+
+    @property
+    def constraint_prompts(self) -> Sequence[str]:
+        return tuple(prompt for one in self.concepts for prompt in one.constraint_prompts)
+
+    def describe(self) -> str:
+        return ", ".join(concept.describe() for concept in self.concepts)
+
+
 def read_prompts(text: str) -> tuple[str, ...]:
     """A prompt a line, without those that are empty or there twice; ours where there is none."""
     lines = tuple(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
@@ -47,20 +86,32 @@ def read_prompts(text: str) -> tuple[str, ...]:
     return lines or PROMPTS
 
 
-def names_of(concept: Concept) -> list[str]:
+def names_of(concept: Taught) -> list[str]:
     """What it is called in prompts, `<new1> cat`: a name for each of its words, as a rule one."""
     names = [subject(token.name, token.class_noun) for token in concept.tokens]
     return names or [class_of(concept)]
 
 
-def concept_prompt(prompt: str, concept: Concept) -> str:
+def concept_prompt(prompt: str, concept: Taught) -> str:
     """The prompt with the concept in place of `{}`: `<new1> cat`; of several words all of them."""
     if not concept.tokens:
         return plain_prompt(prompt, concept)
     return prompt.replace("{}", " and a ".join(names_of(concept)))
 
 
-def plain_prompt(prompt: str, concept: Concept) -> str:
+def subjects_in(prompt: str, concept: Taught, names: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Of the names, which a prompt has, each with how it is written there: `<new1> cat`, or the
+    trigger word alone.
+    """
+    words = dict(zip(names_of(concept), (token.name for token in concept.tokens), strict=False))
+    found: list[tuple[str, str]] = []
+    for name in names:
+        ways = [text for text in (name, words.get(name, "")) if text and text in prompt]
+        found += [(name, text) for text in ways[:1]]
+    return tuple(found)
+
+
+def plain_prompt(prompt: str, concept: Taught) -> str:
     """The same as the base model can read it: the class noun in place of the concept's word. It is
     also the text that pictures are compared with, once `unweighted`.
     """
@@ -76,7 +127,7 @@ def unweighted(prompt: str) -> str:
     return "".join(text for text, _ in weighted_parts(prompt))
 
 
-def class_of(concept: Concept) -> str:
+def class_of(concept: Taught) -> str:
     """The everyday word; of several words `cat and a dog`; of a concept without a trigger word the
     first prompt that it was taught by.
     """
@@ -90,7 +141,7 @@ def class_of(concept: Concept) -> str:
     return " and a ".join(nouns)
 
 
-def check_prompts(prompts: Sequence[str], concept: Concept) -> list[str]:
+def check_prompts(prompts: Sequence[str], concept: Taught) -> list[str]:
     """What a user should know of them, a sentence each."""
     names = [token.name for token in concept.tokens]
     without = [p for p in prompts if "{}" not in p and not any(name in p for name in names)]

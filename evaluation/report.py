@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from ..pictures.opening import read_picture
 from ..pictures.plot import COLOURS, Axis, Series, line_plot
 from ..pictures.sheet import Row, lay_out
-from .scores import Evaluation, Score, standard_error
+from .alignment import CropScores
+from .scores import Evaluation, Score, cropped, standard_error
 from .trials import BASE, Plan, Trial
 
 _COLUMNS = 8
@@ -25,6 +27,7 @@ def verdict(found: Evaluation) -> list[str]:
     """A sentence or two of the best strength, then what was not measured."""
     best = found.best()
     sentences = [_follows(found, best), *(_looks(found, best, name) for name in best.image)]
+    sentences += _subjects(found, best)
     if best.drift and found.base.drift:
         sentences.append(
             f"The bare class: KID {best.drift.kid:.1f}, of the base model "
@@ -50,6 +53,21 @@ def _looks(found: Evaluation, score: Score, name: str) -> str:
     return f"Nearer to your {name} than the base model's in {nearer} of {len(values)} pictures."
 
 
+def _subjects(found: Evaluation, score: Score) -> Iterator[str]:
+    """Of several in one picture, each by itself: whose it looks most like, and whose it takes."""
+    names = found.plan.subjects
+    if score.crops is None:
+        return
+    for place, name in enumerate(names):
+        presence, bleed = float(score.crops.presence[place]), score.crops.bleed[place]
+        if math.isnan(presence):
+            yield f"No prompt names {name}."
+            continue
+        others = {other: float(bleed[i]) for i, other in enumerate(names) if i != place}
+        taken = ", ".join(f"{value:+.3f} from {other}" for other, value in others.items())
+        yield f"By itself {name} is nearest to your {name} in {presence:.0%} (bleed {taken})."
+
+
 def table(found: Evaluation) -> list[tuple[str, ...]]:
     """A row a strength, below a head; means with their standard errors."""
     names = [name[:_NAME] for name in found.references]
@@ -60,6 +78,8 @@ def table(found: Evaluation) -> list[tuple[str, ...]]:
     for name in names:
         ending = f" to {name}" if several else ""
         head += [f"image alignment{ending}", f"looks like {name if several else 'it'}"]
+    for name in found.plan.subjects:
+        head += [f"{name[:_NAME]} is itself", f"bleeds into {name[:_NAME]}"]
     if found.base.drift:
         head += ["class KID x1000", "class FID x1000"]
     return [tuple(head), *(tuple(_cells(found, score)) for score in found.scores)]
@@ -72,9 +92,20 @@ def _cells(found: Evaluation, score: Score) -> list[str]:
     for name, values in score.image.items():
         looks = found.looks_like(score, name)
         cells += [_mean(values), "" if looks is None else f"{looks} of {len(values)}"]
+    for place in range(len(found.plan.subjects)):
+        cells += ["", ""] if score.crops is None else _crop_cells(score.crops, place)
     if score.drift:
         cells += [f"{score.drift.kid:.2f}", f"{score.drift.fid:.2f}"]
     return cells
+
+
+def _crop_cells(crops: CropScores, place: int) -> list[str]:
+    """How often a subject is itself, and the most that another's looks are in it."""
+    presence = float(crops.presence[place])
+    if math.isnan(presence):
+        return ["", ""]
+    others = [i for i in range(len(crops.bleed)) if i != place]
+    return [f"{presence:.0%}", f"{float(crops.bleed[place, others].max()):+.3f}"]
 
 
 def _mean(values: Tensor) -> str:
@@ -109,10 +140,30 @@ def _score_json(found: Evaluation, score: Score) -> dict[str, Any]:
         "text_alignment": None if score.text is None else float(score.text.mean()),
         "image_alignment": {n: float(values.mean()) for n, values in score.image.items()},
         "looks_like": {name: found.looks_like(score, name) for name in score.image},
+        "subjects": _crops_json(found.plan.subjects, score.crops),
         "class_kid_x1000": score.drift and score.drift.kid,
         "class_fid_x1000": score.drift and score.drift.fid,
         "pictures": pictures,
     }
+
+
+def _crops_json(names: Sequence[str], crops: CropScores | None) -> dict[str, Any] | None:
+    if crops is None:
+        return None
+    return {
+        name: {
+            "presence": _number(crops.presence[place]),
+            "resemblance": _number(crops.resemblance[place]),
+            "bleed": {
+                other: _number(crops.bleed[place, i]) for i, other in enumerate(names) if i != place
+            },
+        }
+        for place, name in enumerate(names)
+    }
+
+
+def _number(value: Tensor) -> float | None:
+    return None if value.isnan() else float(value)
 
 
 def alignment_plot(found: Evaluation) -> Image.Image:
@@ -153,6 +204,14 @@ def sheet(
         pictures = [read_picture(trial.path(folder)) for trial in trials]
         captions = [trial.prompt for trial in trials]
         rows.append(Row(title, words.get(strength, ""), pictures, captions))
+        for name in plan.subjects:
+            shown = [trial for trial in trials if name in dict(trial.subjects)]
+            crops = [
+                cropped(picture, trial.boxes(folder)[name])
+                for picture, trial in zip(pictures, trials, strict=True)
+                if trial in shown
+            ]
+            rows.append(Row(name[:_NAME], "where the prompt's\nword looks", crops))
     return lay_out([row for row in rows if row.images], tile, label=190)
 
 

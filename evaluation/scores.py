@@ -5,7 +5,7 @@ become of the bare class.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +14,17 @@ from torch import Tensor
 
 from ..concept.errors import DataError
 from ..pictures.opening import read_picture
-from .alignment import image_alignment, self_alignment, text_alignment
+from .alignment import (
+    CropScores,
+    crop_scores,
+    image_alignment,
+    self_alignment,
+    text_alignment,
+)
 from .distances import Moments, frechet_distance, kernel_distance
 from .features import Judge, picture_features, text_features
 from .prompts import plain_prompt, unweighted
-from .trials import BASE, Plan, Trial
+from .trials import BASE, Box, Plan, Trial
 
 AS_BEFORE = 0.95
 """Share of the base model's text alignment from which on prompts are called followed as before. In
@@ -46,6 +52,9 @@ class Score:
     text: Tensor | None = None
     """Text alignment (n,); None where the judge reads no text"""
     drift: ClassDrift | None = None
+    crops: CropScores | None = None
+    """Of each subject by itself, in the order of `Plan.subjects`; None where none were looked for,
+    and of the base model"""
 
 
 @dataclass(frozen=True)
@@ -87,15 +96,19 @@ class Evaluation:
 
     def best(self) -> Score:
         """The strength that looks most like the concept, of those that follow prompts as before,
-        if any does.
+        if any does. Of several subjects the one that is worst off counts: first in how many of its
+        crops it is itself, then how much they look like it.
         """
         taught = self.scores[1:]
         faithful = [score for score in taught if self.follows_as_before(score) is not False]
-        return max(faithful or taught, key=lambda score: min(_means(score)))
+        return max(faithful or taught, key=_likeness)
 
 
-def _means(score: Score) -> list[float]:
-    return [float(values.mean()) for values in score.image.values()]
+def _likeness(score: Score) -> tuple[float, float]:
+    if score.crops is None:
+        return 0.0, min(float(values.mean()) for values in score.image.values())
+    presence, resemblance = score.crops.presence, score.crops.resemblance
+    return float(presence.nan_to_num().min()), float(resemblance.nan_to_num().min())
 
 
 def standard_error(values: Tensor) -> float:
@@ -110,13 +123,17 @@ def measure(
     references: Mapping[str, Iterable[Image.Image]],
     class_pictures: Iterable[Image.Image] = (),
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    reference_crops: Mapping[str, Iterable[Image.Image]] | None = None,
 ) -> Evaluation:
     """Scores the pictures that `draw_trials` left in `folder`. Pictures are opened one batch at a
     time, so that their number does not matter; `references` are the user's, by what they show.
+    With subjects in the plan crops of each are compared with all: with `reference_crops`, or with
+    the references where there are none.
 
     Raises DataError where there is no reference, or features are not finite.
     """
-    total, done = len(plan.everything()), 0
+    shots = plan.everything()
+    total, done = len(shots) + sum(len(trial.subjects) for trial in shots), 0
 
     def one_more() -> None:
         nonlocal done
@@ -137,6 +154,21 @@ def measure(
         pictures = (read_picture(trial.path(folder)) for trial in trials)
         return picture_features(judge, pictures, one_more)
 
+    alone = known
+    if plan.subjects and reference_crops:
+        alone = {name: picture_features(judge, seen) for name, seen in reference_crops.items()}
+
+    def look_closer(trials: Sequence[Trial]) -> CropScores | None:
+        if not any(trial.subjects for trial in trials):
+            return None
+        crops = [
+            picture_features(judge, _crops(trials, name, folder), one_more)
+            for name in plan.subjects
+        ]
+        width = max(one.shape[1] for one in crops)
+        crops = [one if len(one) else one.new_zeros(0, width) for one in crops]
+        return crop_scores(crops, [alone[name] for name in plan.subjects])
+
     scores = []
     for strength in (BASE, *plan.strengths):
         seen = look(plan.trials(strength))
@@ -147,12 +179,34 @@ def measure(
                 {name: image_alignment(seen, features) for name, features in known.items()},
                 None if repeated is None else text_alignment(seen, repeated),
                 class_drift(look(plan.class_trials(strength)), real),
+                look_closer(plan.trials(strength)),
             )
         )
     own = {name: float(self_alignment(features).mean()) for name, features in known.items()}
     counts = {name: len(features) for name, features in known.items()}
     remarks = (*judge.remarks, *_remarks(counts, len(real)))
     return Evaluation(plan, judge.name, counts, own, tuple(scores), remarks)
+
+
+def _crops(trials: Sequence[Trial], name: str, folder: Path) -> Iterator[Image.Image]:
+    """Of each picture that shows the subject, where it is."""
+    for trial in trials:
+        if name not in dict(trial.subjects):
+            continue
+        box = trial.boxes(folder).get(name)
+        if box is None:
+            raise DataError(
+                f"{trial.boxes_path(folder)} does not say where {name} is. Delete it, and evaluate "
+                f"again: the picture is drawn anew."
+            )
+        yield cropped(read_picture(trial.path(folder)), box)
+
+
+def cropped(picture: Image.Image, box: Box) -> Image.Image:
+    """A part of a picture, in shares of its edges."""
+    edges = (picture.width, picture.height, picture.width, picture.height)
+    left, top, right, bottom = (share * edge for share, edge in zip(box, edges, strict=True))
+    return picture.crop((int(left), int(top), math.ceil(right), math.ceil(bottom)))
 
 
 def class_drift(drawn: Tensor, real: Tensor) -> ClassDrift | None:

@@ -6,11 +6,11 @@ from comfy_api.latest import io
 
 from ..evaluation.prompts import PROMPTS
 from ..host.comfyui.drawing import Sampling
-from ..host.comfyui.evaluation import evaluate
+from ..host.comfyui.evaluation import APPLIED, ROUTED, evaluate
 from ..host.comfyui.inputs import folder_fingerprint
 from ..host.comfyui.paths import NO_FOLDER, input_folders
 from .sampling_inputs import sampling_inputs
-from .types import CATEGORY, Concept, told
+from .types import CATEGORY, MOST_CONCEPTS, Concept, TrainingConcept, told
 
 
 class EvaluateConcept(io.ComfyNode):
@@ -100,6 +100,44 @@ class EvaluateConcept(io.ComfyNode):
                     tooltip="The text half of the same CLIP as clip_vision, from Load CLIP "
                     "(clip_l.safetensors for ViT-L/14), to measure how prompts are followed.",
                 ),
+                io.Combo.Input(
+                    "use",
+                    options=[APPLIED, ROUTED],
+                    default=APPLIED,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How the concept acts: added to the weights as by Apply Concept, or at "
+                    "its own words alone as by Route Concepts. Choose how you draw with it.",
+                ),
+                io.Autogrow.Input(
+                    "more_concepts",
+                    template=io.Autogrow.TemplatePrefix(
+                        Concept.Input(
+                            "more_concept",
+                            tooltip="Another concept in the same pictures. Set use to routed.",
+                        ),
+                        prefix="more_concept",
+                        min=0,
+                        max=MOST_CONCEPTS - 1,
+                    ),
+                    tooltip="Concepts to draw in the same pictures, each at its own words.",
+                ),
+                io.Autogrow.Input(
+                    "subjects",
+                    template=io.Autogrow.TemplatePrefix(
+                        TrainingConcept.Input(
+                            "subject",
+                            tooltip="A Custom Diffusion Concept with reference pictures and the "
+                            "trigger word that they belong to.",
+                        ),
+                        prefix="subject",
+                        min=0,
+                        max=MOST_CONCEPTS,
+                    ),
+                    tooltip="References of each trigger word of a merge or of several concepts, "
+                    "instead of one folder. With two or more each subject is looked for in the "
+                    "pictures and compared with all.",
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="report"),
@@ -125,12 +163,30 @@ class EvaluateConcept(io.ComfyNode):
         scheduler: str,
         resolution: int,
         references: Any = None,
+        use: str = APPLIED,
+        more_concepts: Any = None,
+        subjects: Any = None,
         **settings: Any,
     ) -> io.NodeOutput:
         sampling = Sampling(steps, cfg, sampler_name, scheduler, resolution)
-        found = evaluate(model, clip, vae, concept, sampling, references=references, **settings)
+        found = evaluate(
+            model,
+            clip,
+            vae,
+            [concept, *_connected(more_concepts)],
+            sampling,
+            routed=use == ROUTED,
+            subjects=_connected(subjects),
+            references=references,
+            **settings,
+        )
         shown = told(*found.lines, warnings=found.warnings, table=found.table)
         return io.NodeOutput(shown["text"][0], found.plot, found.sheet, ui=shown)
+
+
+def _connected(sockets: Any) -> list[Any]:
+    """What is in those of an Autogrow input."""
+    return [one for one in (sockets or {}).values() if one is not None]
 
 
 NODES = [EvaluateConcept]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from custom_diffusion.composition.routing import Route
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import (
     ConfigError,
@@ -18,10 +20,13 @@ from custom_diffusion.concept.errors import (
     IncompatibleModelError,
 )
 from custom_diffusion.concept.file import write_concept
+from custom_diffusion.pictures.tensors import to_picture, to_tensor
+from custom_diffusion.trainer.data.captioned import CaptionedImage
+from custom_diffusion.trainer.data.training_concept import TrainingConcept
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.comfy_server import ComfyPromptError, ComfyServer
-from support.graphs import Graph, draw, draw_pictures, node
+from support.graphs import Graph, draw, draw_pictures, node, teach
 from support.made_concepts import made_concept
 
 LAYER = "input_blocks.1.1.transformer_blocks.0.attn2.to_k"
@@ -101,6 +106,20 @@ def test_its_pictures_are_those_of_ksampler_and_it_says_which_judge_to_get(
         (image,) = bench.images(bench.run(wanted), "image")
         own = np.asarray(Image.open(path)).astype(int)
         assert np.abs(own - image.astype(int)).max() <= 1
+
+
+def test_concepts_that_are_routed_together_and_their_references_are_sockets(
+    bench: ComfyServer,
+) -> None:
+    graph = evaluated(reference_folder="none", use="routed")
+    graph["dog"] = node("LoadConcept", concept_name="dog.safetensors", rename_token="")
+    for number, (key, noun, token) in enumerate((("a", "cat", "<new1>"), ("b", "dog", "<new2>"))):
+        graph[key] = teach(key, "mine", noun, token)[f"{key}-data"]
+        graph["evaluated"]["inputs"][f"subjects.subject{number}"] = [key, 0]
+    graph["evaluated"]["inputs"]["more_concepts.more_concept0"] = ["dog", 0]
+    bench.run(graph)
+    (folder,) = {path.parents[1].name for path in drawn(bench, "1") if "dog" in str(path)}
+    assert folder.startswith("new1--cat-and--new2--dog-")
 
 
 def test_interrupted_it_keeps_what_is_drawn_and_goes_on(bench: ComfyServer) -> None:
@@ -203,8 +222,10 @@ def evaluate(sd15: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
 
     monkeypatch.setattr(evaluation, "evaluation_folder", lambda: tmp_path)
 
-    def run(**changes: Any) -> Any:
+    def run(concepts: Sequence[Concept] = (cat(),), **changes: Any) -> Any:
         settings = {
+            "routed": False,
+            "subjects": (),
             "references": torch.rand(2, 48, 40, 3, generator=torch.Generator().manual_seed(0)),
             "reference_folder": "none",
             "class_folder": "none",
@@ -217,7 +238,8 @@ def evaluate(sd15: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
         }
         sampling = Sampling(1, 1.0, "euler", "normal", 64)
         with torch.inference_mode():
-            return evaluation.evaluate(sd15.model, sd15.clip, sd15.vae, cat(), sampling, **settings)
+            models = (sd15.model, sd15.clip, sd15.vae)
+            return evaluation.evaluate(*models, concepts, sampling, **settings)
 
     return run
 
@@ -282,3 +304,85 @@ def test_a_broken_judge_and_one_reference_are_told(
         evaluate(reference_folder="mine")
     with pytest.raises(ConfigError, match="no numbers"):
         evaluate(strengths="a")
+
+
+def with_references(noun: str, token: str, *images: torch.Tensor) -> TrainingConcept:
+    """Each picture counts in its left upper quarter."""
+    masked = []
+    for image in images:
+        mask = Image.new("L", (image.shape[1], image.shape[0]))
+        mask.paste(255, (0, 0, mask.width // 2, mask.height // 2))
+        masked.append(CaptionedImage(to_picture(image), f"a {token} {noun}", mask))
+    return TrainingConcept(tuple(masked), noun, token)
+
+
+def test_routed_concepts_are_drawn_as_routed_and_each_subject_is_compared(
+    evaluate: Callable[..., Any], vision: Callable[[int], Any], sd15: Any
+) -> None:
+    from custom_diffusion.host.comfyui.drawing import Sampling, conditioning
+    from custom_diffusion.host.comfyui.routing import route_concepts
+
+    draw = torch.Generator().manual_seed(3)
+    cats, dogs = (torch.rand(2, 40, 48, 3, generator=draw).mul(255).round().div(255) for _ in "ab")
+    subjects = (
+        with_references("dog", "<new2>", *dogs),
+        with_references("cat", "<new1>", *cats),
+    )
+    eyes = vision(64)
+    settings = {"references": None, "subjects": subjects, "routed": True, "clip_vision": eyes}
+    found = evaluate((cat(), dog()), **settings, prompts="a {}", pictures_per_prompt=2)
+    scores = json.loads((found.folder / "scores.json").read_text())
+    assert list(scores["references"]) == ["<new1> cat", "<new2> dog"]
+    ours = scores["strengths"][1]["subjects"]
+    (first, _) = paths = sorted(found.folder.glob("strength-1/*.png"))
+
+    prompt = "a <new1> cat and a <new2> dog"
+    routes = [Route(cat()), Route(dog())]
+    with torch.inference_mode():
+        model, clip, _ = route_concepts(sd15.model, sd15.clip, routes)
+        positive, negative = (conditioning(clip, text) for text in (prompt, ""))
+        sampling = Sampling(1, 1.0, "euler", "normal", 64)
+        noise = comfy_noise(sampling, 0)
+        image = sampling.draw(model, sd15.vae, positive, negative, noise, 0)[0]
+    drawn = np.asarray(Image.open(first)).astype(int)
+    assert np.abs(drawn - np.asarray(to_picture(image)).astype(int)).max() <= 1
+
+    def look(pictures: Sequence[Image.Image]) -> torch.Tensor:
+        with torch.inference_mode():
+            seen = [eyes.encode_image(to_tensor(one)[None])["image_embeds"] for one in pictures]
+        return unit(torch.cat(seen))
+
+    sets = {"<new1> cat": cats, "<new2> dog": dogs}
+    known = {name: look([quarter(one) for one in images]) for name, images in sets.items()}
+    for name in known:
+        crops = []
+        for path in paths:
+            picture = Image.open(path).convert("RGB")
+            left, top, right, bottom = json.loads(path.with_suffix(".json").read_text())[name]
+            corner = (int(left * 64), int(top * 64))
+            crops.append(picture.crop((*corner, math.ceil(right * 64), math.ceil(bottom * 64))))
+        wanted = float((look(crops) @ known[name].T).mean())
+        assert ours[name]["resemblance"] == pytest.approx(wanted, abs=1e-3)
+    assert any("bleeds into <new1> cat" in cell for cell in found.table[0])
+    assert "By itself <new1> cat is nearest to" in found.lines[0]
+
+    with pytest.raises(ConfigError, match="Set use to 'routed'"):
+        evaluate((cat(), dog()), **{**settings, "routed": False})
+    with pytest.raises(DataError, match="belong to no trigger word"):
+        evaluate((cat(),), **settings)
+    with pytest.raises(DataError, match="References were given twice"):
+        evaluate((cat(), dog()), **{**settings, "reference_folder": "mine"})
+    with pytest.raises(DataError, match="Two sets of references"):
+        evaluate((cat(), dog()), **{**settings, "subjects": subjects[:1] * 2})
+    one = evaluate((cat(), dog()), **{**settings, "subjects": subjects[:1]}, prompts="a {}")
+    assert any("Without references, so not compared: <new1> cat" in word for word in one.warnings)
+
+
+def quarter(image: torch.Tensor) -> Image.Image:
+    return to_picture(image[: image.shape[0] // 2, : image.shape[1] // 2])
+
+
+def comfy_noise(sampling: Any, seed: int) -> torch.Tensor:
+    import comfy.sample
+
+    return comfy.sample.prepare_noise(sampling.empty(1), seed)

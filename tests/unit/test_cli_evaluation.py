@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from custom_diffusion.cli import INTERRUPTED, main
+from custom_diffusion.composition.routing import Route
 from custom_diffusion.concept.file import write_concept
 from custom_diffusion.evaluation import trials
 from custom_diffusion.evaluation.scores import measure
 from custom_diffusion.evaluation.trials import Plan, draw_trials
+from custom_diffusion.host.diffusers.sampling import sample
 from custom_diffusion.miniature.concepts import concept_pictures
 from custom_diffusion.miniature.features import miniature_judge
 from custom_diffusion.miniature.laboratory import Laboratory, pair_of_subjects
@@ -70,6 +73,36 @@ def test_figures_pictures_and_a_verdict(folder: Path, capsys: pytest.CaptureFixt
     assert len(list(whole.glob("strength-*/*.png"))) == 4 + 2 * 4 + 3 * 3 - 2
     for name in ("sheet.png", "plot.png"):
         Image.open(whole / name).verify()
+
+
+def test_concepts_are_routed_and_each_subject_is_compared(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = tiny_pipeline()
+    concepts = [
+        concept_for(pipeline, "<new1>", "cat", 0),
+        concept_for(pipeline, "<new2>", "dog", 1),
+    ]
+    write_concept(concepts[1], folder / "dog.safetensors")
+    both = ["--concept", str(folder / "cat.safetensors"), str(folder / "dog.safetensors")]
+    sets = ["--references", str(folder / "mine"), str(folder / "cats")]
+    assert evaluate(folder, "together", *both, *sets) == 1
+    assert "Add --routed" in capsys.readouterr().err
+    assert evaluate(folder, "together", *both, *sets, "--routed") == 0
+    said = capsys.readouterr().out
+    assert "<new1> cat is itself" in said and "By itself <new2> dog is nearest to your" in said
+    scores = json.loads((folder / "together" / "scores.json").read_text())
+    base, taught = scores["strengths"]
+    assert base["subjects"] is None
+    assert set(taught["subjects"]["<new1> cat"]["bleed"]) == {"<new2> dog"}
+    prompt = "photo of a <new1> cat and a <new2> dog"
+    routes = [Route(one) for one in concepts]
+    drawn = sample(pipeline, [prompt], routes=routes, resolution=64, seeds=[1], steps=2)
+    (shot,) = (one for one in taught["pictures"] if (one["prompt"], one["seed"]) == (prompt, 1))
+    assert shot
+    trial = trials.Trial(prompt, 1, 1.0)
+    kept = np.asarray(Image.open(trial.path(folder / "together"))).astype(int)
+    assert np.abs(kept - np.asarray(to_picture(drawn[0])).astype(int)).max() <= 1
 
 
 def test_interrupted_it_resumes_and_the_scores_are_those_of_one_go(
@@ -150,13 +183,12 @@ def test_what_the_miniature_has_learnt_scores_higher_than_the_base_model(tmp_pat
     concept = laboratory.teach([subject], replace(CONFIG, steps=150))
     plan = Plan(concept, ("photo of a {}", "a {} on snow", "photo of a {} at night"), (0, 1))
 
-    def draw(shots: list[trials.Trial]) -> torch.Tensor:
+    def draw(shots: Sequence[trials.Trial]) -> trials.Drawn:
         taught = concept if shots[0].strength else None
         drawn = laboratory.draw([shot.prompt for shot in shots], taught, shots[0].seed)
-        return drawn.permute(0, 2, 3, 1)
+        return trials.Drawn(drawn.permute(0, 2, 3, 1))
 
-    drawing: Callable[..., torch.Tensor] = draw
-    draw_trials(tmp_path, {}, plan.everything(), drawing)
+    draw_trials(tmp_path, {}, plan.everything(), draw)
     pictures = [to_picture(one) for one in to_hwc(concept_pictures(subject.look, 6, seed=99))]
     found = measure(plan, tmp_path, miniature_judge(), {subject.words: pictures})
     base, taught = found.scores

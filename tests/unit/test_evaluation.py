@@ -26,6 +26,7 @@ from custom_diffusion.evaluation.report import alignment_plot, as_json, sheet, t
 from custom_diffusion.evaluation.scores import Evaluation, Score, measure
 from custom_diffusion.evaluation.trials import (
     BASE,
+    Drawn,
     Plan,
     Trial,
     concept_fingerprint,
@@ -47,12 +48,12 @@ class Painter:
         self.drawn: list[Trial] = []
         self._stop_after = stop_after
 
-    def __call__(self, trials: Sequence[Trial]) -> Tensor:
+    def __call__(self, trials: Sequence[Trial]) -> Drawn:
         if len(self.drawn) >= self._stop_after:
             raise KeyboardInterrupt
         assert len({(trial.prompt, trial.strength) for trial in trials}) == 1
         self.drawn += trials
-        return torch.stack([self._picture(trial) for trial in trials])
+        return Drawn(torch.stack([self._picture(trial) for trial in trials]))
 
     def _picture(self, trial: Trial) -> Tensor:
         green = 0.5 - 0.4 * min(trial.strength, 1)

@@ -25,6 +25,11 @@ class Picture:
     mask: Image.Image | None = None
     """Of the same size, in shades: the whiter, the more; None where all of it counts."""
 
+    def subject(self) -> Image.Image:
+        """As far as the mask reaches; all of it without one."""
+        box = self.mask.getbbox() if self.mask else None
+        return self.image.crop(box) if box else self.image
+
 
 @dataclass(frozen=True)
 class CaptionedImage:
