@@ -187,7 +187,7 @@ class ComfyServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                preexec_fn=None if os.name == "nt" else _begin,
+                preexec_fn=None if os.name == "nt" else _restore_interrupt,
             )
         try:
             self._await_ready()
@@ -343,12 +343,9 @@ class ComfyServer:
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def _begin() -> None:
-    """Undo an inherited "ignore": a job started in the background would never see Ctrl-C. And let
-    others go first: a training goes on while a test looks at something else.
-    """
+def _restore_interrupt() -> None:
+    """Undo an inherited "ignore": a job started in the background would never see Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.nice(5)
 
 
 def _free_port() -> int:
