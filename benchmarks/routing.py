@@ -17,7 +17,8 @@ import torch
 from _measure import interleaved, options, peak_memory_gib, write_json
 from custom_diffusion.attention.maps import AttentionRecorder, WatchedWord
 from custom_diffusion.composition.features import mark
-from custom_diffusion.composition.regions import box, shared
+from custom_diffusion.composition.masks import box
+from custom_diffusion.composition.places import Places
 from custom_diffusion.composition.routing import Route
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.delta import LowRankDelta
@@ -118,14 +119,14 @@ def main() -> None:
     family = FAMILIES[arguments.family]
     model = random_model(family.name, torch.bfloat16 if arguments.bfloat16 else torch.float32)
     from custom_diffusion.host.comfyui.attention import WATCHED, Watch
-    from custom_diffusion.host.comfyui.regions import REGIONS, RegionalRouting
+    from custom_diffusion.host.comfyui.regions import REGIONS, RegionalRouting, Said
     from custom_diffusion.host.comfyui.routing import Routing
 
     routes = [Route(random_concept(model, family.name, n)) for n in ROWS]
     strips = [
         box(n / arguments.regions, 0, 1 / arguments.regions, 1) for n in range(arguments.regions)
     ]
-    routing = RegionalRouting(routes, shared(strips)) if strips else Routing(routes)
+    routing = RegionalRouting(routes, Places(strips)) if strips else Routing(routes)
     routed = routing.on(model)
     features = torch.randn(1, 77, family.context_width)
     own = {}
@@ -133,7 +134,7 @@ def main() -> None:
         own[key] = torch.zeros_like(features)
         own[key][:, list(rows)] = features[:, list(rows)]
     for key in list(own)[: len(strips)]:
-        routing.say("", mark(features.clone(), {key: own[key]}), key)
+        routing.say(Said("", mark(features.clone(), {key: own[key]}), None, key))
     positive, more = mark(features.clone(), own), {REGIONS: routing.key} if strips else {}
     what = f"a route with {len(strips)} regions"
     if arguments.watch:

@@ -4,9 +4,10 @@
 
 A is cross-attention, K and V the keys and values of the prompt for the whole picture, K_r and V_r
 those of region r's own prompt with its own concept at its own words (`routing.py`), and s_r how
-much of a place is region r's. Places read their own words only, so what stands in one region cannot
-take looks from another's words (after attention couple and Mix-of-Show's regional sampling, Gu et
-al., NeurIPS 2023). Nothing is merged. A place outside a region is not computed for it.
+much of a place is region r's (`places.py`). Places read their own words only, so what stands in one
+region cannot take looks from another's words (after attention couple and Mix-of-Show's regional
+sampling, Gu et al., NeurIPS 2023). Nothing is merged. A place outside a region is not computed for
+it.
 """
 
 from __future__ import annotations
@@ -14,24 +15,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..concept.concept import ModifierToken
-from ..concept.errors import CustomDiffusionError
 from ..diffusion.levels import level_of
+from .places import Places
 from .routing import Route, Router
 
 Attend = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Any]], Tensor]
 """(module, x (b, p, c), context (b, n, d), the call's other arguments) → (b, p, c)"""
-
-
-class RegionError(CustomDiffusionError):
-    """A region that cannot be drawn."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +36,12 @@ class Region:
 
     prompt: str
     """Empty for that of the whole picture"""
-    mask: Tensor
-    """(h, w) of any size in 0..1, over the whole picture"""
+    mask: Tensor | None
+    """(h, w) of any size in 0..1, over the whole picture; None to find it while drawing"""
     route: Route | None = None
     """Its concept, which alone acts in it"""
+    feather: float = 0.0
+    """How far the edge of a place that is found fades, as `feathered` counts"""
 
 
 def said_in(region: Region, whole: str, regions: Sequence[Region]) -> str:
@@ -63,108 +61,33 @@ def _tokens(region: Region) -> Sequence[ModifierToken]:
     return region.route.concept.tokens if region.route is not None else ()
 
 
-def box(left: float, top: float, width: float, height: float, edge: int = 512) -> Tensor:
-    """A mask (edge, edge) of the part of a picture that lies in a box; all in shares of it.
-
-    Edges between two pixels count partly. Raises RegionError for a box without a part in it.
-    """
-    x, y = (
-        (
-            torch.arange(1, edge + 1).clamp(max=(begin + size) * edge)
-            - torch.arange(edge).clamp(min=begin * edge)
-        ).clamp(0, 1)
-        for begin, size in ((left, width), (top, height))
-    )
-    mask = y[:, None] * x[None, :]
-    if not mask.any():
-        raise RegionError(
-            f"The box at {left:g}, {top:g}, {width:g} wide and {height:g} high, has no part in the "
-            "picture. All four are shares of the picture: 0.5 is the middle, a half."
-        )
-    return mask
-
-
-def single_mask(masks: Tensor) -> Tensor:
-    """The mask (h, w) of a batch of one (1, h, w), or of a mask alone.
-
-    Raises RegionError for several, and for an empty one.
-    """
-    mask = masks.reshape(-1, *masks.shape[-2:]).float()
-    if len(mask) != 1:
-        raise RegionError(
-            f"{len(mask)} masks were given for one region; one is needed. Choose one of them, or "
-            "make a region of each."
-        )
-    return _checked(mask[0], "of a region")
-
-
-def feathered(mask: Tensor, feather: float) -> Tensor:
-    """A mask (h, w) whose edge fades over `feather` of the shorter side of the picture."""
-    radius = round(feather * min(mask.shape) / 2)
-    if radius < 1:
-        return mask
-    soft = mask[None, None]
-    for _ in range(2):  # twice a mean: the edge fades without corners
-        soft = F.pad(soft, (radius,) * 4, mode="replicate")
-        soft = F.avg_pool2d(soft, 2 * radius + 1, stride=1)
-    return soft[0, 0]
-
-
-def shared(masks: Sequence[Tensor], edge: int = 512) -> Tensor:
-    """Shares (r, edge, edge) of masks of any size; where they overlap, each gives way alike.
-
-    Raises RegionError for an empty one, or numbers out of 0..1.
-    """
-    checked = [_checked(mask, f"of region {number}") for number, mask in enumerate(masks, 1)]
-    resized = [_resized(mask[None].float(), edge, edge) for mask in checked]
-    square = torch.cat([torch.zeros(0, edge, edge), *resized])
-    return square / square.sum(0).clamp(min=1)
-
-
-def _checked(mask: Tensor, of_what: str) -> Tensor:
-    if not mask.isfinite().all() or mask.min() < 0 or mask.max() > 1:
-        raise RegionError(f"The mask {of_what} has numbers outside of 0 to 1.")
-    if not mask.any():
-        raise RegionError(
-            f"The mask {of_what} is empty: nothing would be drawn there. Paint it, or leave the "
-            "region out."
-        )
-    return mask
-
-
 @dataclass
 class RegionPrompts:
-    """What the regions of one picture say, and where they are."""
+    """What the regions of one prompt say, and where they are in its pictures."""
 
     contexts: Sequence[Tensor]
     """Text features (n, d) of each region's prompt"""
-    shares: Tensor
-    """(r, h, w), as `shared` makes them"""
+    places: Places
     index: Sequence[Tensor]
     """Numbers (n,) of each prompt's rows for the router"""
-    _at: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    columns: Sequence[Sequence[int]] = ()
+    """Of each region that is sought: the rows of the whole prompt that are its concept's words"""
+    pooled: Sequence[Tensor | None] = ()
+    """Of each region's prompt (d',), where the network reads it"""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> RegionPrompts:
         """Features in `dtype`; the rest keeps its own."""
-        return RegionPrompts(
-            [context.to(device, dtype) for context in self.contexts],
-            self.shares.to(device),
-            [index.to(device) for index in self.index],
+        self.places.to(device)
+        return replace(
+            self,
+            contexts=[context.to(device, dtype) for context in self.contexts],
+            index=[index.to(device) for index in self.index],
         )
-
-    def at(self, height: int, width: int) -> list[tuple[Tensor, Tensor]]:
-        """Of each region the places (p,) of a grid, row by row, at which it counts, and its shares
-        (p,) there.
-        """
-        if (height, width) not in self._at:
-            flat = _resized(self.shares, height, width).flatten(1)
-            places = [share.nonzero()[:, 0] for share in flat]
-            self._at[height, width] = [(p, s[p]) for p, s in zip(places, flat, strict=True)]
-        return self._at[height, width]
 
 
 class RegionalAttention:
-    """Mixes the regions' prompts into what cross-attention puts out, by forward hooks.
+    """Mixes the regions' prompts into what cross-attention puts out, by forward hooks, and watches
+    the words of regions whose place is sought.
 
     While `chosen` is empty, attention is as it is.
     """
@@ -178,6 +101,11 @@ class RegionalAttention:
         self.size = (0, 0)
         """Height and width of the latents"""
 
+    def settle(self, progress: float) -> None:
+        """Before a prediction: places of which enough was seen are found. 0 is the first step."""
+        for regions in self.sets:
+            regions.places.settle(progress)
+
     def hook(
         self, module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any], output: Tensor
     ) -> Tensor:
@@ -190,17 +118,51 @@ class RegionalAttention:
             rows = [b for b, chosen in enumerate(self.chosen) if chosen == number]
             if not rows:
                 continue
-            queries = args[0][rows]
-            for place, (places, share) in enumerate(regions.at(*grid)):
-                if not len(places):
-                    continue  # too small for this level
-                context = regions.contexts[place].expand(len(rows), -1, -1)
-                with self._rows(regions, place, len(rows)):
-                    own = self.attend(module, queries[:, places], context, named)
-                more = share.to(output)[:, None] * (own - output[rows][:, places])
-                for row, change in zip(rows, more, strict=True):
-                    mixed[row, places] += change
+            if regions.places.seeks:
+                self._watch(module, regions, args[0], named, rows, grid)
+            parts = regions.places.at(*grid)
+            # Pictures that have their places each for itself stand in the order of the batch.
+            alike = [rows] if len(parts) == 1 else [[row] for row in rows]
+            for picture, same in enumerate(alike):
+                self._mix(module, regions, parts[picture % len(parts)], args[0], named, same, mixed)
         return mixed
+
+    def _mix(
+        self,
+        module: nn.Module,
+        regions: RegionPrompts,
+        parts: Sequence[tuple[Tensor, Tensor]],
+        x: Tensor,
+        named: Mapping[str, Any],
+        rows: Sequence[int],
+        mixed: Tensor,
+    ) -> None:
+        """Adds to `mixed` (b, p, c), which has the whole prompt, what the regions say at these
+        places of pictures that have the same.
+        """
+        queries, whole = x[rows], mixed[rows]
+        for place, (places, share) in enumerate(parts):
+            if not len(places):
+                continue  # too small for this level, or not found yet
+            context = regions.contexts[place].expand(len(rows), -1, -1)
+            with self._rows(regions, place, len(rows)):
+                own = self.attend(module, queries[:, places], context, named)
+            more = share.to(mixed)[:, None] * (own - whole[:, places])
+            for row, change in zip(rows, more, strict=True):
+                mixed[row, places] += change
+
+    def _watch(
+        self,
+        module: Any,
+        regions: RegionPrompts,
+        x: Tensor,
+        named: Mapping[str, Any],
+        rows: Sequence[int],
+        grid: tuple[int, int],
+    ) -> None:
+        context = named.get("context", named.get("encoder_hidden_states"))
+        keys = module.to_k(context)[rows]  # of all: routes are added by place in the batch
+        regions.places.record(module, module.to_q(x[rows]), keys, regions.columns, grid)
 
     @contextmanager
     def _rows(self, regions: RegionPrompts, place: int, count: int) -> Iterator[None]:
@@ -211,8 +173,3 @@ class RegionalAttention:
             yield
         finally:
             self.router.index = whole
-
-
-def _resized(masks: Tensor, height: int, width: int) -> Tensor:
-    """(r, h, w) as means of what each cell covers."""
-    return F.adaptive_avg_pool2d(masks[None], (height, width))[0]

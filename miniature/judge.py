@@ -117,16 +117,19 @@ def bleeds(seen: Seen, looks: Sequence[Look]) -> Tensor:
 
     Objects of the looks' shapes only; looks of a pair have no colour in common.
     """
-    results = []
-    for look in looks:
-        shape = SHAPES.index(look.shape)
-        own = _nearest(seen, shape, [look.color, look.second_color])
-        others = [c for x in looks if x is not look for c in (x.color, x.second_color)]
-        patterned = seen.pattern[:, shape, PATTERNS.index("plain")] < 0.5
-        visible = torch.stack([torch.ones_like(patterned), patterned], 1)
-        worn = ((_nearest(seen, shape, others) < own) & visible).any(1)
-        results.append(worn & (seen.presence[:, shape] > 0.5))
-    return torch.stack(results).any(0)
+    return torch.stack(
+        [wears_another(seen, look, [x for x in looks if x is not look]) for look in looks]
+    ).any(0)
+
+
+def wears_another(seen: Seen, look: Look, others: Sequence[Look]) -> Tensor:
+    """Whether the object of the look's shape (b,) has a colour nearer to others' than its own."""
+    shape = SHAPES.index(look.shape)
+    own = _nearest(seen, shape, [look.color, look.second_color])
+    foreign = _nearest(seen, shape, [c for x in others for c in (x.color, x.second_color)])
+    patterned = seen.pattern[:, shape, PATTERNS.index("plain")] < 0.5
+    visible = torch.stack([torch.ones_like(patterned), patterned], 1)
+    return ((foreign < own) & visible).any(1) & (seen.presence[:, shape] > 0.5)
 
 
 def kernel_distance(features: Tensor, reference: Tensor) -> float:

@@ -42,7 +42,7 @@ from .model import GUIDANCE, PICTURE_EDGE, SAMPLING_STEPS, miniature_pipeline
 from .recognizer import Recognizer, Seen, load_recognizer
 from .world import SHAPES, Look, class_caption
 
-_PICTURES = 1000  # more than are ever drawn with one seed
+PICTURES_A_SEED = 1000  # more than are ever drawn with one seed
 _SINGLE_PROMPTS = (
     "photo of a {0}",
     "a {0} on snow",
@@ -147,7 +147,7 @@ class Laboratory:
             concept,
             routes=[Route(one) for one in routed],
             resolution=PICTURE_EDGE,
-            seeds=range(_PICTURES * seed, _PICTURES * seed + len(prompts)),
+            seeds=range(PICTURES_A_SEED * seed, PICTURES_A_SEED * seed + len(prompts)),
             steps=SAMPLING_STEPS,
             guidance=GUIDANCE,
         )
@@ -213,11 +213,11 @@ class Laboratory:
 
 def pair_of_subjects(number: int, seed: int) -> tuple[Subject, Subject]:
     """Concepts 2n and 2n + 1 with pictures to learn from and pictures of their classes."""
-    one, two = (_subject(concept_look(2 * number + i), f"<new{i + 1}>", seed) for i in range(2))
+    one, two = (subject_of(concept_look(2 * number + i), f"<new{i + 1}>", seed) for i in range(2))
     return one, two
 
 
-def _subject(look: Look, token: str, seed: int) -> Subject:
+def subject_of(look: Look, token: str, seed: int) -> Subject:
     others = class_pictures(look.shape, REGULARIZATION_IMAGES, seed)
     return Subject(look, token, training_concept(look, token, seed, others))
 

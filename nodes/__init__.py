@@ -18,6 +18,7 @@ from . import (
     inspection,
     jobs,
     merging,
+    places,
     regularization,
     training,
 )
@@ -32,6 +33,7 @@ class CustomDiffusionExtension(ComfyExtension):
         concepts = (
             applying,
             composition,
+            places,
             merging,
             editing,
             files,

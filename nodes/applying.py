@@ -4,8 +4,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..composition.timing import Span
 from ..host.comfyui.apply import apply_concept, hook_concept, text_remarks
-from .types import CATEGORY, Concept, told
+from .types import CATEGORY, Concept, span_inputs, told
 
 
 class ApplyKVDelta(io.ComfyNode):
@@ -43,13 +44,23 @@ class ApplyKVDelta(io.ComfyNode):
                     tooltip="How much of the concept. 1 is as trained, 0 is exactly the base "
                     "model; lower it if the concept takes over the picture.",
                 ),
+                *span_inputs(),
             ],
             outputs=[io.Model.Output(), io.Clip.Output()],
         )
 
     @classmethod
-    def execute(cls, model: Any, clip: Any, concept: Any, strength: float) -> io.NodeOutput:
-        applied = apply_concept(model, clip, concept, strength)
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        concept: Any,
+        strength: float,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+    ) -> io.NodeOutput:
+        span = Span(start_percent, end_percent)
+        applied = apply_concept(model, clip, concept, strength, span)
         return io.NodeOutput(*applied, ui=told(warnings=text_remarks(clip, [concept])))
 
 

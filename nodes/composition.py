@@ -1,23 +1,30 @@
-"""Several concepts in one picture."""
+"""Several concepts in one picture, each at its own words or in its own place."""
 
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..composition.regions import Region, box, feathered, single_mask
+from ..composition.masks import RegionError, box, feathered, single_mask
+from ..composition.places import FOUND_AT
+from ..composition.regions import Region
 from ..composition.routing import Route
+from ..composition.timing import Span
 from ..host.comfyui.regions import apply_regions
 from ..host.comfyui.routing import own_phrases, route_concepts
 from .types import (
     CATEGORY,
     MOST_CONCEPTS,
     Concept,
+    PlacesSocket,
     RegionSocket,
     chosen_concepts,
     concepts_input,
+    span_inputs,
     told,
     without_leftovers,
 )
+
+_GIVEN, _FOUND = "box or mask", "find it"
 
 
 class RouteConcepts(io.ComfyNode):
@@ -43,15 +50,24 @@ class RouteConcepts(io.ComfyNode):
                     "that comes out of this node.",
                 ),
                 concepts_input(1, "How many concepts to use. The inputs below follow this number."),
+                *span_inputs(),
             ],
             outputs=[io.Model.Output(), io.Clip.Output()],
         )
 
     @classmethod
     @without_leftovers
-    def execute(cls, model: Any, clip: Any, concepts: Any) -> io.NodeOutput:
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        concepts: Any,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+    ) -> io.NodeOutput:
         routes = [Route(concept, strength) for concept, strength in chosen_concepts(concepts)]
-        routed, knowing, remarks = route_concepts(model, clip, routes)
+        span = Span(start_percent, end_percent)
+        routed, knowing, remarks = route_concepts(model, clip, routes, span)
         table = [("concept", "acts at", "strength")]
         for route in routes:
             words = ", ".join(own_phrases(route.concept))
@@ -66,8 +82,8 @@ class ConceptRegion(io.ComfyNode):
             node_id="ConceptRegion",
             display_name="Concept Region",
             category=CATEGORY,
-            description="A place in the picture for one concept. Paint a mask, or set a box: left "
-            "0, top 0, width 0.5, height 1 is the left half.",
+            description="A place in the picture for one concept. Paint a mask, set a box (left 0, "
+            "top 0, width 0.5, height 1 is the left half), or let it be found.",
             search_aliases=["regional prompt", "attention couple", "area", "mask concept"],
             inputs=[
                 Concept.Input("concept", tooltip="The concept to draw in this place."),
@@ -119,6 +135,14 @@ class ConceptRegion(io.ComfyNode):
                     tooltip="How wide the edge fades; 1 is the picture's shorter side. Raise it "
                     "if you see a seam.",
                 ),
+                io.Combo.Input(
+                    "place",
+                    options=[_GIVEN, _FOUND],
+                    default=_GIVEN,
+                    optional=True,
+                    tooltip="Choose find it if you do not know where the subject will be: the "
+                    "first steps of the picture tell. Show Regions draws what was found.",
+                ),
             ],
             outputs=[RegionSocket.Output("region")],
         )
@@ -135,9 +159,18 @@ class ConceptRegion(io.ComfyNode):
         strength: float,
         feather: float,
         mask: Any = None,
+        place: str = _GIVEN,
     ) -> io.NodeOutput:
-        place = box(left, top, width, height) if mask is None else single_mask(mask)
-        return io.NodeOutput(Region(prompt, feathered(place, feather), Route(concept, strength)))
+        route = Route(concept, strength)
+        if place == _FOUND:
+            if mask is not None:
+                raise RegionError(
+                    "A mask is connected, and place is 'find it'. Disconnect the mask, or choose "
+                    "'box or mask'."
+                )
+            return io.NodeOutput(Region(prompt, None, route, feather))
+        where = box(left, top, width, height) if mask is None else single_mask(mask)
+        return io.NodeOutput(Region(prompt, feathered(where, feather), route))
 
 
 class ApplyRegions(io.ComfyNode):
@@ -175,27 +208,46 @@ class ApplyRegions(io.ComfyNode):
                     ),
                     tooltip="One region for each concept, up to eight.",
                 ),
+                io.Float.Input(
+                    "found_at",
+                    default=FOUND_AT,
+                    min=0.05,
+                    max=0.9,
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip="For regions that are found: after which part of the sampling. Later "
+                    "is surer where things are, and leaves fewer steps to keep them apart.",
+                ),
             ],
             outputs=[
                 io.Model.Output(),
                 io.Clip.Output(),
                 io.Conditioning.Output("positive"),
+                PlacesSocket.Output("places"),
             ],
         )
 
     @classmethod
     @without_leftovers
-    def execute(cls, model: Any, clip: Any, prompt: str, regions: Any) -> io.NodeOutput:
+    def execute(
+        cls, model: Any, clip: Any, prompt: str, regions: Any, found_at: float = FOUND_AT
+    ) -> io.NodeOutput:
         placed = list(regions.values())
-        routed, knowing, positive, remarks = apply_regions(model, clip, prompt, placed)
+        applied = apply_regions(model, clip, prompt, placed, found_at)
         table = [("region", "concept", "share of the picture")]
+        names = []
         for name, region in regions.items():
-            share = f"{float(region.mask.mean()):.0%}"
-            table.append(
-                (name.removeprefix("region_"), ", ".join(own_phrases(region.route.concept)), share)
-            )
-        shown = told(warnings=remarks, table=table)
-        return io.NodeOutput(routed, knowing, positive, ui=shown)
+            share = "found" if region.mask is None else f"{float(region.mask.mean()):.0%}"
+            names.append(", ".join(own_phrases(region.route.concept)))
+            table.append((name.removeprefix("region_"), names[-1], share))
+        return io.NodeOutput(
+            applied.model,
+            applied.clip,
+            applied.positive,
+            (applied.places, names),
+            ui=told(warnings=applied.remarks, table=table),
+        )
 
 
 NODES = [RouteConcepts, ConceptRegion, ApplyRegions]

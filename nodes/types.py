@@ -13,6 +13,7 @@ TrainingConcept = io.Custom("TRAINING_CONCEPT")
 RegularizationSet = io.Custom("REGULARIZATION_SET")
 TrainingOptions = io.Custom("TRAINING_OPTIONS")
 RegionSocket = io.Custom("CONCEPT_REGION")
+PlacesSocket = io.Custom("CONCEPT_PLACES")
 
 MOST_CONCEPTS = 8
 
@@ -51,6 +52,34 @@ def _slots(count: int) -> list[io.Input]:
             )
         )
     return inputs
+
+
+def span_inputs() -> list[io.Input]:
+    """`start_percent` and `end_percent`, as ComfyUI's nodes call a part of the sampling."""
+    return [
+        io.Float.Input(
+            "start_percent",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            optional=True,
+            advanced=True,
+            tooltip="From which part of the sampling on: 0 is its first step. Before it the prompt "
+            "means the class word alone. Raise it a little to let the base model set the layout.",
+        ),
+        io.Float.Input(
+            "end_percent",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            optional=True,
+            advanced=True,
+            tooltip="Up to which part of the sampling: 1 is its end. After it the prompt means the "
+            "class word alone.",
+        ),
+    ]
 
 
 def chosen_concepts(concepts: Any) -> list[tuple[Any, float]]:

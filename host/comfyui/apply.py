@@ -11,6 +11,7 @@ import comfy.hooks
 import comfy.lora
 
 from ...composition.features import plain
+from ...composition.timing import WHOLE, Span
 from ...concept.concept import Concept
 from ...concept.errors import IncompatibleModelError
 from ...concept.file import delta_tensors
@@ -18,18 +19,26 @@ from ...concept.fit import TEXT_MARK, check_fit, check_weight_patches, text_rema
 from ...concept.text import MARK_PROMPT, mark_of
 from .models.text import encoder_names
 from .models.weights import cross_attention_unet, unet_family
+from .timed_clip import timed_clip
+from .timing import timed_concept
 from .tokenizer import with_concept_tokens
 
 
-def apply_concept(model: Any, clip: Any, concept: Concept, strength: float) -> tuple[Any, Any]:
+def apply_concept(
+    model: Any, clip: Any, concept: Concept, strength: float, span: Span = WHOLE
+) -> tuple[Any, Any]:
     """Clones of MODEL and CLIP with the concept; at strength 0 the inputs themselves.
 
     The patches are the ones that a stock LoRA loader makes of the concept's file, so other patches,
-    hooks and low-memory modes treat them alike.
+    hooks and low-memory modes treat them alike. For a part of the sampling nothing is patched
+    (`timing.py`).
     """
     check_models(model, clip, concept)
     if strength == 0:
         return model, clip
+    if not span.is_whole:
+        knowing = timed_clip(_knowing(clip, concept), [concept], span)
+        return timed_concept(model, concept, strength, span), knowing
     patched = model.clone()
     patched.add_patches(_patches(concept), strength)
     return patched, _knowing(clip, concept)

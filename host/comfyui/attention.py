@@ -20,6 +20,7 @@ from ...concept.errors import IncompatibleModelError
 from ...concept.prompts import own_positions, split_at_tokens
 from .marking import Words
 from .models.text import encoder_names
+from .timed_clip import PLAIN
 from .tokenizer import known_tokens
 
 WATCHED = "custom_diffusion_watched"
@@ -41,7 +42,10 @@ def watch_attention(
     recorder = AttentionRecorder(_watched(clip, prompt, words))
     watch = Watch(recorder)
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
-    marked = [[features, {**more, WATCHED: watch.key}] for features, more in conditioning]
+    marked = [
+        [features, more if more.get(PLAIN) else {**more, WATCHED: watch.key}]
+        for features, more in conditioning
+    ]
     return watch.on(model), marked, recorder
 
 

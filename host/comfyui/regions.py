@@ -6,7 +6,7 @@ of the network mix in what regions say. They last as long as a sampling, like th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,62 +15,79 @@ import comfy.conds
 import torch
 from torch import Tensor, nn
 
-from ...composition.features import MarkedFeatures, marks_of, plain
-from ...composition.regions import (
-    Region,
-    RegionalAttention,
-    RegionError,
-    RegionPrompts,
-    said_in,
-    shared,
-)
+from ...composition.features import MarkedFeatures, mark, marks_of, plain
+from ...composition.masks import RegionError
+from ...composition.places import FOUND_AT, Places
+from ...composition.regions import Region, RegionalAttention, RegionPrompts, said_in
 from ...composition.routing import Route, Router
 from ...concept.errors import IncompatibleModelError
-from .routing import Routing, check_routes, marking_clip
+from .routing import CONTEXT, Routing, check_routes, marking_clip
 
 REGIONS = "custom_diffusion_regions"
 """In a conditioning: the key of the node whose regions it has"""
 
 
+@dataclass(frozen=True)
+class AppliedRegions:
+    """What Apply Regions hands on."""
+
+    model: Any
+    clip: Any
+    positive: Any
+    """CONDITIONING of the whole picture"""
+    places: Places
+    """Where the regions are; of those that are found, after a sampling"""
+    remarks: tuple[str, ...]
+    """What its user should know"""
+
+
 def apply_regions(
-    model: Any, clip: Any, prompt: str, regions: Sequence[Region]
-) -> tuple[Any, Any, Any, tuple[str, ...]]:
-    """A MODEL and CLIP that know the regions' concepts, the CONDITIONING of the whole picture, and
-    what their user should know.
+    model: Any,
+    clip: Any,
+    prompt: str,
+    regions: Sequence[Region],
+    found_at: float = FOUND_AT,
+) -> AppliedRegions:
+    """A MODEL and CLIP that know the regions' concepts, and the prompt with its regions. Those
+    without a mask are found in the first part of a sampling, until `found_at`.
     """
-    if any(_is_regional(wrappers) for wrappers in model.wrappers.values()):
+    if regional_routing(model) is not None:
         raise IncompatibleModelError(
             "This MODEL has regions already. Give all regions to one Apply Regions, and connect "
             "the MODEL that goes into it."
         )
     routes = [region.route for region in regions if region.route is not None]
     check_routes(model, clip, routes)
-    routing = RegionalRouting(routes, shared([region.mask for region in regions]))
+    feathers = [region.feather for region in regions]
+    places = Places([region.mask for region in regions], feathers, found_at)
+    routing = RegionalRouting(routes, places)
     knowing, remarks = marking_clip(clip, routing.concepts)
     keys = {id(route): key for key, route in routing.routes.items()}
     for region in regions:
         said = said_in(region, prompt, regions)
-        features = knowing.encode_from_tokens(knowing.tokenize(said))
-        routing.say(said, features, keys.get(id(region.route)))
+        features, pooled = knowing.encode_from_tokens(knowing.tokenize(said), return_pooled=True)
+        routing.say(Said(said, features, pooled, keys.get(id(region.route))))
     conditioning = knowing.encode_from_tokens_scheduled(knowing.tokenize(prompt))
+    routing.columns(features for features, _ in conditioning)
     placed = [[features, {**options, REGIONS: routing.key}] for features, options in conditioning]
-    return routing.on(model), knowing, placed, (*remarks, *routing.remarks())
+    told = (*remarks, *routing.remarks())
+    return AppliedRegions(routing.on(model), knowing, placed, places, told)
 
 
-def _is_regional(wrappers: Mapping[Any, Sequence[Any]]) -> bool:
-    return any(
-        isinstance(getattr(wrapper, "__self__", None), RegionalRouting)
-        for listed in wrappers.values()
-        for wrapper in listed
-    )
+def regional_routing(model: Any) -> RegionalRouting | None:
+    """The one whose regions a MODEL draws."""
+    listed = [w for by_key in model.wrappers.values() for ws in by_key.values() for w in ws]
+    owners = (getattr(wrapper, "__self__", None) for wrapper in listed)
+    return next((owner for owner in owners if isinstance(owner, RegionalRouting)), None)
 
 
 @dataclass(frozen=True)
-class _Said:
+class Said:
     """A region's prompt, encoded."""
 
     prompt: str
     features: MarkedFeatures | Tensor
+    pooled: Tensor | None
     key: str | None
     """Of the route of its concept"""
 
@@ -78,17 +95,50 @@ class _Said:
 class RegionalRouting(Routing):
     """The routes of one Apply Regions, and its regions."""
 
-    def __init__(self, routes: Sequence[Route], shares: Tensor) -> None:
+    def __init__(self, routes: Sequence[Route], places: Places) -> None:
         super().__init__(routes)
-        self._shares = shares
+        self.places = places
+        self._sigmas = torch.zeros(0)
         self._flag = f"{self.key}_regions"
-        self._said: list[_Said] = []
+        self._said: list[Said] = []
         self._numbers: Sequence[Tensor] = ()
+        self._columns: Sequence[Sequence[int]] = ()
         self._attentions: dict[Router, RegionalAttention] = {}
 
-    def say(self, prompt: str, features: Tensor, key: str | None) -> None:
-        """What the next region says, and the key of its route."""
-        self._said.append(_Said(prompt, features, key))
+    def say(self, said: Said) -> None:
+        """What the next region says."""
+        self._said.append(said)
+
+    def subjects(self, positive: Any) -> Iterator[Any]:
+        """A CONDITIONING of each region's prompt alone, at which its own concept acts; otherwise as
+        the prompt with regions is.
+        """
+        for said in self._said:
+            own = {key: rows for key in self.routes if (rows := self._own(said, key)).any()}
+            features = mark(plain(said.features), own)
+            alone = []
+            for _, options in positive:
+                kept = {name: value for name, value in options.items() if name != REGIONS}
+                alone.append([features, {**kept, "pooled_output": said.pooled}])
+            yield alone
+
+    def columns(self, prompts: Iterable[Tensor]) -> list[list[int]]:
+        """Of each region that is found: where in one of these prompts of the whole picture its
+        concept's words are. Raises RegionError where they are in none.
+        """
+        marks = [marks_of(features) for features in prompts]
+        found = []
+        for number in self.places.sought:
+            key = self._said[number].key or ""
+            rows = [own[key][0].any(-1).nonzero()[:, 0].tolist() for own in marks if key in own]
+            if not any(rows):
+                raise RegionError(
+                    f"Region {number + 1} has no place, so it is found by the words of "
+                    f"{self.routes[key].concept.describe()}, and the prompt for the whole picture "
+                    "has none of them. Write them there, or give the region a mask or a box."
+                )
+            found.append(next(one for one in rows if one))
+        return found
 
     def remarks(self) -> Iterator[str]:
         """Regions whose prompts lack the words of their concepts."""
@@ -106,7 +156,7 @@ class RegionalRouting(Routing):
         """
         return [[self._own(said, key) for key in self.routes] for said in self._said]
 
-    def _own(self, said: _Said, key: str) -> Tensor:
+    def _own(self, said: Said, key: str) -> Tensor:
         features = plain(said.features)
         if key != said.key:
             return torch.zeros_like(features)
@@ -117,7 +167,12 @@ class RegionalRouting(Routing):
     def numbered_beside(self, numbers: Sequence[Tensor]) -> None:
         self._numbers = numbers
 
-    def sample(self, executor: Any, guider: Any, *args: Any, **kwargs: Any) -> Any:
+    def progress(self, t: Tensor) -> float:
+        """How much of the sampling is done at this noise: 0 at its first step."""
+        done = int((self._sigmas[:-1] > float(t.flatten()[0]) * (1 + 1e-4)).sum())
+        return done / max(len(self._sigmas) - 1, 1)
+
+    def sample(self, executor: Any, guider: Any, sigmas: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As `Routing.sample`; raises where regions could not be seen."""
         conditions = [one for ones in guider.conds.values() for one in ones]
         placed = [one for one in conditions if one.get(REGIONS) == self.key]
@@ -137,7 +192,10 @@ class RegionalRouting(Routing):
                 "Another node replaces cross-attention (an IP-Adapter for one), and regions are "
                 "drawn by cross-attention. Take that node away, or Apply Regions."
             )
-        return super().sample(executor, guider, *args, **kwargs)
+        self._sigmas = sigmas.detach().float().cpu()
+        self.places.begin()
+        self._columns = self.columns(one["model_conds"][CONTEXT].cond for one in placed)
+        return super().sample(executor, guider, sigmas, *args, **kwargs)
 
     def beside_numbers(self, condition: Mapping[str, Any]) -> Mapping[str, Any]:
         has = float(condition.get(REGIONS) == self.key)
@@ -146,7 +204,8 @@ class RegionalRouting(Routing):
     def hook(self, model: Any, router: Router, device: torch.device, dtype: torch.dtype) -> None:
         attention = RegionalAttention(router, _attend)
         contexts = [plain(said.features)[0] for said in self._said]
-        said = RegionPrompts(contexts, self._shares, [one[0] for one in self._numbers])
+        index = [one[0] for one in self._numbers]
+        said = RegionPrompts(contexts, self.places, index, self._columns)
         attention.sets = [said.to(device, dtype)]
         self._attentions[router] = attention
         self.hooks.callback(self._attentions.pop, router, None)
@@ -156,8 +215,11 @@ class RegionalRouting(Routing):
                 self.hooks.callback(handle.remove)
 
     @contextmanager
-    def looking(self, router: Router, x: Tensor, given: Mapping[str, Any]) -> Iterator[None]:
+    def looking(
+        self, router: Router, x: Tensor, t: Tensor, given: Mapping[str, Any]
+    ) -> Iterator[None]:
         attention = self._attentions[router]
+        attention.settle(self.progress(t))
         attention.size = (x.shape[-2], x.shape[-1])
         attention.chosen = [int(has) for has in given[self._flag].flatten().tolist()]
         try:

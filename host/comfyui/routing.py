@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ...composition.features import mark, marks_of, plain
 from ...composition.routing import Route, Router, RowChanges, number_rows, own_words
+from ...composition.timing import WHOLE, Span
 from ...concept.concept import Concept
 from ...concept.errors import IncompatibleModelError
 from ...concept.layers import is_projection
@@ -31,19 +32,25 @@ from ...concept.prompts import subject
 from .apply import check_models, text_remarks
 from .marking import MarkingTextModel, Words
 from .models.text import encoder_names
+from .timed_clip import timed_clip
 from .tokenizer import with_concept_tokens
 
 log = logging.getLogger("custom_diffusion")
-_CONTEXT = "c_crossattn"  # where ComfyUI keeps a prompt's features among what a model is given
+CONTEXT = "c_crossattn"  # where ComfyUI keeps a prompt's features among what a model is given
 
 
 def route_concepts(
-    model: Any, clip: Any, routes: Sequence[Route]
+    model: Any, clip: Any, routes: Sequence[Route], span: Span = WHOLE
 ) -> tuple[Any, Any, tuple[str, ...]]:
-    """Clones of MODEL and CLIP with the concepts, and what their user should know of them."""
+    """Clones of MODEL and CLIP with the concepts, and what their user should know of them.
+
+    Outside the span their words are class words, so that no route acts.
+    """
     check_routes(model, clip, routes)
     routing = Routing(routes)
     knowing, remarks = marking_clip(clip, routing.concepts)
+    if not span.is_whole:
+        knowing = timed_clip(knowing, list(routing.concepts.values()), span)
     return routing.on(model), knowing, remarks
 
 
@@ -107,14 +114,16 @@ class Routing:
         router = self._router(executor.class_obj, x.device, self._changes)
         router.index = numbers.squeeze(-1).to(x.device)
         try:
-            with self.looking(router, x, kwargs):
+            with self.looking(router, x, args[0], kwargs):
                 return executor(x, *args, **kwargs)
         finally:
             router.index = None
 
     @contextmanager
-    def looking(self, router: Router, x: Tensor, given: Mapping[str, Any]) -> Iterator[None]:
-        """Lasts as long as a prediction; for those that do more than route."""
+    def looking(
+        self, router: Router, x: Tensor, t: Tensor, given: Mapping[str, Any]
+    ) -> Iterator[None]:
+        """Lasts as long as a prediction at this noise; for those that do more than route."""
         yield
 
     def hook(self, model: Any, router: Router, device: torch.device, dtype: torch.dtype) -> None:
@@ -150,7 +159,7 @@ class Routing:
         """Gives the conditions of a sampling plain features and their rows' numbers."""
         conditions = {kind: [dict(one) for one in ones] for kind, ones in guider.conds.items()}
         given = [c["model_conds"] for ones in conditions.values() for c in ones]
-        prompts = [c[_CONTEXT].cond for c in given if _CONTEXT in c]
+        prompts = [c[CONTEXT].cond for c in given if CONTEXT in c]
         keys = list(self.routes)
         if not any(key in marks_of(prompt) for prompt in prompts for key in keys):
             raise IncompatibleModelError(
@@ -174,14 +183,14 @@ class Routing:
         return RowChanges.of(list(self.routes.values()), rows)
 
     def _with_numbers(self, given: Mapping[str, Any], numbers: Iterator[Tensor]) -> dict[str, Any]:
-        if _CONTEXT not in given:
+        if CONTEXT not in given:
             return dict(given)
-        features = given[_CONTEXT].cond
+        features = given[CONTEXT].cond
         others = {k: own for k, own in marks_of(features).items() if k not in self.routes}
         unmarked = mark(plain(features), others) if others else plain(features)
         # The numbers are mixed with others' of another length by the rule for features.
         numbered = comfy.conds.CONDCrossAttn(next(numbers).unsqueeze(-1))
-        return {**given, _CONTEXT: type(given[_CONTEXT])(unmarked), self.key: numbered}
+        return {**given, CONTEXT: type(given[CONTEXT])(unmarked), self.key: numbered}
 
 
 def check_routes(model: Any, clip: Any, routes: Sequence[Route]) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...composition.regions import Region, RegionalAttention, RegionPrompts, said_in, shared
+from ...composition.masks import RegionError
+from ...composition.places import FOUND_AT, Places
+from ...composition.regions import Region, RegionalAttention, RegionPrompts, said_in
 from ...composition.routing import Route, Router, RowChanges, number_rows, own_rows
 from ...concept.layers import is_cross_attention, layer_from_diffusers
 from ..clip.chunks import Encoder, chunks_of, encode_prompts, words_of
@@ -34,7 +36,14 @@ def routing(pipeline: Any) -> Iterator[Router]:
 def regional(pipeline: Any, router: Router) -> Iterator[RegionalAttention]:
     """The pipeline's UNet with cross-attention that may look at regions; afterwards without."""
     attention = RegionalAttention(router, _attend)
+    last = len(pipeline.scheduler.alphas_cumprod) - 1
+
+    def begins(module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        attention.settle(1 - float(args[1][0]) / last)
+
     with ExitStack() as hooks:
+        handle = pipeline.unet.register_forward_pre_hook(begins, with_kwargs=True)
+        hooks.callback(handle.remove)
         for path, module in pipeline.unet.named_modules():
             if path.endswith(".attn2"):
                 handle = module.register_forward_hook(attention.hook, with_kwargs=True)
@@ -56,19 +65,23 @@ def route(
     prompts: Sequence[str],
     context: Tensor,
     regions: Sequence[Sequence[Region]] = (),
+    found_at: float = FOUND_AT,
 ) -> list[RegionPrompts]:
     """Prepares the router for the features (b, n, d) of these prompts, as `encode_prompts` makes
     them: prompts of fewer chunks are repeated.
 
     `regions` has a list for each of the first prompts, and their routes are among `routes`;
     returned is what each list says.
+
+    Raises RegionError for a place that is sought by words that the prompt does not have.
     """
     flat = [
         (region, said_in(region, prompt, listed))
         for prompt, listed in zip(prompts, regions, strict=False)
         for region in listed
     ]
-    encoded = [encode_prompts(encoder, [said]).context.to(context) for _, said in flat]
+    texts = [encode_prompts(encoder, [said]) for _, said in flat]
+    encoded = [text.context.to(context) for text in texts]
     own = [
         _own(routes, encoder, prompts, context),
         *(
@@ -81,14 +94,35 @@ def route(
         router.changes = RowChanges.of(routes, rows).to(context.device, torch.float32)
     else:
         indices = [torch.zeros(features.shape[:2], dtype=torch.long) for features in encoded]
-    said = iter(zip(encoded, indices, strict=True))
+    said = iter(zip(texts, encoded, indices, strict=True))
     sets = []
-    for listed in regions:
+    for prompt, listed in zip(prompts, regions, strict=False):
         own_said = [next(said) for _ in listed]
-        shares = shared([region.mask for region in listed])
-        said_here = RegionPrompts([f[0] for f, _ in own_said], shares, [n[0] for _, n in own_said])
+        places = Places(
+            [region.mask for region in listed], [region.feather for region in listed], found_at
+        )
+        said_here = RegionPrompts(
+            [features[0] for _, features, _ in own_said],
+            places,
+            [index[0] for _, _, index in own_said],
+            [_columns(region, encoder, prompt) for region in listed if region.mask is None],
+            [None if text.pooled is None else text.pooled[0] for text, _, _ in own_said],
+        )
         sets.append(said_here.to(context.device, context.dtype))
     return sets
+
+
+def _columns(region: Region, encoder: Encoder, prompt: str) -> list[int]:
+    """The rows of a prompt's first features that are words of a region's concept."""
+    token_ids, places = words_of(prompt, encoder)
+    concept = region.route.concept if region.route is not None else None
+    found = own_rows(concept, encoder, token_ids) if concept is not None else []
+    if concept is None or not found:
+        raise RegionError(
+            "A region without a mask is found by its concept's words, and the prompt "
+            f"{prompt[:80]!r} has none. Write them there, or give the region a mask."
+        )
+    return [places[word] for word in found]
 
 
 def _own(

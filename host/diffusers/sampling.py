@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,15 +10,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...composition.places import FOUND_AT, Places
 from ...composition.regions import Region
 from ...composition.routing import Route
 from ...concept.concept import Concept
 from ...concept.fit import check_fit, check_weight_patches
 from ...concept.layers import family_of_width, is_cross_attention, layer_from_diffusers
 from ...diffusion.latents import LATENT_PIXELS
-from ...diffusion.sampling import ddim_sample
+from ...diffusion.sampling import Predict, ddim_sample
 from ...pictures.tensors import to_picture
 from ..clip.chunks import Encoder, as_long_as, encode_prompts
+from .isolation import isolated
 from .lending import borrowed_models, text_encoder
 from .routing import regional, route, routing
 
@@ -66,17 +68,23 @@ def sample(
     strength: float = 1.0,
     routes: Sequence[Route] = (),
     regions: Sequence[Sequence[Region]] = (),
+    found_at: float = FOUND_AT,
+    isolated_from: float | None = None,
+    on_places: Callable[[Sequence[Places]], None] | None = None,
     resolution: int = 512,
     seeds: Sequence[int] = (),
     steps: int = 50,
     guidance: float = 6.0,
+    as_latents: bool = False,
 ) -> Tensor:
-    """A picture of each prompt (b, h, w, 3) in 0..1, with the concept or without.
+    """A picture of each prompt (b, h, w, 3) in 0..1, with the concept or without, or its latents
+    (b, c, h / 8, w / 8).
 
     Prompts may be of any length and have weights, `(cat:1.2)`, as in ComfyUI. `concept` is added to
     the weights; those of `routes` act at their own words alone. `regions` has those of each
-    picture, or is empty. Each picture starts from noise of its own seed, by default 0, 1, 2 and so
-    on.
+    picture, or is empty; those without a mask are found in the part of the sampling until
+    `found_at`, and from `isolated_from` on all are denoised apart. `on_places` is told at the end
+    where they were. Each picture starts from noise of its own seed, by default 0, 1, 2 and so on.
     """
     with (
         applied_concept(pipeline, concept, strength) as encoder,
@@ -93,7 +101,7 @@ def sample(
         if routes or regions:
             context = torch.cat([text.context, nothing.context]).to(models.denoiser.device)
             both = [*prompts, *[""] * len(prompts)]
-            attention.sets = route(router, routes, encoder, both, context, regions)
+            attention.sets = route(router, routes, encoder, both, context, regions, found_at)
             attention.chosen = [*range(1, len(regions) + 1), *[0] * len(prompts)] if regions else []
         edge = resolution // LATENT_PIXELS
         shape = (pipeline.unet.config.in_channels, edge, edge)
@@ -104,8 +112,12 @@ def sample(
                 for _, seed in zip(prompts, seeds or range(len(prompts)), strict=True)
             ]
         )
+        predict: Predict = models.denoiser.predict
+        if isolated_from is not None:
+            last = len(models.denoiser.alphas_cumprod) - 1
+            predict = isolated(predict, attention, isolated_from, last)
         latents = ddim_sample(
-            models.denoiser.predict,
+            predict,
             noise.to(models.denoiser.device),
             text,
             nothing,
@@ -114,7 +126,9 @@ def sample(
             steps,
             guidance,
         )
-        return models.denoiser.preview(latents).cpu()
+        if on_places is not None:
+            on_places([said.places for said in attention.sets])
+        return (latents if as_latents else models.denoiser.preview(latents)).cpu()
 
 
 def _every_route(routes: Sequence[Route], regions: Sequence[Sequence[Region]]) -> Sequence[Route]:

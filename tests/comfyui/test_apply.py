@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from custom_diffusion.composition.routing import Route
+from custom_diffusion.composition.timing import Span, SpanError
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import IncompatibleModelError, TokenError
 from custom_diffusion.concept.file import concept_tensors, read_concept, write_concept
@@ -199,3 +202,52 @@ def test_hooks_on_both_prompts_draw_what_the_applied_concept_draws(
     close(ours, wanted, base)
     one = [hooked[0], prompt(knowing, texts[1])]
     assert not torch.allclose(sample(sd15.model, *one), wanted, atol=1e-3)  # they are where set
+
+
+@pytest.mark.parametrize("kind", ["applied", "routed"])
+def test_a_part_of_the_sampling(sd15: Any, shapes: Any, kind: str) -> None:
+    """Before its start and after its end the sampler has the base model and the class word; between
+    them the concept, in both halves of guidance.
+    """
+    from custom_diffusion.host.comfyui.apply import apply_concept
+    from custom_diffusion.host.comfyui.routing import route_concepts
+
+    concept = made_concept(shapes)
+    texts, plain = ("a (<new1>:0.8) and <new1> cat", "<new1>"), ("a (cat:0.8) and cat", "cat")
+    with torch.inference_mode():
+        if kind == "applied":
+            ours = apply_concept(sd15.model, sd15.clip, concept, 0.5, Span(0.3, 0.7))
+            always = apply_concept(sd15.model, sd15.clip, concept, 0.5)
+        else:
+            routes = [Route(concept, 0.5)]
+            ours = route_concepts(sd15.model, sd15.clip, routes, Span(0.3, 0.7))[:2]
+            always = route_concepts(sd15.model, sd15.clip, routes)[:2]
+        timed = step_by_step([(*ours, texts)] * 3)
+        base = sd15.model, sd15.clip, plain
+        wanted = step_by_step([base, (*always, texts), base])
+        close(timed, wanted, step_by_step([(*always, texts)] * 3))
+        skipped = ours[1].clone()
+        skipped.clip_layer(-2)  # what other nodes do with a CLIP
+        assert len(prompt(skipped, texts[0])) == 3
+
+
+def step_by_step(each: Sequence[tuple[Any, Any, tuple[str, str]]]) -> torch.Tensor:
+    """One of Euler's steps with each MODEL, CLIP and prompts, from where the last one ended."""
+    import comfy.samplers
+
+    sampling = each[0][0].get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", len(each))
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * sigmas[0]
+    for number, (model, clip, texts) in enumerate(each):
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(*(prompt(clip, text) for text in texts))
+        guider.set_cfg(3.0)
+        sampler = comfy.samplers.sampler_object("euler")
+        zero, part = torch.zeros_like(latents), sigmas[number : number + 2]
+        latents = guider.sample(zero, latents, sampler, part, disable_pbar=True, seed=0).clone()
+    return latents
+
+
+def test_a_part_that_is_none_is_refused() -> None:
+    with pytest.raises(SpanError, match="from 0.5 to 0.5 .* would never act"):
+        Span(0.5, 0.5)

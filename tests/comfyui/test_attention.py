@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from custom_diffusion.attention.maps import AttentionError
-from custom_diffusion.composition.regions import Region, box
+from custom_diffusion.composition.masks import box
+from custom_diffusion.composition.regions import Region
 from custom_diffusion.composition.routing import Route
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import IncompatibleModelError
@@ -131,13 +132,14 @@ def test_beside_regions_the_whole_prompt_is_recorded(sd15: Any, cat: Concept) ->
     from custom_diffusion.host.comfyui.regions import apply_regions
 
     with torch.inference_mode():
-        model, clip, regional, _ = apply_regions(
+        applied = apply_regions(
             sd15.model, sd15.clip, "a <new1> cat", [Region("", box(0, 0, 0.5, 1), Route(cat))]
         )
-    watching, positive, recorder = watched(model, clip, "a <new1> cat", "")
+    clip = applied.clip
+    watching, positive, recorder = watched(applied.model, clip, "a <new1> cat", "")
     marked = [
         [features, {**ours, **theirs}]
-        for (features, ours), (_, theirs) in zip(positive, regional, strict=True)
+        for (features, ours), (_, theirs) in zip(positive, applied.positive, strict=True)
     ]
     sample(watching, marked, encode(clip, ""), steps=2)
     counts = recorder.maps().counts.values()

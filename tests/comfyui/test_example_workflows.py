@@ -23,10 +23,16 @@ from support.graphs import Graph, draw_pictures
 from support.made_concepts import made_concept
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+WORKFLOWS = sorted(
+    (ROOT / "example_workflows").glob("*.json"), key=lambda path: int(path.name.split()[0])
+)
 FOLDERS = {"cat": "cat", "mug": "mug", "art": "sketches"}
 """Class noun → a folder of pictures, which a person gives"""
-SAVED = {"my-cat.safetensors": "<new1> cat", "my-mug.safetensors": "<new1> mug"}
+SAVED = {
+    "my-cat.safetensors": "<new1> cat",
+    "my-mug.safetensors": "<new1> mug",
+    "my-other-cat.safetensors": "<new1> cat",
+}
 OTHER, OTHER_WORDS = "delta.bin", "<new1> cat"
 """Of another tool, which does not say the noun"""
 # What makes a run small enough for a test; everything else stays as shipped.
@@ -35,9 +41,10 @@ SMALL = {
     "CustomDiffusionViews": {"resolution": 64},
     "EmptyLatentImage": {"width": 64, "height": 64},
     "KSampler": {"steps": 2},
+    "BasicScheduler": {"steps": 2},
     "CheckpointLoaderSimple": {"ckpt_name": "sd15.safetensors"},
 }
-APPLYING = ("ApplyKVDelta", "RouteConcepts")
+APPLYING = ("ApplyKVDelta", "RouteConcepts", "ApplyRegions")
 TOLD = {
     "CompressConcept": "times smaller",
     "InspectConcept": "fits the model: yes",
@@ -147,6 +154,13 @@ def test_workflow_leaves_to_the_model_what_follows_it(open_in_browser: Open, pat
         assert inputs["model"] == [loader_of(graph), 0]  # or it could not follow it
 
 
+@every_workflow
+def test_inputs_that_came_later_have_their_defaults(open_in_browser: Open, path: Path) -> None:
+    """The workflows were saved before; a choice of how many concepts stands before these inputs."""
+    for inputs in inputs_of(open_in_browser(path).graph, "ApplyKVDelta", "RouteConcepts"):
+        assert (inputs["start_percent"], inputs["end_percent"]) == (0, 1)
+
+
 def loader_of(graph: Graph) -> str:
     (loader,) = (k for k, node in graph.items() if node["class_type"] == "CheckpointLoaderSimple")
     return loader
@@ -178,11 +192,12 @@ def test_new_words_are_used_where_they_are_known(open_in_browser: Open, path: Pa
         assert inputs["regularization_folder"] == "none"  # words of their own need none
         known.add(f"{inputs['modifier_token']} {noun}")
     used = set()
-    for sampler in inputs_of(graph, "KSampler"):
-        prompt = graph[sampler["positive"][0]]["inputs"]
-        words = re.findall(r"<[\w-]+> \w+", prompt["text"])
+    for sampler in inputs_of(graph, "KSampler", "IsolatedGuider"):
+        key, _ = sampler["positive"]
+        prompt = graph[key]["inputs"]
+        words = re.findall(r"<[\w-]+> \w+", prompt.get("text", prompt.get("prompt")))
         source = graph[sampler["model"][0]]["class_type"]
-        assert prompt["clip"][0] == sampler["model"][0]
+        assert sampler["model"][0] in (prompt["clip"][0], key)  # a node with a prompt of its own
         assert source in (APPLYING if words else ("CheckpointLoaderSimple",))
         used.update(words)
     assert used == known

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from custom_diffusion.composition.regions import Region, RegionError, box
+from custom_diffusion.composition.masks import RegionError, box
+from custom_diffusion.composition.regions import Region
 from custom_diffusion.composition.routing import Route
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import IncompatibleModelError
@@ -49,14 +50,15 @@ def regional(loaded: Any, prompt: str, *regions: Region) -> tuple[Any, Any, Cond
     from custom_diffusion.host.comfyui.regions import apply_regions
 
     with torch.inference_mode():
-        return apply_regions(loaded.model, loaded.clip, prompt, regions)[:3]
+        applied = apply_regions(loaded.model, loaded.clip, prompt, regions)
+    return applied.model, applied.clip, applied.positive
 
 
 def remarks(loaded: Any, prompt: str, *regions: Region) -> tuple[str, ...]:
     from custom_diffusion.host.comfyui.regions import apply_regions
 
     with torch.inference_mode():
-        return apply_regions(loaded.model, loaded.clip, prompt, regions)[3]
+        return apply_regions(loaded.model, loaded.clip, prompt, regions).remarks
 
 
 @contextmanager

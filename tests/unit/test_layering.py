@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "pictures": {"concept"},
     "merge": {"concept"},
     "compression": {"concept", "pictures"},
-    "composition": {"concept", "diffusion"},
+    "composition": {"concept", "diffusion", "attention"},
     "attention": {"concept", "diffusion", "pictures"},
     "formats": {"concept"},
     "inspection": {"concept", "compression", "formats", "pictures"},

@@ -7,13 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from custom_diffusion.composition.regions import (
-    Region,
-    RegionError,
-    box,
-    feathered,
-    shared,
-)
+from custom_diffusion.composition.masks import RegionError, box, feathered, shared
+from custom_diffusion.composition.regions import Region
 from custom_diffusion.composition.routing import Route
 from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import IncompatibleModelError
