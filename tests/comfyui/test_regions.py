@@ -232,11 +232,41 @@ def test_in_a_workflow(server: ComfyServer, cat: Concept, dog: Concept) -> None:
             "regions.region_2": ["region_2", 0],
         },
     )
+    graph["region_2"]["inputs"]["place"] = "find it"
     graph["sampler"]["inputs"] |= {"model": ["placed", 0], "positive": ["placed", 2]}
     graph["negative"]["inputs"]["clip"] = ["placed", 1]
     del graph["positive"]
+    graph |= {
+        "shown": node("ShowRegions", places=["placed", 3], images=["pixels", 0]),
+        "sheet": node("PreviewImage", images=["shown", 0]),
+        "guider": node(
+            "IsolatedGuider",
+            model=["placed", 0],
+            positive=["placed", 2],
+            negative=["negative", 0],
+            **{"cfg": 5.0, "start_percent": 0.2},
+        ),
+        "noise": node("RandomNoise", noise_seed=1),
+        "euler": node("KSamplerSelect", sampler_name="euler"),
+        "sigmas": node(
+            "BasicScheduler", model=["placed", 0], scheduler="normal", steps=2, denoise=1.0
+        ),
+        "apart": node(
+            "SamplerCustomAdvanced",
+            **{name: [name, 0] for name in ("noise", "guider", "sigmas")},
+            sampler=["euler", 0],
+            latent_image=graph["sampler"]["inputs"]["latent_image"],
+        ),
+        "joined": node("VAEDecode", samples=["apart", 0], vae=["checkpoint", 2]),
+        "both": node("SaveImage", images=["joined", 0], filename_prefix="apart"),
+    }
     outputs = server.run(graph)["outputs"]
-    assert outputs["image"]["images"]
+    assert outputs["image"]["images"] and outputs["both"]["images"]
     (shown,) = outputs["placed"]["custom_diffusion"]
-    assert [row[1:] for row in shown["table"][1:]] == [["<new1> cat", "50%"], ["<new2> dog", "50%"]]
+    table = [row[1:] for row in shown["table"][1:]]
+    assert table == [["<new1> cat", "50%"], ["<new2> dog", "found"]]
     assert shown["warnings"] == []
+    assert "3 passes a step" in str(outputs["guider"]["text"])
+    (shown,) = outputs["shown"]["custom_diffusion"]
+    shares = [float(row[1].rstrip("%")) for row in shown["table"][1:]]
+    assert shares[0] == pytest.approx(50, abs=3) and 0 < shares[1] <= 52
