@@ -1,4 +1,4 @@
-"""`custom-diffusion edit`"""
+"""`custom-diffusion edit` and `custom-diffusion lock-keys`"""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..concept.errors import MergeError
 from ..concept.file import read_concept
 from ..merge.editing import edit_again
 from ..merge.edits import Edit, read_amounts, read_words
+from ..merge.key_lock import lock_keys
 from .merging import show_percent
 from .models import base_model, captions_for, load
 from .output import check_new, save
@@ -57,6 +58,21 @@ def add_to(commands: Any) -> None:
         "--output", type=Path, default=Path("edit.safetensors"), help="where it is saved"
     )
     edit.set_defaults(command=edit_command)
+    lock = commands.add_parser(
+        "lock-keys",
+        help="let a concept's words look where its class noun looks",
+        description="Sets the keys of a concept's words to those of its class noun. What it has "
+        "learnt of values stays.",
+        example="lock-keys cat.safetensors --model sd15.safetensors --output locked.safetensors",
+    )
+    lock.add_argument("concept", type=Path)
+    lock.add_argument("--model", required=True, help="the model that it was trained on")
+    lock.add_argument("--captions", type=Path, help="ordinary captions; default: ours")
+    lock.add_argument("--cache", type=Path, metavar="FOLDER", help="as of edit")
+    lock.add_argument(
+        "--output", type=Path, default=Path("locked.safetensors"), help="where it is saved"
+    )
+    lock.set_defaults(command=lock_command)
 
 
 def _add_edits(edit: argparse.ArgumentParser) -> None:
@@ -116,6 +132,22 @@ def edit_command(options: argparse.Namespace) -> None:
         )
     print(report.text())
     save(concept, options.output)
+
+
+def lock_command(options: argparse.Namespace) -> None:
+    from ..host.diffusers.lending import text_encoder
+
+    check_new(options.output)
+    concept = read_concept(options.concept)
+    locked, report = lock_keys(
+        concept,
+        base_model(options.model).weights,
+        text_encoder(load(options.model)),
+        captions=captions_for(options.model, options.captions),
+        cache_folder=options.cache,
+    )
+    print(*report.summary(), sep="\n")
+    save(locked, options.output)
 
 
 def _edits(options: argparse.Namespace) -> list[Edit]:

@@ -1,4 +1,4 @@
-"""Editing what a model's own words mean."""
+"""Editing what words mean, in closed form."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..concept.errors import MergeError
-from ..host.comfyui.editing import edit_in_comfyui
+from ..host.comfyui.editing import edit_in_comfyui, lock_keys_in_comfyui
 from ..host.comfyui.inputs import captions_fingerprint
 from ..merge.edits import Edit, read_amounts, read_words
 from .merging import captions_input
@@ -170,4 +170,45 @@ def _asked(words: Sequence[str], operation: Any) -> tuple[list[Edit], dict[str, 
     return [Edit(word, into, operation.get("share", 1.0)) for word in words], {}
 
 
-NODES = [EditConcepts]
+class LockConceptKeys(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LockConceptKeys",
+            display_name="Lock Concept Keys",
+            category=CATEGORY,
+            description="Lets a concept's words look where its class noun looks, and keeps what "
+            "they bring. Try it when a concept takes over the picture or mixes with others.",
+            search_aliases=["key locking", "perfusion", "key lock"],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The checkpoint that the concept was trained on, straight from its "
+                    "loader. It is not changed.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    tooltip="The CLIP of the same checkpoint, without concepts.",
+                ),
+                Concept.Input(
+                    "concept",
+                    tooltip="A concept with a trigger word and a class noun. It is not changed.",
+                ),
+                captions_input("What the model must keep looking at as before."),
+            ],
+            outputs=[Concept.Output(display_name="concept")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, regularization_captions: str, **inputs: object) -> str:
+        return captions_fingerprint(regularization_captions)
+
+    @classmethod
+    def execute(
+        cls, model: Any, clip: Any, concept: Any, regularization_captions: str
+    ) -> io.NodeOutput:
+        locked, report = lock_keys_in_comfyui(model, clip, concept, regularization_captions)
+        return io.NodeOutput(locked, ui=told(*report.summary()))
+
+
+NODES = [EditConcepts, LockConceptKeys]

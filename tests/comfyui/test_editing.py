@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 from custom_diffusion.concept.concept import Concept
+from custom_diffusion.concept.file import write_concept
 from custom_diffusion.merge.captions import regularization_captions
 from custom_diffusion.merge.editing import edit_again
 from custom_diffusion.merge.edits import Edit
+from custom_diffusion.merge.key_lock import lock_keys
 from support.comfy_server import ComfyPromptError, ComfyServer
 from support.comfy_xl import comfy_xl_clip, comfy_xl_model
 from support.graphs import Graph, draw, node
+from support.made_concepts import made_concept
 from torch import Tensor
 
 CAPTIONS = regularization_captions(20, seed=3)
@@ -91,7 +94,30 @@ def test_strength_0_and_a_restored_edit_are_the_base_to_the_bit(sd15: Any, made:
     assert all(torch.equal(weight, by_us[name]) for name, weight in base.items())
 
 
-def test_in_a_workflow(server: ComfyServer) -> None:
+def test_locked_keys_are_those_of_the_class_noun(sd15: Any, shapes: Any) -> None:
+    from custom_diffusion.host.comfyui.apply import apply_concept
+    from custom_diffusion.host.comfyui.models.text import text_encoder
+    from custom_diffusion.host.comfyui.models.weights import base_model
+
+    concept = made_concept(shapes, "<new1>", "cat", seed=1)
+    with torch.inference_mode():
+        weights, encoder = base_model(sd15.model).weights, text_encoder(sd15.clip)
+        locked, _ = lock_keys(concept, weights, encoder, captions=CAPTIONS)
+        model, clip = apply_concept(sd15.model, sd15.clip, locked, 1.0)
+    base, by_us = projections(sd15.model), projections(model)
+    own, noun = (
+        last_word(clip, "photo of a <new1> cat", 4),
+        last_word(sd15.clip, "photo of a cat", 4),
+    )
+    for name in (name for name in base if name.endswith("to_k")):
+        wanted = base[name] @ noun
+        assert (by_us[name] @ own - wanted).norm() < 0.02 * (base[name] @ (own - noun)).norm()
+
+
+def test_in_a_workflow(server: ComfyServer, shapes: Any) -> None:
+    folder = server.models / "custom_diffusion"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_concept(made_concept(shapes, "<new1>", "cat"), folder / "unlocked.safetensors")
     (server.input / "edit captions.txt").write_text("\n".join(CAPTIONS))
     models = {"model": ["checkpoint", 0], "clip": ["checkpoint", 1]}
     shared = {**models, "preserve": "tree", "softness": 0.0}
@@ -106,7 +132,13 @@ def test_in_a_workflow(server: ComfyServer) -> None:
     graph["second"] = edit("dog, horse", "replace", earlier_edit=["first", 0], **chosen)
     graph["applied"] = node("ApplyKVDelta", **models, concept=["second", 0], strength=1.0)
     graph["sampler"]["inputs"]["model"] = ["applied", 0]
+    graph["load"] = node("LoadConcept", concept_name="unlocked.safetensors", rename_token="")
+    captions = {"regularization_captions": "edit captions.txt"}
+    graph["locked"] = node("LockConceptKeys", **models, concept=["load", 0], **captions)
+    graph["inspect"] = node("InspectConcept", concept=["locked", 0])
     entry = server.run(graph)
+    assert "look where its class noun looks" in entry["outputs"]["locked"]["text"][0]
+    del graph["locked"], graph["inspect"]
     told = entry["outputs"]["second"]["text"][0]
     assert "'cat' erased" in told and "'horse' replaced by 'bird'" in told
     edited_picture = server.images(entry, "image")[0]

@@ -500,6 +500,9 @@ def test_the_miniature_is_a_model_like_any_other(tmp_path: Path) -> None:
     prompt = ["--prompt", "photo of a <a> cross", "--output", str(picture)]
     assert main(["sample", "--model", "miniature", "--concept", str(both), *prompt]) == 0
     assert Image.open(picture).size == (192, 192)
+    locked = tmp_path / "locked.safetensors"
+    assert main(["lock-keys", str(both), "--model", "miniature", "--output", str(locked)]) == 0
+    assert read_concept(locked).provenance["keys"] == "locked"
 
 
 def test_words_of_a_model_are_edited_and_restored(
