@@ -253,6 +253,14 @@ class TrainConfig:
         most=1,
         step=0.05,
     )
+    basis: int = setting(
+        0,
+        "Method low-rank: trains in one of many fixed bases that do not overlap, so that concepts "
+        "add up better. Give each concept of the same rank another number; 0 trains as usual.",
+        "options",
+        least=0,
+        most=2560,
+    )
     max_gradient_norm: float | None = setting(
         1.0, "Gradients are scaled down to this norm; None leaves them.", None, least=1e-12
     )
