@@ -17,7 +17,9 @@ from ..concept.errors import ConceptFileError, ConfigError
 from ..concept.file import read_concept, size_of, write_concept
 from ..concept.prompts import KINDS
 from ..concept.text import TextEncoder
+from ..diffusion.protocols import Denoiser
 from ..merge.projection import project_on_own_words
+from ..trainer.card import fit_card
 from ..trainer.config import TrainConfig
 from ..trainer.data.advice import advice
 from ..trainer.data.folders import folder_advice, load_folder
@@ -173,9 +175,10 @@ def _show_advice(options: argparse.Namespace, concepts: list[TrainingConcept]) -
 def _train(options: argparse.Namespace, request: TrainingRequest, together: Team) -> None:
     from ..host.diffusers.lending import borrowed_models
 
-    config = request.config
     pipeline = load_chosen(options, together.device)
     with borrowed_models(pipeline) as models:
+        config = _fitted(request.config, models.denoiser, together.leads)
+        request = replace(request, config=config)
         if config.text_encoder_on_cpu:
             models.text_encoder.to(torch.device("cpu"))
         else:
@@ -220,6 +223,17 @@ def _train(options: argparse.Namespace, request: TrainingRequest, together: Team
             print("stopped before the first step: nothing was learnt, nothing was saved")
             return
         save_at_any_rate(partial(save_result, finish(result)), options.output)
+
+
+def _fitted(config: TrainConfig, denoiser: Denoiser, tells: bool) -> TrainConfig:
+    """The same, or with what makes a training fit the card that was named."""
+    if not config.card_gb:
+        return config
+    size = sum(weight.nbytes for weight in denoiser.network.parameters())
+    config, said = fit_card(config, denoiser.family, False, size)
+    if tells:
+        print(f"note: {said}", file=sys.stderr)
+    return config
 
 
 def training_config(options: argparse.Namespace) -> TrainConfig:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..concept.concept import Concept
 from ..concept.layers import Family
+from .card import fit_card
 from .config import MethodName, TrainConfig
 from .methods import METHODS, recipe
 
@@ -32,12 +33,13 @@ def follow_model(
     velocity: bool,
     concepts: int,
     start: Concept | None = None,
+    unet_bytes: int | None = None,
 ) -> tuple[TrainConfig, str]:
     """Settings in which nothing is left to be found out, and a sentence on what was found and why;
     empty where all of it was chosen.
 
-    `start` is what the training goes on from, `concepts` how many are taught together. Raises
-    ConfigError for what a setting cannot be.
+    `start` is what the training goes on from, `concepts` how many are taught together, `unet_bytes`
+    how large the UNet's weights are. Raises ConfigError for what a setting cannot be.
     """
     settings, found = dict(chosen), []
     why = f"the checkpoint is {family.title}"
@@ -56,7 +58,13 @@ def follow_model(
         settings["steps"] = each * concepts
         found.append(f"{each * concepts} steps" + (f", {each} a concept" * (concepts > 1)))
     said = ", ".join(found)
-    return TrainConfig(**settings), f"{said[:1].upper()}{said[1:]}: {why}." if found else ""
+    sentences = [f"{said[:1].upper()}{said[1:]}: {why}."] if found else []
+    config = TrainConfig(**settings)
+    if config.card_gb:
+        free = chosen["method"] == AUTOMATIC and start is None
+        config, for_card = fit_card(config, family, free, unet_bytes)
+        sentences.append(for_card)
+    return config, " ".join(sentences)
 
 
 def _suiting(family: Family) -> MethodName:

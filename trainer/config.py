@@ -206,6 +206,14 @@ class TrainConfig:
         least=1,
         most=100_000,
     )
+    card_gb: int = setting(
+        0,
+        "Memory of the graphics card in GB, as 8. What makes the training fit it is chosen for you "
+        "and said; 0 chooses nothing.",
+        "options",
+        least=0,
+        most=1024,
+    )
     more_resolutions: str = setting(
         "",
         "Further sizes to train at, as '384, 640'. Leave it empty, unless you will draw at "

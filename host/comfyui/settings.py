@@ -30,9 +30,10 @@ def follow_comfy_model(
     model: Any, chosen: Mapping[str, Any], concepts: int = 1, start: Concept | None = None
 ) -> tuple[TrainConfig, str]:
     """`follow_model` for a MODEL. Raises IncompatibleModelError where it cannot be trained."""
-    family = unet_family(cross_attention_unet(model))
+    unet = cross_attention_unet(model)
     velocity = noise_of(model).prediction == "v_prediction"
-    return follow_model(chosen, family, velocity, concepts, start)
+    size = sum(weight.nbytes for weight in unet.parameters())
+    return follow_model(chosen, unet_family(unet), velocity, concepts, start, size)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,15 @@ def test_a_checkpoint_says_what_suits_it(
     assert f"resolution {resolution}" in said
 
 
+def test_a_card_is_fitted_to_by_the_weights_that_are_loaded(load: Callable[[str], Any]) -> None:
+    """This UNet is tiny; what else a Stable Diffusion 1.x holds is counted at full size."""
+    from custom_diffusion.host.comfyui.settings import follow_comfy_model
+
+    config, said = follow_comfy_model(load("sd15").model, {**OPEN, "card_gb": 4})
+    assert (config.micro_batch_size, config.batch_size) == (4, 8)
+    assert "For a card of 4 GB: 4 of 8 pictures at once; 3." in said
+
+
 def test_sdxl_is_taught_by_low_rank_factors_at_1024(comfy: Any) -> None:
     from custom_diffusion.host.comfyui.settings import follow_comfy_model
 

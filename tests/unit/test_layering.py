@@ -52,7 +52,8 @@ INSIDE_TRAINER = {
     "methods": {"config", "learning"},
     "jobs": {"settings", "config", "data", "checkpoint", "events", "request"},
     "earlier": {"config", "learning", "methods"},
-    "automatic": {"config", "methods"},
+    "automatic": {"card", "config", "methods"},
+    "card": {"config"},
     "prepare": {"config", "data", "learning", "methods"},
     "learner": {"config", "checkpoint", "events", "data", "learning", "methods", "earlier"},
     "validation": {

@@ -27,6 +27,7 @@ LATER_OPTIONS = {
     *("--validation-pictures 2", "--validation-every-steps 10", "--patience-steps 20"),
     "--early-stopping on",
     *("--seg-mix 0.3", "--seg-mix-smallest 0.5", "--seg-mix-largest 0.8"),
+    "--card-gb 8",
     *("--more-resolutions 384,640", "--preview-seeds 1,2", "--preview-resolution 128"),
     "--basis 2",
 }
