@@ -167,9 +167,9 @@ def must(*command: object) -> None:
 def run(*command: object, **environment: str) -> int:
     words = [str(word) for word in command]
     print("+", " ".join(words), flush=True)
-    return subprocess.run(
-        words, cwd=ROOT, env={**os.environ, **environment}, check=False
-    ).returncode
+    # Compiled once: tests begin this package in processes of their own.
+    kept = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", **environment}
+    return subprocess.run(words, cwd=ROOT, env=kept, check=False).returncode
 
 
 if __name__ == "__main__":

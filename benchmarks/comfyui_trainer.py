@@ -169,7 +169,9 @@ def main() -> None:
         return
     results: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = given.checkpoint or write_sd15(Path(folder) / "sd15.safetensors", levels=4)
+        checkpoint = given.checkpoint or write_sd15(
+            Path(folder) / "sd15.safetensors", channel_mult=(1, 2, 4, 4)
+        )
         print(f"SD 1.5, latents {LATENT_EDGE} x {LATENT_EDGE}, bfloat16, {given.threads} threads")
         for batch in BATCHES:
             sides = SIDES if given.without_checkpointing else SIDES[:2]

@@ -186,8 +186,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         draw_pictures(base / "input" / "cat")
-        checkpoint = write_sd15(base / "sd15.safetensors", vae="kl")
-        with ComfyServer(comfyui, base, checkpoints=[checkpoint], threads=given.threads) as server:
+        checkpoint = write_sd15(base / "sd15.safetensors", channel_mult=(1, 2), vae="kl")
+        with ComfyServer(
+            comfyui, base, checkpoints=[checkpoint], threads=given.threads, preloaded=False
+        ) as server:
             bench = Bench(server)
             results = {}
             for name, measure in (

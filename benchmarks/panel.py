@@ -140,7 +140,7 @@ def main() -> None:
         write_jobs(base / "output" / "custom_diffusion" / "jobs")
         (base / "custom_nodes").mkdir()
         (base / "custom_nodes" / "metronome.py").write_text(METRONOME)
-        with ComfyServer(comfyui, base, threads=given.threads) as server:
+        with ComfyServer(comfyui, base, threads=given.threads, preloaded=False) as server:
             for name, measure in (
                 ("first paint", lambda: first_paint(server, given.rounds)),
                 ("traffic", lambda: traffic(server)),

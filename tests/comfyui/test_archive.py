@@ -49,7 +49,7 @@ def unpacked(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(comfyui_path: Path, unpacked: Path, base: Path) -> Iterator[ComfyServer]:
     """ComfyUI with nothing but the archive."""
-    with ComfyServer(comfyui_path, base, pack=unpacked) as running:
+    with ComfyServer(comfyui_path, base, pack=unpacked, preloaded=False) as running:
         yield running
 
 

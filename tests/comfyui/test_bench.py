@@ -18,7 +18,9 @@ Graph = dict[str, dict[str, Any]]
 @pytest.fixture(scope="module")
 def server_of_this_file(comfyui_path: Path, base: Path) -> Iterator[ComfyServer]:
     # Without a cache, the same prompt queued twice is computed twice.
-    with ComfyServer(comfyui_path, base, pack=None, arguments=["--cache-none"]) as running:
+    with ComfyServer(
+        comfyui_path, base, pack=None, arguments=["--cache-none"], preloaded=False
+    ) as running:
         yield running
 
 

@@ -52,7 +52,7 @@ def server_of_this_file(comfyui_path: Path, checkpoints: Path, base: Path) -> It
     (base / "custom_nodes" / "too_much.py").write_text(TOO_MUCH)
     checkpoint = checkpoints / "sd15.safetensors"
     with ComfyServer(
-        comfyui_path, base, checkpoints=[checkpoint], arguments=["--cache-none"]
+        comfyui_path, base, checkpoints=[checkpoint], arguments=["--cache-none"], preloaded=False
     ) as running:
         yield running
 

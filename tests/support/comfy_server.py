@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .preloaded import Forked
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACK_FOLDER = "ComfyUI-Custom-Diffusion"
 
@@ -102,7 +104,8 @@ class ComfyServer:
 
     A context ends by force; ``stop`` ends as a user does.
 
-    ``base`` may be reused by a second server to test what survives a restart.
+    ``base`` may be reused by a second server to test what survives a restart. A server that is not
+    ``preloaded`` is a process of its own from its first line on, as a user's is.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class ComfyServer:
         settings: Mapping[str, Any] | None = None,
         threads: int = 1,
         start_timeout: float = 180.0,
+        preloaded: bool = True,
     ) -> None:
         self.comfyui = comfyui
         self.base = base
@@ -126,9 +130,11 @@ class ComfyServer:
         self.settings = {**SETTINGS, **(settings or {})}
         self.threads = threads
         self.start_timeout = start_timeout
+        as_all = threads == 1 and not self.environment and "COMFYUI_PYTHON" not in os.environ
+        self.preloaded = preloaded and as_all and os.name != "nt"
         self.log_path = base / "server.log"
         self.port = 0
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | Forked | None = None
         self._prepare(checkpoints)
 
     def __enter__(self) -> ComfyServer:
@@ -179,8 +185,20 @@ class ComfyServer:
             "PYTHONUNBUFFERED": "1",
             **self.environment,
         }
+        if self.preloaded:
+            command = self._command()[2:]
+            self.process = Forked(self.comfyui, command, environment, self.log_path)
+        else:
+            self.process = self._run(environment)
+        try:
+            self._await_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _run(self, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 self._command(),
                 cwd=self.comfyui,
                 env=environment,
@@ -189,11 +207,6 @@ class ComfyServer:
                 stderr=subprocess.STDOUT,
                 preexec_fn=None if os.name == "nt" else _restore_interrupt,
             )
-        try:
-            self._await_ready()
-        except BaseException:
-            self.stop()
-            raise
 
     def stop(self, timeout: float = 30.0) -> int | None:
         """End the server as Ctrl-C does, by force after ``timeout``; return its exit status."""
