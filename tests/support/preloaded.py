@@ -23,8 +23,6 @@ LIBRARIES = [
     *("aiohttp.web", "alembic.command", "sqlalchemy.orm", "pydantic", "jinja2", "kornia"),
 ]
 """Of those that are not there, none is missed."""
-NICENESS = 5
-"""Others go first: a training goes on while a test looks at something else."""
 
 
 class Forked:
@@ -79,7 +77,6 @@ def _start_forking(environment: Mapping[str, str]) -> None:
 
 def _serve(comfyui: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.nice(NICENESS)
     sys.dont_write_bytecode = False
     os.environ.clear()
     os.environ.update(environment)

@@ -27,7 +27,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from support.tiny_models import RESOLUTION, cat_concept, dog_concept, random_bank, tiny_pipeline
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.any_version]
 
 STEPS = 6
 

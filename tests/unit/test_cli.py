@@ -77,6 +77,7 @@ def test_two_concepts_are_taught_merged_inspected_and_drawn(
     assert Image.open(picture).size == (128, 64)
 
 
+@pytest.mark.any_version
 def test_a_training_says_what_the_concept_node_says_of_its_pictures(
     model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -373,6 +374,7 @@ def test_a_training_that_is_a_job_goes_on_where_it_was_interrupted(
     assert "There is no training job" in capsys.readouterr().err
 
 
+@pytest.mark.any_version
 def test_a_job_that_is_run_again_replaces_its_own_file_and_no_other(
     model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

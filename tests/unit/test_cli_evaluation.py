@@ -177,6 +177,7 @@ def test_the_encoder_of_the_model_as_a_judge_is_warned_of(
     assert "warning: The judge reads prompts with the text encoder" in capsys.readouterr().out
 
 
+@pytest.mark.any_version
 def test_what_the_miniature_has_learnt_scores_higher_than_the_base_model(tmp_path: Path) -> None:
     laboratory = Laboratory()
     subject, _ = pair_of_subjects(0, 0)
