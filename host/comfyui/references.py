@@ -33,7 +33,7 @@ class Pictures:
                 f"Both reference pictures and the folder {folder!r} were given. Disconnect the "
                 f"pictures, or set the folder to {NO_FOLDER!r}."
             )
-        if images is not None:
+        if images is not None and len(images):
             return Pictures(len(images), lambda n: Picture(to_picture(images[n][..., :3])))
         if folder == NO_FOLDER:
             raise DataError(

@@ -302,6 +302,8 @@ def test_a_broken_judge_and_one_reference_are_told(
         evaluate(clip_vision=broken)
     with pytest.raises(DataError, match="Both reference pictures and the folder"):
         evaluate(reference_folder="mine")
+    with pytest.raises(DataError, match="There are no reference pictures to compare with"):
+        evaluate(references=torch.zeros(0, 8, 8, 3))
     with pytest.raises(ConfigError, match="no numbers"):
         evaluate(strengths="a")
 

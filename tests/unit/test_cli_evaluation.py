@@ -23,6 +23,7 @@ from custom_diffusion.miniature.laboratory import Laboratory, pair_of_subjects
 from custom_diffusion.miniature.model import CONFIG
 from custom_diffusion.pictures.tensors import to_hwc, to_picture
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from support.graphs import draw_pictures
 from support.judges import write_clip, write_dinov2
 from support.made_concepts import concept_for
@@ -138,6 +139,17 @@ def test_dinov2_measures_likeness_alone(folder: Path, capsys: pytest.CaptureFixt
     scores = json.loads((folder / "straight" / "scores.json").read_text())
     assert scores["strengths"][0]["text_alignment"] is None
     assert isinstance(scores["strengths"][0]["image_alignment"]["<new1> cat"], float)
+
+
+def test_a_judge_whose_features_are_no_numbers_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dinov2(folder / "broken")
+    file = folder / "broken" / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: torch.full_like(w, torch.nan) for name, w in weights.items()}, file)
+    assert evaluate(folder, "straight", judge="broken") == 1
+    assert "DINOv2 broken makes features of pictures 1 and following" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
