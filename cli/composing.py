@@ -12,7 +12,7 @@ from ..trainer.data.composing import backgrounds_of, compose, composed_words
 from ..trainer.data.folders import load_folder
 from .output import check_new
 from .parsing import positive
-from .training import add_subject_options, training_concepts
+from .training_concepts import add_subject_options, training_concepts
 
 
 def add_to(commands: Any) -> None:
@@ -43,7 +43,9 @@ def add_to(commands: Any) -> None:
         "--output", type=Path, required=True, metavar="FOLDER", help="a new folder for them"
     )
     paste.set_defaults(
-        command=compose_command, initializer=None, regularization=None, kind=None, start=None
+        command=compose_command,
+        **dict.fromkeys(("initializer", "regularization", "kind", "start")),
+        **dict.fromkeys(("weight", "picture_weights")),
     )
 
 

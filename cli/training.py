@@ -13,17 +13,16 @@ import torch
 from tqdm import tqdm
 
 from ..concept.concept import Concept
-from ..concept.errors import ConceptFileError, ConfigError
+from ..concept.errors import ConceptFileError
 from ..concept.file import read_concept, size_of, write_concept
-from ..concept.prompts import KINDS
 from ..concept.text import TextEncoder
 from ..diffusion.protocols import Denoiser
 from ..merge.projection import project_on_own_words
 from ..trainer.card import fit_card
 from ..trainer.config import TrainConfig
 from ..trainer.data.advice import advice
-from ..trainer.data.folders import folder_advice, load_folder
-from ..trainer.data.training_concept import TrainingConcept, instance_caption
+from ..trainer.data.folders import folder_advice
+from ..trainer.data.training_concept import TrainingConcept
 from ..trainer.events import Event, Notice, PreviewDrawn, StepDone
 from ..trainer.jobs.fingerprint import training_fingerprint
 from ..trainer.jobs.own_files import OwnFiles
@@ -37,6 +36,7 @@ from .parsing import named
 from .previews import Previews
 from .settings import add_job_options, add_setting_options, chosen_settings, job_settings
 from .torchrun import Team, team
+from .training_concepts import add_concept_options, add_subject_options, training_concepts
 from .training_job import is_of_a_job, run_as_job
 
 _BAR_AFTER_S = 0.1
@@ -58,7 +58,7 @@ def add_to(commands: Any) -> None:
     )
     add_model_options(teach)
     add_subject_options(teach)
-    _add_concept_options(teach)
+    add_concept_options(teach)
     teach.add_argument(
         "--method",
         type=named(METHODS),
@@ -86,65 +86,6 @@ def add_to(commands: Any) -> None:
         "--output", type=Path, default=Path("concept.safetensors"), help="where it is saved"
     )
     teach.set_defaults(command=train_command)
-
-
-def add_subject_options(teach: argparse.ArgumentParser) -> None:
-    """Pictures and words of what is taught, one of each for each concept."""
-    teach.add_argument(
-        "--images",
-        type=Path,
-        nargs="+",
-        required=True,
-        metavar="FOLDER",
-        help="4 to 20 pictures; next to cat1.jpg, cat1.txt is its caption and cat1.mask.png its "
-        "mask (only white areas are learnt)",
-    )
-    teach.add_argument(
-        "--class-noun",
-        nargs="+",
-        required=True,
-        metavar="WORD",
-        help="the everyday word for the subject: cat",
-    )
-    teach.add_argument(
-        "--token",
-        nargs="+",
-        metavar="WORD",
-        help="its trigger word in angle brackets, default <new1>; '' teaches the class noun itself",
-    )
-
-
-def _add_concept_options(teach: argparse.ArgumentParser) -> None:
-    """What else may be said of each concept."""
-    teach.add_argument(
-        "--initializer",
-        nargs="+",
-        metavar="WORD",
-        help="a common word that the trigger word starts from; default: a rare one (the paper)",
-    )
-    teach.add_argument(
-        "--regularization",
-        type=Path,
-        nargs="+",
-        metavar="FOLDER",
-        help="about 200 ordinary pictures of the class; usually you need none",
-    )
-    teach.add_argument(
-        "--start",
-        type=Path,
-        metavar="CONCEPT",
-        help="a concept to extend: the same trigger word is trained further, another one is added",
-    )
-    teach.add_argument(
-        "--kind",
-        nargs="+",
-        choices=KINDS,
-        help="what the pictures have in common: a thing (default), or a style, whose class noun is "
-        "art; one for all, or one for each folder",
-    )
-    teach.add_argument(
-        "--style", dest="kind", action="store_const", const=["style"], help="short for --kind style"
-    )
 
 
 def train_command(options: argparse.Namespace) -> None:
@@ -287,49 +228,6 @@ def _outputs(options: argparse.Namespace) -> list[Path]:
 
 def _network_file(output: Path) -> Path:
     return output.with_name(f"{output.stem}-unet.safetensors")
-
-
-def training_concepts(options: argparse.Namespace) -> list[TrainingConcept]:
-    """One for each folder of pictures."""
-    count = len(options.images)
-    tokens = options.token or [f"<new{number}>" for number in range(1, count + 1)]
-    initializers = options.initializer or [""] * count
-    kinds = options.kind or ["thing"]
-    kinds = kinds * count if len(kinds) == 1 else kinds
-    regularizations = options.regularization or [None] * count
-    for name, values in (
-        ("class nouns", options.class_noun),
-        ("trigger words", tokens),
-        ("initializers", initializers),
-        ("regularization folders", regularizations),
-        ("kinds", kinds),
-    ):
-        if len(values) != count:
-            raise ConfigError(
-                f"{len(values)} {name} were given for {count} folders of pictures. Give one for "
-                f"each."
-            )
-    return [
-        TrainingConcept(
-            images=load_folder(folder, instance_caption(token, noun, KINDS[kind])),
-            class_noun=noun,
-            token=token,
-            initializer=initializer,
-            regularization=load_folder(others, instance_caption("", noun, KINDS[kind]))
-            if others
-            else (),
-            template=KINDS[kind],
-        )
-        for folder, noun, token, initializer, others, kind in zip(
-            options.images,
-            options.class_noun,
-            tokens,
-            initializers,
-            regularizations,
-            kinds,
-            strict=True,
-        )
-    ]
 
 
 def _show(event: Event, bar: tqdm[None], previews: Previews) -> None:

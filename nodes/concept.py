@@ -102,6 +102,26 @@ class CustomDiffusionConcept(io.ComfyNode):
                     "cat' for a thing, 'painting in the style of <new1> art' for a style, whose "
                     "class noun is art.",
                 ),
+                io.Float.Input(
+                    "weight",
+                    default=1.0,
+                    min=0.01,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How much this concept counts beside others that are trained with it. "
+                    "Raise it for one that is learnt less well.",
+                ),
+                io.String.Input(
+                    "picture_weights",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How much each picture counts: one number per picture, or lines such "
+                    "as 'cat1.jpg: 2'. 0 leaves a picture out. Leave it empty if all count alike.",
+                ),
             ],
             outputs=[TrainingConcept.Output(display_name="training concept")],
         )
@@ -138,6 +158,8 @@ class CustomDiffusionConcept(io.ComfyNode):
         masks: Any = None,
         captions: Any = None,
         regularization_set: Any = None,
+        weight: Any = (1.0,),
+        picture_weights: Any = ("",),
     ) -> io.NodeOutput:
         concept = training_concept(
             images=images or [],
@@ -150,6 +172,8 @@ class CustomDiffusionConcept(io.ComfyNode):
             regularization_set=regularization_set[0] if regularization_set else (),
             initializer=initializer[0],
             kind=kind[0],
+            weight=weight[0],
+            picture_weights=picture_weights[0],
         )
         found, sheet = look_through(concept)
         warnings = [*folders_advice(folder[0], regularization_folder[0]), *found]

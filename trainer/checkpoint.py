@@ -23,6 +23,14 @@ from ..concept.tensors import read_tensors
 FORMAT = "custom-diffusion-checkpoint"
 FORMAT_VERSION = "1"
 _PARAMETER, _LOSSES, _VALIDATION, _BEST = "parameter", "losses", "validation", "best"
+_NUMBERS = "numbers"
+FOUND = frozenset(
+    {
+        *("d", "d_max", "d_hat", "d_numerator", "d_denom"),  # Prodigy's
+        *("k", "weight_sum", "lr_max", "scheduled_lr"),  # both, and schedule-free's
+    }
+)
+"""What an optimiser finds out on its way, beside its tensors: numbers in its groups"""
 
 
 @dataclass
@@ -39,6 +47,8 @@ class Checkpoint:
     """Losses on pictures that are kept back, by step"""
     best: tuple[Tensor, ...] = ()
     """What learns as it was where the last of them was lowest, where the run ends with that"""
+    numbers: tuple[Mapping[str, float], ...] = ()
+    """What the optimiser has found out beside its state, for each of its groups"""
 
     @property
     def step(self) -> int:
@@ -61,6 +71,10 @@ class Checkpoint:
                 if p in optimizer.state
                 else {}
                 for p in parameters
+            ),
+            numbers=tuple(
+                {name: float(group[name]) for name in sorted(FOUND & group.keys())}
+                for group in optimizer.param_groups
             ),
             validation=dict(validation or {}),
             best=best,
@@ -90,6 +104,8 @@ class Checkpoint:
             if moments
         }
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        for group, numbers in zip(optimizer.param_groups, self.numbers, strict=False):
+            group.update({k: int(v) if k == "k" else v for k, v in numbers.items()})
         self.parameters, self.moments = (), ()
         return list(self.losses)
 
@@ -100,6 +116,10 @@ def write_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     if checkpoint.validation:
         pairs = list(checkpoint.validation.items())
         tensors[_VALIDATION] = torch.tensor(pairs, dtype=torch.float64)
+    for index, numbers in enumerate(checkpoint.numbers):
+        if numbers:
+            values = torch.tensor(list(numbers.values()), dtype=torch.float64)
+            tensors[f"{_NUMBERS}.{index}"] = values
     tensors |= {f"{_BEST}.{index}": tensor for index, tensor in enumerate(checkpoint.best)}
     places: set[int] = set()
     for index, (parameter, moments) in enumerate(
@@ -118,6 +138,8 @@ def write_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         "format_version": FORMAT_VERSION,
         "parameters": str(len(checkpoint.parameters)),
     }
+    if any(checkpoint.numbers):
+        metadata[_NUMBERS] = " ".join(checkpoint.numbers[0])
     metadata["digest"] = _digest(metadata, tensors)
     write_atomically(
         path,
@@ -166,6 +188,7 @@ def _checkpoint_of(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -
         if part:
             states[int(index)][part] = tensor
     best = [state.pop(_BEST) for state in states if _BEST in state]
+    numbers = [state.pop(_NUMBERS) for state in states if _NUMBERS in state]
     if len(best) not in (0, count):
         raise ValueError(f"it has the best of {len(best)} of {count} parameters")
     return Checkpoint(
@@ -174,7 +197,20 @@ def _checkpoint_of(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -
         moments=tuple(states),
         validation=_measured(tensors.get(_VALIDATION), len(losses)),
         best=tuple(best),
+        numbers=_found(metadata.get(_NUMBERS, "").split(), numbers),
     )
+
+
+def _found(names: Sequence[str], groups: Sequence[Tensor]) -> tuple[Mapping[str, float], ...]:
+    """Raises ValueError or TypeError for what no optimiser finds out."""
+    if bool(names) != bool(groups) or not FOUND.issuperset(names):
+        raise ValueError(f"its optimiser's numbers are {names}")
+    for values in groups:
+        if values.dtype != torch.float64 or values.shape != (len(names),):
+            raise TypeError(f"its numbers are {values.dtype} {tuple(values.shape)}")
+        if not values.isfinite().all():
+            raise ValueError("a number of its optimiser is not finite")
+    return tuple(dict(zip(names, values.tolist(), strict=True)) for values in groups)
 
 
 def _measured(validation: Tensor | None, steps: int) -> dict[int, float]:

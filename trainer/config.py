@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ..concept.errors import ConfigError
 from ..diffusion.latents import LATENT_PIXELS
+from .options import TrainOptions
 from .settings import Setting, setting, settings_of
 
 MethodName = Literal[
@@ -20,14 +21,14 @@ MethodName = Literal[
     "fine-tune all",
 ]
 """What learns: `trainer/methods/` has a file for each."""
-OptimizerName = Literal["adamw", "adamw 8-bit"]
+OptimizerName = Literal["adamw", "adamw 8-bit", "prodigy", "adamw schedule-free"]
 GradientCut = Literal["none", "start", "start and padding", "own words"]
 Framing = Literal["buckets", "crop", "letterbox"]
 EarlyStopping = Literal["off", "suggested", "on"]
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(TrainOptions):
     """Custom Diffusion's recipe: 250 steps of 8 images at a learning rate of 8e-5.
 
     `trainer.methods.recipe` has those of other methods. A field is all that a new setting needs:
@@ -148,7 +149,9 @@ class TrainConfig:
     optimizer: OptimizerName = setting(
         "adamw",
         "adamw 8-bit needs a quarter of the memory for the optimizer's state. Use it if memory is "
-        "short; it needs the Python package bitsandbytes.",
+        "short; it needs the Python package bitsandbytes. prodigy finds its rate itself and leaves "
+        "learning_rate aside (package prodigyopt). adamw schedule-free averages, so it needs no "
+        "schedule (package schedulefree).",
         "added",
     )
     text_encoder_on_cpu: bool = setting(
@@ -205,72 +208,6 @@ class TrainConfig:
         "added",
         least=1,
         most=100_000,
-    )
-    card_gb: int = setting(
-        0,
-        "Memory of the graphics card in GB, as 8. What makes the training fit it is chosen for you "
-        "and said; 0 chooses nothing.",
-        "options",
-        least=0,
-        most=1024,
-    )
-    more_resolutions: str = setting(
-        "",
-        "Further sizes to train at, as '384, 640'. Leave it empty, unless you will draw at "
-        "very different sizes.",
-        "options",
-    )
-    preview_seeds: str = setting(
-        "",
-        "Seeds of the samples, as '1, 2, 3': a row of pictures for each. Leave it empty for the "
-        "seed of the training.",
-        "options",
-    )
-    preview_resolution: int = setting(
-        0,
-        "Width and height of the samples. 0 is the resolution of the training; a smaller one is "
-        "drawn faster.",
-        "options",
-        least=0,
-        most=2048,
-        step=LATENT_PIXELS,
-    )
-    seg_mix: float = setting(
-        0.0,
-        "How often the subjects of two concepts are pasted into one picture, whose caption says "
-        "both. It needs pictures with masks. Set 0.3 when two concepts that are trained together "
-        "take each other's looks.",
-        "options",
-        least=0,
-        most=1,
-        step=0.05,
-    )
-    seg_mix_smallest: float = setting(
-        0.75,
-        "Smallest size of a pasted subject; 1 fills its half of the picture.",
-        "options",
-        least=0.1,
-        most=1,
-        step=0.05,
-    )
-    seg_mix_largest: float = setting(
-        1.0,
-        "Largest size of a pasted subject; 1 fills its half of the picture.",
-        "options",
-        least=0.1,
-        most=1,
-        step=0.05,
-    )
-    basis: int = setting(
-        0,
-        "Method low-rank: trains in one of many fixed bases that do not overlap, so that concepts "
-        "add up better. Give each concept of the same rank another number; 0 trains as usual.",
-        "options",
-        least=0,
-        most=2560,
-    )
-    max_gradient_norm: float | None = setting(
-        1.0, "Gradients are scaled down to this norm; None leaves them.", None, least=1e-12
     )
     views_per_image: int = setting(
         16, "Augmented views of each picture that are encoded before training.", None, least=1

@@ -5,7 +5,7 @@ that it is so far.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from torch import Tensor, nn
 
@@ -17,13 +17,17 @@ from ..concept.text import TextEncoder, text_mark
 from ..diffusion.protocols import Denoiser
 from .checkpoint import Checkpoint
 from .config import TrainConfig
+from .data.batches import Batch
 from .data.training_concept import TrainingConcept
 from .earlier import check_earlier
 from .events import CheckpointDue
 from .learning.network_weights import NetworkWeights
-from .learning.optimizer import make_optimizer
+from .learning.optimizer import averaged, make_optimizer
 from .learning.prompt_features import PromptFeatures
+from .learning.samples import Samples, loss_of
+from .learning.schedule import set_rates
 from .learning.tokens import drift, words_to_teach
+from .learning.word_attention import WordAttention, WordPlaces, word_places
 from .methods import METHODS, gradient_cut
 
 _FINAL_LOSSES = 20
@@ -64,6 +68,11 @@ class Learner:
             [(concept.token, concept.class_noun) for concept in training_concepts],
         )
         self.projections = method.projections(denoiser, earlier.deltas, config)
+        self.attention = (
+            WordAttention(denoiser, self.projections) if config.attention_weight else None
+        )
+        """Watches words where they are kept inside their masks"""
+        self._subjects = [(concept.token, concept.class_noun) for concept in training_concepts]
         self._network = NetworkWeights(
             denoiser, earlier.deltas, further_layers, method.whole_network
         )
@@ -78,7 +87,7 @@ class Learner:
                 f"The method {config.method!r} saves a UNet and a new word, but no concept has a "
                 f"trigger word. Give one, '<new1>' for example, or choose another method."
             )
-        self.optimizer = make_optimizer(config, self.parameters)
+        self.optimizer = make_optimizer(config, self.parameters, rows)
         self._text_mark = text_mark(text_encoder)
         self._base_hash = self.projections.base_hash  # of the network's own keys and values
 
@@ -90,12 +99,33 @@ class Learner:
     @contextmanager
     def learning(self) -> Iterator[None]:
         """While the context lasts the network uses what learns; afterwards its own again."""
-        with self.projections.installed(), self._network.learning():
+        watching = self.attention.watching() if self.attention else nullcontext()
+        with self.projections.installed(), self._network.learning(), watching:
             yield
 
-    def step(self) -> None:
-        """One update by the gradients that the parameters have."""
-        if self._config.max_gradient_norm is not None:
+    def loss_of(self, samples: Samples) -> Tensor:
+        """What some samples of a step add to its loss."""
+        return loss_of(self.projections, samples, self.attention, self._config.attention_weight)
+
+    def places(self, batch: Batch, context: Tensor) -> WordPlaces | None:
+        """Where the words of a batch are, where that counts."""
+        if not self.attention:
+            return None
+        rows = self.prompts.word_rows(batch.prompts, context)
+        return word_places(rows, self._subjects, batch.subject_masks, batch.masks_bhw)
+
+    @contextmanager
+    def as_learnt(self) -> Iterator[None]:
+        """While the context lasts parameters are what is learnt so far, which an optimiser may say
+        is an average of where they were.
+        """
+        with averaged(self.optimizer):
+            yield
+
+    def step(self, number: int) -> None:
+        """Step `number`, from 0 on: one update by the gradients that the parameters have."""
+        set_rates(self.optimizer, self._config, number)
+        if self._config.max_gradient_norm:
             nn.utils.clip_grad_norm_(self.parameters, self._config.max_gradient_norm)
         self.optimizer.step()
 
@@ -144,7 +174,8 @@ class Learner:
     ) -> CheckpointDue:
         """What a run goes on from, and the concept until then, where it is one."""
         whole = self._method.whole_network
-        concept = None if whole else self.concept(losses)
+        with self.as_learnt():
+            concept = None if whole else self.concept(losses)
         return CheckpointDue(Checkpoint.of(self.optimizer, losses, validation, best), concept)
 
     def _token(self, concept: TrainingConcept) -> ModifierToken:

@@ -35,7 +35,7 @@ from .events import (
     WordsMoved,
 )
 from .learner import Learner
-from .learning.samples import drawn_noise, loss_of, samples_of
+from .learning.samples import drawn_noise, samples_of
 from .validation import Validation
 
 _DRIFT_EVERY_STEPS = 10
@@ -95,12 +95,13 @@ def train(
             batch = batches.of_step(len(losses), rng, generator)
             text = learner.prompts.encode(batch.prompts)
             leaves = text.as_leaves()
-            drawn = drawn_noise(batch, generator, denoiser)
-            samples = samples_of(batch, *drawn, leaves, denoiser, config)
+            drawn = drawn_noise(batch, generator, denoiser, config)
+            words = learner.places(batch, text.features.context)
+            samples = samples_of(batch, *drawn, leaves, denoiser, config, words)
 
             # Gradients: of the UNet, then through the leaves of the text encoder.
             loss = backward(
-                partial(loss_of, learner.projections),
+                learner.loss_of,
                 replica.part(samples),
                 [*learner.parameters, *leaves.tensors()],
             )
@@ -109,7 +110,7 @@ def train(
             _check_finite(loss, len(losses) + 1, config, denoiser, samples.context)
 
             # Update, and report.
-            learner.step()
+            learner.step(len(losses))
             losses.append(loss)
             for event in _reports(len(losses), loss, config, learner, denoiser, batch, validation):
                 on_event(event)
@@ -118,7 +119,8 @@ def train(
 
         if checkpoint_every_steps and len(losses) % checkpoint_every_steps:
             on_event(learner.checkpoint(losses, validation.losses, validation.best))
-        return learner.concept(validation.take_best(losses))
+        with learner.as_learnt():
+            return learner.concept(validation.take_best(losses))
 
 
 def _notices(
@@ -164,10 +166,11 @@ def _preview(config: TrainConfig, learner: Learner, denoiser: Denoiser, batch: B
     """
     chosen = [line for line in config.preview_prompts.splitlines() if line.strip()]
     prompts = chosen or [learner.prompt]
-    rows = [
-        torch.cat([_sample(config, p, seed, learner, denoiser, batch) for p in prompts], dim=1)
-        for seed in config.sample_seeds
-    ]
+    with learner.as_learnt():
+        rows = [
+            torch.cat([_sample(config, p, seed, learner, denoiser, batch) for p in prompts], dim=1)
+            for seed in config.sample_seeds
+        ]
     return torch.cat(rows)
 
 

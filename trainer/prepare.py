@@ -15,7 +15,9 @@ from .data.captioned import check_readable
 from .data.latents import LatentBank, encode_views
 from .data.training_concept import TrainingConcept
 from .learning.optimizer import check_optimizer
+from .learning.schedule import check_schedule
 from .learning.tokens import initial_embedding
+from .learning.weighting import check_timesteps
 from .methods import gradient_cut
 
 
@@ -49,6 +51,8 @@ def prepare(
             f"give more pictures."
         )
     check_optimizer(config)
+    check_schedule(config)
+    check_timesteps(config)
     check_readable([*concept.images, *concept.regularization])
     if concept.token:
         _check_words(concept, config, text_encoder)

@@ -10,7 +10,7 @@ from functools import partial
 from ..concept.concept import Concept
 from ..concept.text import TextEncoder
 from ..diffusion.protocols import Denoiser, LatentEncoder
-from .data.mixing import mixable, with_mixed
+from .data.mixing import check_masks, mixable, with_mixed
 from .earlier import check_earlier
 from .events import Event
 from .loop import train
@@ -38,6 +38,8 @@ def prepared(
     mixing = request.config.seg_mix > 0
     if mixing:
         mixable(request.concepts, request.config)
+    if request.config.attention_weight:
+        check_masks(request.concepts)
     count = len(request.concepts) + mixing
     banks = [
         prepare(

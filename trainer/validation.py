@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -44,7 +45,9 @@ class Validation:
         learner: Learner,
         replica: Replica,
     ) -> None:
-        self._config, self._denoiser, self._learner = config, denoiser, learner
+        # Every amount of noise counts alike, so that losses of other settings can be compared.
+        self._config = replace(config, loss_weighting="none")
+        self._denoiser, self._learner = denoiser, learner
         self._replica = replica
         self._batches = validation_batches(banks, config)
         self.losses: dict[int, float] = {}
@@ -66,7 +69,12 @@ class Validation:
         if not self._batches or step % self._config.validation_every_steps:
             return None
         count = sum(len(batch.prompts) for batch in self._batches)
-        loss = sum(len(batch.prompts) / count * self._loss(batch) for batch in self._batches)
+        with self._learner.as_learnt():
+            losses = [len(batch.prompts) / count * self._loss(batch) for batch in self._batches]
+            return self._measured(step, sum(losses))
+
+    def _measured(self, step: int, loss: float) -> float:
+        """Keeps the loss after a step, and what was learnt until then where it is the lowest."""
         if not math.isfinite(loss):
             raise TrainingError(
                 f"The validation loss became {loss} at step {step}; a finite number was needed. "

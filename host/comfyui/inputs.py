@@ -28,6 +28,7 @@ from ...trainer.data.captioned import CaptionedImage
 from ...trainer.data.contact_sheet import PictureSheet, contact_sheet
 from ...trainer.data.folders import folder_advice, load_folder
 from ...trainer.data.training_concept import TrainingConcept, instance_caption
+from ...trainer.data.weights import with_weights
 from .models.text import text_encoder
 from .paths import NO_FOLDER, cache_folder, input_folder
 
@@ -45,6 +46,8 @@ def training_concept(
     regularization_set: tuple[CaptionedImage, ...],
     initializer: str,
     kind: str,
+    weight: float = 1.0,
+    picture_weights: str = "",
 ) -> TrainingConcept:
     """What to teach, from connected images (b, h, w, c) in 0..1 with masks (b, h, w), one where a
     picture counts, or from a folder of `input/`.
@@ -79,7 +82,10 @@ def training_concept(
     if regularization_folder != NO_FOLDER:
         ordinary = instance_caption("", class_noun, template)
         regularization = load_folder(input_folder(regularization_folder), ordinary)
-    return TrainingConcept(instances, class_noun, token, initializer, regularization, template)
+    return TrainingConcept(
+        with_weights(instances, picture_weights),
+        *(class_noun, token, initializer, regularization, template, weight),
+    )
 
 
 def concept_problem(

@@ -150,7 +150,16 @@ def test_options_count_in_the_training_and_in_its_views(bench: ComfyServer) -> N
     (plain,) = bench.images(bench.run(graph), "views")
     assert job_config(bench)["seg_mix"] == 0
 
-    graph["options"] = node("CustomDiffusionOptions", seg_mix=0.5)
+    graph["options"] = node(
+        "CustomDiffusionOptions",
+        seg_mix=0.5,
+        attention_weight=0.01,
+        schedule="cosine",
+        warmup_steps=1,
+        word_learning_rate=1e-4,
+        loss_weighting="min-snr",
+        noise_offset=0.05,
+    )
     graph["mixed"]["inputs"]["options"] = ["options", 0]
     graph["views"]["inputs"]["together"] = ["dog", 0]
     (sheet,) = bench.images(bench.run(graph), "views")

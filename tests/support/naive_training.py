@@ -140,7 +140,7 @@ def naive_training(
         for table in tables:
             if table.grad is not None:
                 table.grad[:VOCABULARY_SIZE] = 0
-        if settings.max_gradient_norm is not None:
+        if settings.max_gradient_norm:
             torch.nn.utils.clip_grad_norm_(learning, settings.max_gradient_norm)
         optimizer.step()
         for table, other in zip(tables, others, strict=True):

@@ -89,6 +89,8 @@ def test_the_same_again_is_the_same(inputs: Inputs, tmp_path: Path) -> None:
     moved.write_bytes(inputs["concepts"][0].images[0].source.read_bytes())
     assert fingerprint(**changed_image(inputs, source=moved)) == first
     assert fingerprint(**{**inputs, "config": TrainConfig(steps=7)}) == first  # as far as they go
+    falling = [TrainConfig(schedule="cosine", steps=steps) for steps in (7, 8)]
+    assert len({fingerprint(**{**inputs, "config": config}) for config in falling}) == 2
     unmeasured = TrainConfig(validation_every_steps=7, early_stopping="on", patience_steps=3)
     assert fingerprint(**{**inputs, "config": unmeasured}) == first
 
@@ -110,7 +112,7 @@ def test_settings_that_came_later_leave_the_fingerprints_of_old_jobs(inputs: Inp
     later = ("validation_pictures", "validation_every_steps", "early_stopping", "patience_steps")
 
     class Before:
-        validation_pictures = 0
+        validation_pictures, schedule = 0, "constant"
 
         def as_json(self) -> dict[str, Any]:
             return {k: v for k, v in config.as_json().items() if k not in (*later, *options)}

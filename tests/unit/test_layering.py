@@ -41,14 +41,15 @@ MAY_IMPORT = {
 """Folder → the other folders of ours it may import. Files beside them may import all."""
 INSIDE_TRAINER = {
     "settings": set[str](),
-    "config": {"settings"},
+    "options": {"settings"},
+    "config": {"settings", "options"},
     "checkpoint": set[str](),
     "events": {"checkpoint"},
     "economy": set[str](),
     "request": {"config", "data"},
     "data": {"config"},
     "regularization": {"config", "data"},
-    "learning": {"config", "data"},
+    "learning": {"config", "options", "data"},
     "methods": {"config", "learning"},
     "jobs": {"settings", "config", "data", "checkpoint", "events", "request"},
     "earlier": {"config", "learning", "methods"},

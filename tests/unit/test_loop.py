@@ -143,7 +143,7 @@ def test_three_steps_with_clipped_gradients_equal_those_of_a_naive_loop(
 def test_three_steps_without_clipping_or_decay_equal_those_of_a_naive_loop(
     pipeline: StableDiffusionPipeline,
 ) -> None:
-    settings = config(batch_size=2, max_gradient_norm=None, weight_decay=0.0)
+    settings = config(batch_size=2, max_gradient_norm=0.0, weight_decay=0.0)
     assert_equal_to_naive(pipeline, settings, cat_concept())
 
 

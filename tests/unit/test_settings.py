@@ -30,6 +30,11 @@ LATER_OPTIONS = {
     "--card-gb 8",
     *("--more-resolutions 384,640", "--preview-seeds 1,2", "--preview-resolution 128"),
     "--basis 2",
+    "--attention-weight 0.01",
+    *("--word-learning-rate 0.001", "--schedule cosine", "--warmup-steps 10"),
+    "--max-gradient-norm 0.5",
+    *("--loss-weighting min-snr", "--min-snr-gamma 3", "--noise-offset 0.05"),
+    *("--min-timestep 10", "--max-timestep 900"),
 }
 
 

@@ -68,6 +68,8 @@ def advice(
     if blurred := _blurred(sharp):
         yield f"Blurred next to the others, and blur is learnt: {some(blurred)}."
     yield from alike
+    if unused := [n for n, image in zip(names, concept.images, strict=True) if not image.weight]:
+        yield f"With the weight 0, so not learnt from: {some(unused)}."
     plain = [
         name
         for name, image in zip(names, concept.images, strict=True)

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import fmean
 from typing import Generic, TypeVar
 
 import torch
@@ -31,6 +32,10 @@ class Batch:
     sizes: Tensor
     """`Sizes` of each, (b, 6)"""
     prior: int
+    subject_masks: tuple[Mapping[str, Tensor], ...] = ()
+    """Of each, where known: what a concept is called → where its subject is seen (h, w)"""
+    balance: Tensor | None = None
+    """What each counts beside the others (b,), 1 in the mean of a run; None: all count alike"""
 
 
 class Batches:
@@ -44,6 +49,8 @@ class Batches:
         self._config = config
         frames = {views[0].frame for bank in banks for views in bank.instances}
         self._parts = [_Part(banks, frame, config, len(frames)) for frame in sorted(frames)]
+        means = [fmean(views[0].weight for views in bank.instances) for bank in banks]
+        self._mean_weight = fmean(means)
         self._turns = Turns([part.share / part.taught for part in self._parts])
 
     @property
@@ -74,7 +81,14 @@ class Batches:
             prompts=tuple(view.prompt for view in views),
             sizes=torch.tensor([view.sizes for view in views]),
             prior=prior,
+            subject_masks=tuple(view.subject_masks for view in views),
+            balance=self._balance(views[: part.taught], prior),
         )
+
+    def _balance(self, taught: Sequence[EncodedView], prior: int) -> Tensor | None:
+        """Pictures come up equally often, so the mean over a run is that over all pictures."""
+        weights = [view.weight / self._mean_weight for view in taught]
+        return None if set(weights) == {1.0} else torch.tensor([*weights, *[1.0] * prior])
 
     def _drawn(
         self, views: Sequence[EncodedView], mixed: Sequence[EncodedView], rng: random.Random

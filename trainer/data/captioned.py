@@ -40,10 +40,17 @@ class CaptionedImage:
     mask: Image.Image | Path | None = None
     repeats: int = 1
     """How often it comes up for once that others do"""
+    weight: float = 1.0
+    """What it counts each time; 0 leaves it out"""
 
     @property
     def name(self) -> str:
-        return self.source.name if isinstance(self.source, Path) else "an image in memory"
+        return self.file_name or "an image in memory"
+
+    @property
+    def file_name(self) -> str:
+        """Empty for a picture that is no file."""
+        return self.source.name if isinstance(self.source, Path) else ""
 
     def size(self) -> tuple[int, int]:
         """Width and height of what `open` returns, of a file without decoding its pixels."""

@@ -40,6 +40,8 @@ class EncodedView:
     sizes: Sizes
     subject_masks: Mapping[str, Tensor] = field(default_factory=dict)
     """What a concept is called → where its subject is seen (h, w), in 0..1"""
+    weight: float = 1.0
+    """What it counts, beside others of the run"""
 
     @property
     def frame(self) -> Frame:
@@ -85,7 +87,7 @@ def encode_views(
     seen: dict[bytes, tuple[Tensor, Tensor]] = {}
     done = 0
 
-    def encode(prompt: str, view: View) -> EncodedView:
+    def encode(prompt: str, view: View, subject: str = "", weight: float = 1) -> EncodedView:
         nonlocal done
         key = hashlib.sha256(view.image_chw.contiguous().numpy().data).digest()
         key += repr(view.frame).encode()  # the same bytes may be upright or wide
@@ -94,16 +96,35 @@ def encode_views(
             seen[key] = means.keep(mean, view), deviations.keep(deviation, view)
         on_progress(done := done + 1, counts.total())
         mask = masks.keep(view.mask, view)
-        return EncodedView(*seen[key], mask, prompt, view.sizes, {concept.subject: mask})
+        subject_masks = {subject: mask} if subject else {}
+        return EncodedView(*seen[key], mask, prompt, view.sizes, subject_masks, weight)
 
-    views = (encode(*view) for view in instance_views(concept.images, per_image, config))
-    instances = [[tuple(islice(views, per_image)) for _ in each] for each in frames]
+    views = instance_views(concept.images, per_image, config)
+    instances = [
+        [
+            tuple(
+                encode(*view, concept.subject, concept.weight * image.weight)
+                for view in islice(views, per_image)
+            )
+            for _ in each
+        ]
+        for each, image in zip(frames, concept.images, strict=True)
+    ]
     regularization = [
         (encode(image.caption, regularization_view(image, frame, config)),)
         for image, frame in guards
     ]
     back = kept_back(config, len(concept.images))
-    taught = [place for place in range(len(instances)) if place not in back]
+    taught = [
+        place
+        for place, image in enumerate(concept.images)
+        if place not in back and image.weight > 0
+    ]
+    if not taught:
+        raise DataError(
+            f"The weights of all pictures of the {concept.class_noun} that are not kept back are "
+            f"0, so nothing could be learnt. Give more pictures a weight, or keep back fewer."
+        )
     return LatentBank(
         _repeated([instances[n] for n in taught], [concept.images[n] for n in taught]),
         _repeated(regularization, [image for image, _ in guards]),

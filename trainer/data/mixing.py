@@ -74,6 +74,15 @@ def has_subject(image: CaptionedImage) -> bool:
     return image.mask is not None or image.open().mask is not None
 
 
+def check_masks(concepts: Sequence[TrainingConcept]) -> None:
+    """Raises ConfigError where no picture says what of it is the subject."""
+    if not any(has_subject(image) for concept in concepts for image in concept.images):
+        raise ConfigError(
+            "attention_weight keeps words inside the masks of the pictures, and no picture has a "
+            "mask. Give masks, or set attention_weight to 0."
+        )
+
+
 def mixable(concepts: Sequence[TrainingConcept], config: TrainConfig) -> list[TrainingConcept]:
     """Those that can be cut out: things, of which a picture that trains has a mask. Raises
     ConfigError where there are no two.
@@ -120,9 +129,8 @@ def with_mixed(
             for one in mixed_views(concept, other, config, count, seen):
                 mean, deviation = encoder.moments(one.view.image_chw)
                 mask, sizes = one.view.mask, one.view.sizes
-                views.append(
-                    EncodedView(mean, deviation, mask, one.prompt, sizes, one.subject_masks)
-                )
+                about = one.subject_masks, concept.weight
+                views.append(EncodedView(mean, deviation, mask, one.prompt, sizes, *about))
                 on_progress(done := done + 1, total)
         mixed.append(replace(bank, mixed=tuple(views)))
     return mixed
@@ -132,7 +140,8 @@ def _taught(concept: TrainingConcept, config: TrainConfig) -> list[CaptionedImag
     if config.validation_pictures >= len(concept.images):  # refused when they are prepared
         return []
     back = kept_back(config, len(concept.images))
-    return [image for place, image in enumerate(concept.images) if place not in back]
+    pairs = enumerate(concept.images)
+    return [image for place, image in pairs if place not in back and image.weight > 0]
 
 
 def _cut_out(picture: Picture, size: int) -> Picture:

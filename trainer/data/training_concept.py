@@ -5,6 +5,7 @@ Checked when it is made, before any time is spent on it.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ class TrainingConcept:
     regularization: tuple[CaptionedImage, ...] = ()
     template: str = DEFAULT_TEMPLATE
     """What is said of it; STYLE_TEMPLATE for a style, whose class noun is `art`, say."""
+    weight: float = 1.0
+    """What its pictures count beside those of others that are taught together"""
 
     @property
     def subject(self) -> str:
@@ -49,6 +52,16 @@ class TrainingConcept:
         if not self.images:
             raise DataError(
                 "No instance images were given. Connect 4 to 20 pictures of the concept."
+            )
+        if not any(image.weight for image in self.images):
+            raise DataError(
+                f"The weights of all {len(self.images)} pictures of the {self.class_noun} are 0, "
+                f"so nothing could be learnt. Give one of them a weight above 0."
+            )
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise DataError(
+                f"The weight of the concept {self.subject!r} is {self.weight}; needed is a number "
+                f"above 0. Leave a concept out that should not count."
             )
         if not self.class_noun.strip():
             raise DataError(

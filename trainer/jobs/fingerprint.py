@@ -42,6 +42,8 @@ def training_fingerprint(
     one prompt: another checkpoint, or a LoRA, changes them.
     """
     uncounted = _ENDS if request.config.validation_pictures else _ENDS | _KEEPING_BACK
+    if request.config.schedule != "constant":  # every step's rate follows from how many there are
+        uncounted = uncounted - {"steps"}
     settings = {
         name: value
         for name, value in request.config.as_json().items()
@@ -53,12 +55,16 @@ def training_fingerprint(
     for concept in request.concepts:
         words = (concept.token, concept.class_noun, concept.initializer, concept.template)
         digest.update(repr(words).encode())
+        if concept.weight != 1:  # nothing for 1, here and below: jobs from before are found
+            digest.update(f"weighs {concept.weight}".encode())
         for images in (concept.images, concept.regularization):
             digest.update(f"{len(images)} pictures".encode())
             for image in images:
                 digest.update(image.caption.encode())
                 if image.repeats > 1:  # nothing for one: jobs from before it was counted are found
                     digest.update(f"{image.repeats} times".encode())
+                if image.weight != 1:
+                    digest.update(f"weighs {image.weight}".encode())
                 for source in (image.source, image.mask):
                     digest.update(_content(source))
     _update_with_models(digest, encoder, networks)

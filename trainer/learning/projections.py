@@ -119,6 +119,12 @@ class KeyValueProjections(ABC):
             slot.value = part  # stays: activation checkpointing asks for it once more
         return self._denoiser.predict(noisy_latents, timesteps, context, pooled, sizes)
 
+    def computed(self, path: str) -> Tensor:
+        """The keys or values (b, n, out) of the newest prediction, by the module's path."""
+        value = self._slots[path].value
+        assert value is not None, "they are computed by predict"
+        return value
+
     def _stacked(self, dtype: torch.dtype) -> Tensor:
         """The network's own weights (Σ out, d)."""
         return torch.cat([weight.to(self._denoiser.device, dtype) for weight in self._weights])

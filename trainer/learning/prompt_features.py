@@ -85,6 +85,21 @@ class PromptFeatures:
                 row[found] = 1
         return own
 
+    def word_rows(self, prompts: Sequence[str], context: Tensor) -> Tensor:
+        """Where each concept's trigger word, and then its class noun, stand in each prompt: one
+        there, else zero (b, 2 · concepts, n).
+        """
+        words = self._encoder.tokenize_words
+        rows = torch.zeros(len(prompts), 2 * len(self._subjects), context.shape[1])
+        for of_prompt, prompt in zip(rows, prompts, strict=True):
+            ids = self._encoder.tokenize(prompt)
+            for place, (token, noun) in enumerate(self._subjects):
+                trigger = own_positions(ids, words(token), []) if token else []
+                own = own_positions(ids, words(token) if token else [], words(noun))
+                of_prompt[2 * place, trigger] = 1
+                of_prompt[2 * place + 1, [n for n in own if n not in trigger]] = 1
+        return rows.to(context.device)
+
     def _features(self, prompts: Sequence[str]) -> dict[str, TextFeatures]:
         """Of each prompt: context (n, d), pooled (w,)."""
         token_ids = [self._encoder.tokenize(prompt) for prompt in prompts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -14,6 +15,8 @@ from ..data.batches import Batch
 from .objective import sample_losses, sample_weights
 from .projections import KeyValueProjections
 from .prompt_features import PromptText
+from .weighting import drawn_timesteps, loss_weights, offset
+from .word_attention import WordAttention, WordPlaces
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,9 @@ class Samples:
     masks_bhw: Tensor
     weights: Tensor
     """What each sample's loss counts"""
+    word_rows: Tensor | None = None
+    word_masks: Tensor | None = None
+    """`WordPlaces` of each, where words are kept inside their masks"""
 
     def __len__(self) -> int:
         return len(self.noisy_latents_bchw)
@@ -45,11 +51,13 @@ class Samples:
 
 
 def drawn_noise(
-    batch: Batch, generator: torch.Generator, denoiser: Denoiser
+    batch: Batch, generator: torch.Generator, denoiser: Denoiser, config: TrainConfig
 ) -> tuple[Tensor, Tensor]:
     """Noise and timesteps of a step."""
     noise = torch.randn(batch.latents_bchw.shape, generator=generator)
-    return noise, torch.randint(len(denoiser.alphas_cumprod), (len(noise),), generator=generator)
+    count, schedule = len(noise), len(denoiser.alphas_cumprod)
+    timesteps = drawn_timesteps(config, count, schedule, generator)
+    return offset(noise, config, generator), timesteps
 
 
 def samples_of(
@@ -59,12 +67,19 @@ def samples_of(
     text: PromptText,
     denoiser: Denoiser,
     config: TrainConfig,
+    words: WordPlaces | None = None,
 ) -> Samples:
-    """A batch with noise (b, c, h, w) at its timesteps (b,), and its text."""
+    """A batch with noise (b, c, h, w) at its timesteps (b,), its text, and where its words are."""
     latents, noise, timesteps, masks, sizes = (
         tensor.to(denoiser.device)
         for tensor in (batch.latents_bchw, noise, timesteps, batch.masks_bhw, batch.sizes)
     )
+    weights = sample_weights(len(latents), batch.prior, config.prior_weight)
+    if batch.balance is not None:
+        weights = weights * batch.balance
+    by_noise = loss_weights(config, timesteps, denoiser.alphas_cumprod, denoiser.prediction_type)
+    if by_noise is not None:
+        weights = weights * by_noise
     schedule, prediction_type = denoiser.alphas_cumprod, denoiser.prediction_type
     noisy = add_noise(latents, noise, timesteps, schedule)
     return Samples(
@@ -77,22 +92,33 @@ def samples_of(
         own=text.own,
         target_bchw=target(latents, noise, timesteps, schedule, prediction_type),
         masks_bhw=masks,
-        weights=sample_weights(len(noisy), batch.prior, config.prior_weight).to(noisy),
+        weights=weights.to(noisy),
+        word_rows=words and words.rows.to(denoiser.device),
+        word_masks=words and words.masks.to(denoiser.device),
     )
 
 
-def loss_of(projections: KeyValueProjections, samples: Samples) -> Tensor:
-    """What some samples add to the loss of a step: denoising where a picture counts, and prior
-    preservation.
+def loss_of(
+    projections: KeyValueProjections,
+    samples: Samples,
+    attention: WordAttention | None = None,
+    attention_weight: float = 0.0,
+) -> Tensor:
+    """What some samples add to the loss of a step: denoising where a picture counts, prior
+    preservation, and with `attention` how far words look beside their masks.
     """
-    prediction = projections.predict(
-        samples.noisy_latents_bchw,
-        samples.timesteps,
-        samples.context,
-        samples.pooled,
-        samples.sizes,
-        passing=samples.passing,
-        own=samples.own,
-    )
+    with attention.catching() if attention else nullcontext():
+        prediction = projections.predict(
+            samples.noisy_latents_bchw,
+            samples.timesteps,
+            samples.context,
+            samples.pooled,
+            samples.sizes,
+            passing=samples.passing,
+            own=samples.own,
+        )
     losses = sample_losses(prediction, samples.target_bchw, samples.masks_bhw)
+    if attention and samples.word_rows is not None and samples.word_masks is not None:
+        places = WordPlaces(samples.word_rows, samples.word_masks)
+        losses = losses + attention_weight * attention.terms(places)
     return (samples.weights * losses).sum()
