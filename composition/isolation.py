@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 ISOLATED_FROM = 0.2
-"""The part of the sampling from which subjects are apart: chosen on the miniature's pairs 500 on"""
+"""The part of the sampling from which subjects are apart, as in TweedieMix; not tuned."""
 
 
 def joined(whole: Tensor, subjects: Sequence[Tensor], shares: Tensor) -> Tensor:

@@ -23,11 +23,15 @@ from torch import Tensor, nn
 
 from ..concept.concept import ModifierToken
 from ..diffusion.levels import level_of
+from .masks import RegionError
 from .places import Places
 from .routing import Route, Router
 
 Attend = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Any]], Tensor]
 """(module, x (b, p, c), context (b, n, d), the call's other arguments) → (b, p, c)"""
+
+
+MOST_REGIONS = 8
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,15 @@ class Region:
     """Its concept, which alone acts in it"""
     feather: float = 0.0
     """How far the edge of a place that is found fades, as `feathered` counts"""
+
+
+def check_count(regions: Sequence[Region]) -> None:
+    """Raises RegionError for none, or more than there are inputs for."""
+    if not 1 <= len(regions) <= MOST_REGIONS:
+        raise RegionError(
+            f"{len(regions)} regions were given; 1 to {MOST_REGIONS} can be drawn in one picture. "
+            "Leave some out, or route concepts without a place with Route Concepts."
+        )
 
 
 def said_in(region: Region, whole: str, regions: Sequence[Region]) -> str:

@@ -88,8 +88,8 @@ class MergeReport:
         if self.change > LARGE_CHANGE:
             yield (
                 "warning: the concepts' words are hard to tell apart, so other words changed too. "
-                "Draw a few pictures with the class nouns alone; if they look wrong, train the "
-                "concepts together."
+                "Draw a few pictures with the class nouns alone; if they look wrong, use Route "
+                "Concepts in place of the merge, or train the concepts together."
             )
 
     def lines(self) -> Iterator[str]:

@@ -7,7 +7,7 @@ subject is more than the miniature draws: that workflow has a picture of its gra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from PIL import Image
 
 from ..concept.concept import Concept
 from ..merge.merging import merge_concepts
+from .composition import Taught, Way, ways
+from .composition import draw as draw_composed
 from .laboratory import Laboratory, pair_of_subjects
 from .model import CONFIG
 from .world import class_caption, world_captions
@@ -22,6 +24,8 @@ from .world_sheet import images
 
 WORKFLOWS = Path(__file__).resolve().parents[1] / "example_workflows"
 PAIR = 50
+COMPOSED_PAIR = 500
+"""Of what is drawn in places"""
 _SMALL, _LARGE, _GAP = 160, 492, 6
 
 
@@ -55,12 +59,33 @@ def write_thumbnails(folder: Path = WORKFLOWS) -> None:
         7: ([given[0][:3], given[1][:3]], drawn(both, together)[0]),
         9: ([plain[:3]], night[0]),
     }
-    for number, (columns, large) in pages.items():
-        (workflow,) = folder.glob(f"{number} *.json")
-        _page(columns, large).save(workflow.with_suffix(".jpg"), quality=88, optimize=True)
+    _save(pages, folder)
+
+
+def write_composed_thumbnails(folder: Path = WORKFLOWS, kept: Path | None = None) -> None:
+    """Of the workflows with regions; `kept` is a folder for what is taught on the way."""
+    lab = Laboratory()
+    taught = Taught(lab, kept, COMPOSED_PAIR, seed=0)
+    pages = {}
+    for number, one_shape, name in ((10, False, "regions, given"), (11, True, "isolated, given")):
+        pair, apart = taught.pair(one_shape), taught.apart(one_shape)
+        given = [[image.open().image for image in one.training.images] for one in pair]
+        prompts = [f"photo of a {pair[0].words} to the left of a {pair[1].words}"] * 6
+        way: Way = ways(apart, None, lab)[name](prompts)
+        drawn = images(draw_composed(lab, prompts, way, seed=0)[0])
+        pages[number] = [given[0][:3], given[1][:3]], drawn[_BEST[number]]
+    _save(pages, folder)
 
 
 Tiles = list[Image.Image]
+_BEST = {10: 4, 11: 5}
+"""Which of six"""
+
+
+def _save(pages: Mapping[int, tuple[Sequence[Tiles], Image.Image]], folder: Path) -> None:
+    for number, (columns, large) in pages.items():
+        (workflow,) = folder.glob(f"{number} *.json")
+        _page(columns, large).save(workflow.with_suffix(".jpg"), quality=88, optimize=True)
 
 
 def _page(columns: Sequence[Tiles], large: Image.Image) -> Image.Image:
@@ -77,3 +102,4 @@ def _page(columns: Sequence[Tiles], large: Image.Image) -> Image.Image:
 
 if __name__ == "__main__":
     write_thumbnails()
+    write_composed_thumbnails()

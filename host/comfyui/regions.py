@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from ...composition.features import MarkedFeatures, mark, marks_of, plain
 from ...composition.masks import RegionError
 from ...composition.places import FOUND_AT, Places
-from ...composition.regions import Region, RegionalAttention, RegionPrompts, said_in
+from ...composition.regions import (
+    Region,
+    RegionalAttention,
+    RegionPrompts,
+    check_count,
+    said_in,
+)
 from ...composition.routing import Route, Router
 from ...concept.errors import IncompatibleModelError
 from .routing import CONTEXT, Routing, check_routes, marking_clip
@@ -51,6 +57,7 @@ def apply_regions(
     """A MODEL and CLIP that know the regions' concepts, and the prompt with its regions. Those
     without a mask are found in the first part of a sampling, until `found_at`.
     """
+    check_count(regions)
     if regional_routing(model) is not None:
         raise IncompatibleModelError(
             "This MODEL has regions already. Give all regions to one Apply Regions, and connect "

@@ -15,7 +15,7 @@ from custom_diffusion.composition.masks import RegionError, box
 from custom_diffusion.composition.regions import Region
 from custom_diffusion.composition.routing import Route
 from custom_diffusion.concept.concept import Concept
-from custom_diffusion.concept.errors import IncompatibleModelError
+from custom_diffusion.concept.errors import IncompatibleModelError, TokenError
 from custom_diffusion.concept.file import write_concept
 from support.comfy_server import ComfyServer
 from support.graphs import Graph, draw, node
@@ -197,6 +197,14 @@ def test_what_cannot_be_drawn_is_refused(sd15: Any, cat: Concept, dog: Concept) 
         sample(replaced, positive, negative)
     with pytest.raises(IncompatibleModelError, match="has regions already"):
         regional(replace(sd15, model=model), "a <new2> dog", Region("", RIGHT, Route(dog)))
+    with pytest.raises(RegionError, match="9 regions were given; 1 to 8"):
+        regional(sd15, WHOLE, *[region] * 9)
+    with pytest.raises(TokenError, match="<new1> is already taken"):
+        regional(sd15, WHOLE, region, Region("", RIGHT, Route(replace(cat, deltas=dog.deltas))))
+    with pytest.raises(RegionError, match="Region 2 has no place.*<new2> dog"):
+        regional(sd15, "a <new1> cat", region, Region("", None, Route(dog)))
+    with pytest.raises(IncompatibleModelError, match="no regions, so there are no subjects"):
+        guider(sd15.model)
     with pytest.raises(RegionError, match="empty"):
         regional(sd15, WHOLE, region, Region("", torch.zeros(8, 8), Route(dog)))
     query = next(iter(cat.deltas)).replace("to_k", "to_q").replace("to_v", "to_q")
@@ -204,6 +212,12 @@ def test_what_cannot_be_drawn_is_refused(sd15: Any, cat: Concept, dog: Concept) 
     with pytest.raises(IncompatibleModelError):
         regional(sd15, WHOLE, Region("", LEFT, Route(wide)))
     assert noted(sd15.model, sd15.clip, cat)[2] == ()
+
+
+def guider(model: Any) -> Any:
+    from custom_diffusion.host.comfyui.isolation import isolated_guider
+
+    return isolated_guider(model, [], [], 3.0)
 
 
 def test_in_a_workflow(server: ComfyServer, cat: Concept, dog: Concept) -> None:
