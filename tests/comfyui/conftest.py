@@ -27,6 +27,7 @@ DAY_S = 24 * 60 * 60
 
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "sd15": partial(builders.write_sd15, vae="kl"),
+    "sd15_wide": partial(builders.write_sd15, channel_mult=(1, 2), vae="kl"),
     "sd15_scaled_float8": builders.write_sd15_scaled_float8,
     "sd2_eps": partial(builders.write_sd2, v_prediction=False, vae="kl"),
     "sd2_v": partial(builders.write_sd2, v_prediction=True, vae="kl"),

@@ -268,25 +268,33 @@ def test_a_lora_before_or_after(
 
 
 @pytest.mark.parametrize("other", ["FreeU", "PerturbedAttentionGuidance"])
-def test_with_what_else_changes_a_network(comfy: Any, sd15: Any, cat: Concept, other: str) -> None:
-    """Before the node and behind it, as by hand on the model with the other change alone."""
+def test_with_what_else_changes_a_network(comfy: Any, load: Any, other: str) -> None:
+    """Before the node and behind it, as by hand on the model with the other change alone. FreeU
+    acts on a level twice as wide as the first.
+    """
     from comfy_extras import nodes_freelunch, nodes_pag
+
+    wide = load("sd15_wide")
+    weights = wide.model.model.diffusion_model.named_parameters()
+    ends = ("attn2.to_k.weight", "attn2.to_v.weight")
+    shapes = {n.removesuffix(".weight"): tuple(w.shape) for n, w in weights if n.endswith(ends)}
+    cat = made_concept(shapes, "<new1>", "cat", seed=1)
 
     def change(model: Any) -> Any:
         if other == "FreeU":
             return nodes_freelunch.FreeU.execute(model, 1.1, 1.2, 0.9, 0.2)[0]
         return nodes_pag.PerturbedAttentionGuidance.execute(model, 3.0)[0]
 
-    model, clip = route(sd15.model, sd15.clip, cat)
+    model, clip = route(wide.model, wide.clip, cat)
     texts = "a <new1> cat", ""
     behind = sample(change(model), *(encode(clip, text) for text in texts))
-    model, clip = route(change(sd15.model), sd15.clip, cat)
+    model, clip = route(change(wide.model), wide.clip, cat)
     before = sample(model, *(encode(clip, text) for text in texts))
-    p, n = (encode(base_clip(sd15.clip, cat), text) for text in texts)
-    base = sample(change(sd15.model), p, n)
-    assert not torch.allclose(base, sample(sd15.model, p, n), atol=1e-3)  # the other change acts
-    with by_hand(sd15.model, (p[0][0], [(cat, 1.0, rows(2, 4))])):
-        wanted = sample(change(sd15.model), p, n)
+    p, n = (encode(base_clip(wide.clip, cat), text) for text in texts)
+    base = sample(change(wide.model), p, n)
+    assert not torch.allclose(base, sample(wide.model, p, n), atol=1e-3)  # the other change acts
+    with by_hand(wide.model, (p[0][0], [(cat, 1.0, rows(2, 4))])):
+        wanted = sample(change(wide.model), p, n)
     close(behind, wanted, base)
     close(before, wanted, base)
 
