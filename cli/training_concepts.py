@@ -10,6 +10,7 @@ from ..concept.prompts import KINDS
 from ..trainer.data.folders import load_folder
 from ..trainer.data.training_concept import TrainingConcept, instance_caption
 from ..trainer.data.weights import with_weights
+from ..trainer.data.wording import with_trigger
 
 
 def add_subject_options(teach: argparse.ArgumentParser) -> None:
@@ -111,8 +112,12 @@ def training_concepts(options: argparse.Namespace) -> list[TrainingConcept]:
             )
     return [
         TrainingConcept(
-            images=with_weights(
-                load_folder(folder, instance_caption(token, noun, KINDS[kind])), written
+            images=with_trigger(
+                with_weights(
+                    load_folder(folder, instance_caption(token, noun, KINDS[kind])), written
+                ),
+                token,
+                noun,
             ),
             class_noun=noun,
             token=token,

@@ -48,8 +48,8 @@ class CustomDiffusionConcept(io.ComfyNode):
                     "captions",
                     optional=True,
                     force_input=True,
-                    tooltip="One caption per picture, each with the trigger word in it. Leave this "
-                    "unconnected for 'photo of a <new1> cat'.",
+                    tooltip="One caption per picture. Where the trigger word is missing it is put "
+                    "in. Leave this unconnected for 'photo of a <new1> cat'.",
                 ),
                 io.Combo.Input(
                     "folder",

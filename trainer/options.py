@@ -9,6 +9,7 @@ from ..diffusion.latents import LATENT_PIXELS
 from .settings import setting
 
 Schedule = Literal["constant", "cosine"]
+CaptionChoice = Literal["first", "any"]
 LossWeighting = Literal["none", "min-snr", "debiased"]
 
 
@@ -156,4 +157,40 @@ class TrainOptions:
         least=0,
         most=1000,
         step=0.1,
+    )
+    captions: CaptionChoice = setting(
+        "first",
+        "Which line of a caption file is used: the first, or any, another one each time.",
+        "options",
+    )
+    shuffle_captions: bool = setting(
+        False,
+        "Puts the parts of a caption between its commas into another order each time. For captions "
+        "that are lists of tags.",
+        "options",
+    )
+    keep_parts: int = setting(
+        1,
+        "How many parts stay at the start with shuffle_captions: those with the trigger word.",
+        "options",
+        least=0,
+        most=20,
+    )
+    caption_dropout: float = setting(
+        0.0,
+        "How often a picture is shown without any caption. Only where every word trains "
+        "(gradient_cut).",
+        "options",
+        least=0,
+        most=1,
+        step=0.05,
+    )
+    plain_captions: float = setting(
+        0.0,
+        "How often a caption is replaced by 'photo of a <new1> cat'. Try 0.2 if long captions "
+        "leave the trigger word too little to mean.",
+        "options",
+        least=0,
+        most=1,
+        step=0.05,
     )

@@ -56,6 +56,12 @@ def prepare(
     check_readable([*concept.images, *concept.regularization])
     if concept.token:
         _check_words(concept, config, text_encoder)
+        if config.caption_dropout and gradient_cut(config, earlier) == "own words":
+            raise ConfigError(
+                f"caption_dropout={config.caption_dropout:g} shows pictures without the trigger "
+                f"word, from which gradient_cut='own words' learns nothing. Set caption_dropout to "
+                f"0, or choose another gradient_cut; plain_captions keeps the trigger word."
+            )
     return encode_views(concept, latent_encoder, config, on_progress)
 
 
@@ -65,10 +71,19 @@ def _check_words(concept: TrainingConcept, config: TrainConfig, encoder: TextEnc
     (token_id,) = words.tokenize_words(concept.token)
     prefixes = PREFIXES if config.augment else ("",)
     longest = max(prefixes, key=lambda prefix: len(words.tokenize_words(prefix)))
-    for image in concept.images:
-        if token_id not in words.tokenize(f"{longest} {image.caption}"):
+    any_of_them = config.captions == "any"
+    captions = [
+        (image, caption)
+        for image in concept.images
+        for caption in (image.captions if any_of_them else (image.caption,))
+    ]
+    for image, caption in captions:
+        ids = words.tokenize_words(f"{longest} {caption}")
+        room = words.context_length - 2
+        behind = len(ids) if config.shuffle_captions else room  # any part may come last
+        if token_id not in ids[:room] or behind > room:
             raise DataError(
-                f"The caption {image.caption!r} of {image.name} is too long: the trigger word "
+                f"The caption {caption!r} of {image.name} is too long: the trigger word "
                 f"{concept.token} lies beyond the {words.context_length} words that CLIP reads. "
                 f"Put it nearer to the start, or shorten the caption."
             )

@@ -29,6 +29,7 @@ from ...trainer.data.contact_sheet import PictureSheet, contact_sheet
 from ...trainer.data.folders import folder_advice, load_folder
 from ...trainer.data.training_concept import TrainingConcept, instance_caption
 from ...trainer.data.weights import with_weights
+from ...trainer.data.wording import with_trigger
 from .models.text import text_encoder
 from .paths import NO_FOLDER, cache_folder, input_folder
 
@@ -83,7 +84,7 @@ def training_concept(
         ordinary = instance_caption("", class_noun, template)
         regularization = load_folder(input_folder(regularization_folder), ordinary)
     return TrainingConcept(
-        with_weights(instances, picture_weights),
+        with_trigger(with_weights(instances, picture_weights), token, class_noun),
         *(class_noun, token, initializer, regularization, template, weight),
     )
 
@@ -251,7 +252,10 @@ def _from_tensors(
     texts = [text.strip() or default for text in captions or [""] * len(pictures)]
     found: dict[tuple[object, ...], CaptionedImage] = {}
     for picture, text, mask in zip(pictures, texts, shades or [None] * len(pictures), strict=True):
-        one = CaptionedImage(to_picture(picture), text, None if mask is None else to_picture(mask))
+        lines = tuple(line.strip() for line in text.splitlines() if line.strip())
+        shade = None if mask is None else to_picture(mask)
+        choices = lines if len(lines) > 1 else ()
+        one = CaptionedImage(to_picture(picture), text, shade, choices=choices)
         # ComfyUI's loader of folders gives the pictures of `10_cat` ten times.
         key = (text, _pixels(one.source), _pixels(one.mask))
         found[key] = replace(found[key], repeats=found[key].repeats + 1) if key in found else one

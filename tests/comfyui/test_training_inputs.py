@@ -30,6 +30,8 @@ _method["options"][:1] = [_automatic, _method["options"][0], _values_only]
 for _node in ("CustomDiffusionTrain", "CustomDiffusionViews"):
     _, _fit = FIRST[_node]["required"]["fit"]
     _fit |= {"default": "buckets", "options": ["buckets", *_fit["options"]]}
+_, _optimizer = FIRST["CustomDiffusionTrain"]["optional"]["optimizer"]
+_optimizer["options"] += ["prodigy", "adamw schedule-free"]
 """Defaults that are others on purpose; what graphs have stored is still to be chosen."""
 FIRST["CustomDiffusionViews"]["required"]["resolution"][1].update(_resolution)
 for _name in ("resolution", "seed", "augment", "flip", "fit"):

@@ -320,7 +320,10 @@ def test_captions_have_the_endings_of_every_tool_and_one_line(ending: str, tmp_p
     (tmp_path / f"other{ending}").write_text("\n a  <new1> cat\r\nred, sitting\n")
     assert load_folder(tmp_path, "default")[0].caption == "a <new1> cat"
     (said,) = folder_advice(tmp_path)
-    assert said == "Of captions with several lines the first is taken: other.png."
+    assert said == (
+        "Of captions with several lines the first is taken, unless captions is set to any: "
+        "other.png."
+    )
 
 
 def test_of_two_caption_files_the_one_that_says_something_counts(tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ LATER_OPTIONS = {
     "--max-gradient-norm 0.5",
     *("--loss-weighting min-snr", "--min-snr-gamma 3", "--noise-offset 0.05"),
     *("--min-timestep 10", "--max-timestep 900"),
+    *("--captions any", "--shuffle-captions", "--keep-parts 2", "--caption-dropout 0.1"),
+    "--plain-captions 0.2",
 }
 
 

@@ -70,6 +70,10 @@ def advice(
     yield from alike
     if unused := [n for n, image in zip(names, concept.images, strict=True) if not image.weight]:
         yield f"With the weight 0, so not learnt from: {some(unused)}."
+    pairs = list(zip(names, concept.images, strict=True))
+    if added := [name for name, image in pairs if image.trigger_added]:
+        example = next(image.caption for _, image in pairs if image.trigger_added)
+        yield f"The trigger word was put into captions without it: {some(added)} ({example!r})."
     plain = [
         name
         for name, image in zip(names, concept.images, strict=True)

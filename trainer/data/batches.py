@@ -18,6 +18,7 @@ from torch import Tensor
 from ..config import TrainConfig
 from .buckets import Frame
 from .latents import EncodedView, LatentBank
+from .wording import varies, worded
 
 T = TypeVar("T")
 
@@ -78,12 +79,17 @@ class Batches:
         return Batch(
             latents_bchw=mean + deviation * torch.randn(mean.shape, generator=generator),
             masks_bhw=torch.stack([view.mask for view in views]),
-            prompts=tuple(view.prompt for view in views),
+            prompts=tuple(self._prompt(view, rng) for view in views),
             sizes=torch.tensor([view.sizes for view in views]),
             prior=prior,
             subject_masks=tuple(view.subject_masks for view in views),
             balance=self._balance(views[: part.taught], prior),
         )
+
+    def _prompt(self, view: EncodedView, rng: random.Random) -> str:
+        if view.wording is None or not varies(self._config):
+            return view.prompt
+        return worded(view.wording, self._config, rng)
 
     def _balance(self, taught: Sequence[EncodedView], prior: int) -> Tensor | None:
         """Pictures come up equally often, so the mean over a run is that over all pictures."""

@@ -42,6 +42,15 @@ class CaptionedImage:
     """How often it comes up for once that others do"""
     weight: float = 1.0
     """What it counts each time; 0 leaves it out"""
+    choices: tuple[str, ...] = ()
+    """Captions of which a training may take any; none where there is but the one"""
+    trigger_added: bool = False
+    """Whether the trigger word was put into what somebody has written"""
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All that there are, at least one"""
+        return self.choices or (self.caption,)
 
     @property
     def name(self) -> str:

@@ -123,7 +123,10 @@ def folder_advice(folder: Path) -> Iterator[str]:
     for place in _read_folders(folder):
         listing = _Listing.of(place)
         if several := [path.name for path in listing.pictures if len(listing.lines(path)) > 1]:
-            yield f"Of captions with several lines the first is taken: {some(several)}."
+            yield (
+                f"Of captions with several lines the first is taken, unless captions is set to "
+                f"any: {some(several)}."
+            )
         stems = {path.stem.lower() for path in listing.pictures}
         if lonely := [mask.name for stem, mask in listing.masks.items() if stem not in stems]:
             yield f"Masks without a picture are not used: {some(lonely)}."
@@ -151,15 +154,13 @@ def _left_out(folder: Path) -> Iterator[str]:
 
 
 def _images(listing: _Listing, default_caption: str, repeats: int = 1) -> list[CaptionedImage]:
-    return [
-        CaptionedImage(
-            path,
-            next(iter(listing.lines(path)), default_caption),
-            listing.masks.get(path.stem.lower()),
-            repeats,
-        )
-        for path in listing.pictures
-    ]
+    images = []
+    for path in listing.pictures:
+        lines = listing.lines(path)
+        caption, choices = next(iter(lines), default_caption), lines if len(lines) > 1 else ()
+        mask = listing.masks.get(path.stem.lower())
+        images.append(CaptionedImage(path, caption, mask, repeats, choices=tuple(choices)))
+    return images
 
 
 def _repeats(folder: Path, number: str, rest: str) -> int:

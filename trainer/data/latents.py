@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from .augmentation import View, random_view, whole_view
 from .buckets import LONGEST, Frame, bucket_for, shared_out
 from .captioned import CaptionedImage, Picture
 from .training_concept import TrainingConcept
+from .wording import Wording
 
 T = TypeVar("T")
 _MOST_VIEWS = 320
@@ -42,6 +43,8 @@ class EncodedView:
     """What a concept is called → where its subject is seen (h, w), in 0..1"""
     weight: float = 1.0
     """What it counts, beside others of the run"""
+    wording: Wording | None = None
+    """What else may be said of it; None where it always has its prompt"""
 
     @property
     def frame(self) -> Frame:
@@ -87,7 +90,7 @@ def encode_views(
     seen: dict[bytes, tuple[Tensor, Tensor]] = {}
     done = 0
 
-    def encode(prompt: str, view: View, subject: str = "", weight: float = 1) -> EncodedView:
+    def encode(prompt: str, view: View, image: CaptionedImage | None = None) -> EncodedView:
         nonlocal done
         key = hashlib.sha256(view.image_chw.contiguous().numpy().data).digest()
         key += repr(view.frame).encode()  # the same bytes may be upright or wide
@@ -96,18 +99,19 @@ def encode_views(
             seen[key] = means.keep(mean, view), deviations.keep(deviation, view)
         on_progress(done := done + 1, counts.total())
         mask = masks.keep(view.mask, view)
-        subject_masks = {subject: mask} if subject else {}
-        return EncodedView(*seen[key], mask, prompt, view.sizes, subject_masks, weight)
+        encoded = EncodedView(*seen[key], mask, prompt, view.sizes)
+        if image is None:
+            return encoded
+        return replace(
+            encoded,
+            subject_masks={concept.subject: mask},
+            weight=concept.weight * image.weight,
+            wording=Wording(view.prefix, image.captions, concept.prompt),
+        )
 
     views = instance_views(concept.images, per_image, config)
     instances = [
-        [
-            tuple(
-                encode(*view, concept.subject, concept.weight * image.weight)
-                for view in islice(views, per_image)
-            )
-            for _ in each
-        ]
+        [tuple(encode(*view, image) for view in islice(views, per_image)) for _ in each]
         for each, image in zip(frames, concept.images, strict=True)
     ]
     regularization = [

@@ -68,7 +68,7 @@ class TrainingConcept:
                 "The class noun is empty. Write the everyday word for the subject: cat, mug, chair."
             )
         for image in self.images:
-            if self.token not in image.caption:
+            if any(self.token not in one for one in (image.caption, *image.choices)):
                 raise DataError(
                     f"The caption {image.caption!r} of {image.name} does not contain the trigger "
                     f"word {self.token}, so nothing could be learnt from it. Write it like "
