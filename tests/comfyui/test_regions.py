@@ -18,6 +18,7 @@ from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.errors import IncompatibleModelError, TokenError
 from custom_diffusion.concept.file import write_concept
 from support.comfy_server import ComfyServer
+from support.comfy_xl import comfy_xl_clip, comfy_xl_model
 from support.graphs import Graph, draw, node
 from support.made_concepts import made_concept
 from support.routed_samples import (
@@ -284,3 +285,49 @@ def test_in_a_workflow(server: ComfyServer, cat: Concept, dog: Concept) -> None:
     (shown,) = outputs["shown"]["custom_diffusion"]
     shares = [float(row[1].rstrip("%")) for row in shown["table"][1:]]
     assert shares[0] == pytest.approx(50, abs=3) and 0 < shares[1] <= 52
+
+
+def apart(applied: Any, start: float, negative: Conditioning, size: tuple[int, int]) -> Tensor:
+    """Two pictures by the isolated guider."""
+    import comfy.samplers
+    from custom_diffusion.host.comfyui.isolation import isolated_guider
+
+    noise = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        guide = isolated_guider(applied.model, applied.positive, negative, 3.0, start)
+        sampling = applied.model.get_model_object("model_sampling")
+        sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 2)
+        sampler = comfy.samplers.sampler_object("euler")
+        zero = torch.zeros_like(noise)
+        return guide.sample(noise, zero, sampler, sigmas, disable_pbar=True, seed=0).clone()
+
+
+def test_on_sdxl_at_any_size(comfy: Any) -> None:
+    """What is apart everywhere is the picture of its prompt, the pooled feature too; and places
+    are found in each picture.
+    """
+    from custom_diffusion.host.comfyui.regions import apply_regions
+
+    size = (13, 9)
+    model, clip = comfy_xl_model(comfy), comfy_xl_clip(comfy, [])
+    parameters = model.model.diffusion_model.named_parameters()
+    shapes = {
+        name.removesuffix(".weight"): tuple(weight.shape)
+        for name, weight in parameters
+        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
+    }
+    cat = replace(made_concept(shapes, family="sdxl"), scope="own words")
+    everywhere = Region("a <new1> cat on ice", torch.ones(4, 4), Route(cat))
+    found = Region("", None, Route(cat))
+    with torch.inference_mode():
+        applied = apply_regions(model, clip, "two dogs", [everywhere])
+        sought = apply_regions(model, clip, "a big <new1> cat", [found])
+    ours = apart(applied, 0.0, encode(applied.clip, ""), size)
+    routed, knowing = route(model, clip, cat)
+    prompts = [encode(knowing, text) for text in ("a <new1> cat on ice", "")]
+    wanted = sample(routed, *prompts, batch=2, size=size)
+    close(ours, wanted, sample(model, encode(clip, "two dogs"), prompts[1], 2, size=size))
+    assert apart(sought, 0.0, encode(sought.clip, ""), size).isfinite().all()
+    shares = sought.places.of_pictures(2, *size)
+    assert shares.shape == (2, 1, *size) and not torch.equal(shares[0], shares[1])
+    assert 0 < shares.mean() < 1
