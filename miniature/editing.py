@@ -154,7 +154,7 @@ def _look(lab: Laboratory, prompts: Sequence[str], concept: Concept | None, seed
 
 
 def main() -> None:
-    given = options(__doc__, concept_seed=0, seeds=2)
+    given = options(__doc__, concept_seed=0, seeds=1)
     given.concepts = len(SHAPES)
     rows = run_command(given, run_cell, EditScore)
     columns = {
@@ -165,7 +165,6 @@ def main() -> None:
         "restored to the bit": ("restored", 0),
     }
     print(markdown_table("edit", [(name, score) for _, name, score in rows], columns))
-    given.seeds = 1
     given.json = given.json and given.json.with_suffix(".colours.json")
     colors = run_command(given, run_debias, ColorScore)
     columns = {name: (name, 2) for name in ("red", "blue", "others", "present")}
