@@ -25,7 +25,7 @@ def float8_model(comfy: Any, checkpoint_file: Callable[[str], Path]) -> Any:
     """As UNETLoader gives it with the weight type fp8_e4m3fn."""
     with torch.inference_mode():
         return comfy.sd.load_checkpoint_guess_config(
-            str(checkpoint_file("sd15")), output_clip=False, model_options={"dtype": FLOAT8}
+            str(checkpoint_file("sd15_wide")), output_clip=False, model_options={"dtype": FLOAT8}
         )[0]
 
 
