@@ -21,6 +21,7 @@ from .data.batches import Batch
 from .data.training_concept import TrainingConcept
 from .earlier import check_earlier
 from .events import CheckpointDue
+from .learning.class_prior import class_prompts, with_class_prior
 from .learning.network_weights import NetworkWeights
 from .learning.optimizer import averaged, make_optimizer
 from .learning.prompt_features import PromptFeatures
@@ -106,6 +107,15 @@ class Learner:
     def loss_of(self, samples: Samples) -> Tensor:
         """What some samples of a step add to its loss."""
         return loss_of(self.projections, samples, self.attention, self._config.attention_weight)
+
+    def with_class_prior(self, samples: Samples, batch: Batch) -> Samples:
+        """The samples of a step, with those that hold the class where the settings ask for it."""
+        if not self._config.class_prior:
+            return samples
+        count = len(batch.prompts) - batch.prior
+        tokens = [token for token, _ in self._subjects]
+        text = self.prompts.encode(class_prompts(batch.prompts[:count], tokens))
+        return with_class_prior(samples, text, self._config.class_prior, count)
 
     def places(self, batch: Batch, context: Tensor) -> WordPlaces | None:
         """Where the words of a batch are, where that counts."""

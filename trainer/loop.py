@@ -98,6 +98,7 @@ def train(
             drawn = drawn_noise(batch, generator, denoiser, config)
             words = learner.places(batch, text.features.context)
             samples = samples_of(batch, *drawn, leaves, denoiser, config, words)
+            samples = learner.with_class_prior(samples, batch)
 
             # Gradients: of the UNet, then through the leaves of the text encoder.
             loss = backward(

@@ -18,7 +18,7 @@ from .learning.optimizer import check_optimizer
 from .learning.schedule import check_schedule
 from .learning.tokens import initial_embedding
 from .learning.weighting import check_timesteps
-from .methods import gradient_cut
+from .methods import METHODS, gradient_cut
 
 
 def prepare(
@@ -52,6 +52,7 @@ def prepare(
         )
     check_optimizer(config)
     check_schedule(config)
+    _check_class_prior(config, earlier)
     check_timesteps(config)
     check_readable([*concept.images, *concept.regularization])
     if concept.token:
@@ -63,6 +64,22 @@ def prepare(
                 f"0, or choose another gradient_cut; plain_captions keeps the trigger word."
             )
     return encode_views(concept, latent_encoder, config, on_progress)
+
+
+def _check_class_prior(config: TrainConfig, earlier: Concept | None) -> None:
+    if not config.class_prior:
+        return
+    if gradient_cut(config, earlier) == "own words":
+        raise ConfigError(
+            f"class_prior={config.class_prior:g} holds the class without the trigger word, which "
+            f"gradient_cut='own words' does not change. Set class_prior to 0, or choose another "
+            f"gradient_cut."
+        )
+    if not METHODS[config.method].leaves_network_frozen:
+        raise ConfigError(
+            f"class_prior needs the network as it was, and the method {config.method!r} changes "
+            f"more of it than keys and values. Use regularization pictures, or another method."
+        )
 
 
 def _check_words(concept: TrainingConcept, config: TrainConfig, encoder: TextEncoder) -> None:

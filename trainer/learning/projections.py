@@ -119,6 +119,19 @@ class KeyValueProjections(ABC):
             slot.value = part  # stays: activation checkpointing asks for it once more
         return self._denoiser.predict(noisy_latents, timesteps, context, pooled, sizes)
 
+    @torch.no_grad()
+    def predict_unchanged(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        pooled: Tensor | None = None,
+        sizes: Tensor | None = None,
+    ) -> Tensor:
+        """The network's prediction with its own keys and values, nothing learnt."""
+        nowhere = torch.zeros(context.shape[:2], device=context.device)
+        return self.predict(noisy_latents, timesteps, context, pooled, sizes, own=nowhere)
+
     def computed(self, path: str) -> Tensor:
         """The keys or values (b, n, out) of the newest prediction, by the module's path."""
         value = self._slots[path].value

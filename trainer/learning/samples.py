@@ -41,6 +41,8 @@ class Samples:
     word_rows: Tensor | None = None
     word_masks: Tensor | None = None
     """`WordPlaces` of each, where words are kept inside their masks"""
+    imitates: Tensor | None = None
+    """Which are to be predicted as the network itself does (b,), on the CPU; None where none is"""
 
     def __len__(self) -> int:
         return len(self.noisy_latents_bchw)
@@ -107,6 +109,13 @@ def loss_of(
     """What some samples add to the loss of a step: denoising where a picture counts, prior
     preservation, and with `attention` how far words look beside their masks.
     """
+    target = samples.target_bchw
+    if samples.imitates is not None and (which := samples.imitates.nonzero().squeeze(1)).numel():
+        which = which.to(target.device)
+        given = (samples.noisy_latents_bchw, samples.timesteps, samples.context)
+        more = (samples.pooled, samples.sizes)
+        parts = [None if part is None else part[which.to(part.device)] for part in (*given, *more)]
+        target = target.index_copy(0, which, projections.predict_unchanged(*parts))  # type: ignore[arg-type]
     with attention.catching() if attention else nullcontext():
         prediction = projections.predict(
             samples.noisy_latents_bchw,
@@ -117,7 +126,7 @@ def loss_of(
             passing=samples.passing,
             own=samples.own,
         )
-    losses = sample_losses(prediction, samples.target_bchw, samples.masks_bhw)
+    losses = sample_losses(prediction, target, samples.masks_bhw)
     if attention and samples.word_rows is not None and samples.word_masks is not None:
         places = WordPlaces(samples.word_rows, samples.word_masks)
         losses = losses + attention_weight * attention.terms(places)
