@@ -158,7 +158,7 @@ class TrainOptions:
         most=1000,
         step=0.1,
     )
-    captions: CaptionChoice = setting(
+    caption_lines: CaptionChoice = setting(
         "first",
         "Which line of a caption file is used: the first, or any, another one each time.",
         "options",

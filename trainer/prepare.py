@@ -88,7 +88,7 @@ def _check_words(concept: TrainingConcept, config: TrainConfig, encoder: TextEnc
     (token_id,) = words.tokenize_words(concept.token)
     prefixes = PREFIXES if config.augment else ("",)
     longest = max(prefixes, key=lambda prefix: len(words.tokenize_words(prefix)))
-    any_of_them = config.captions == "any"
+    any_of_them = config.caption_lines == "any"
     captions = [
         (image, caption)
         for image in concept.images

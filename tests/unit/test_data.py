@@ -321,8 +321,7 @@ def test_captions_have_the_endings_of_every_tool_and_one_line(ending: str, tmp_p
     assert load_folder(tmp_path, "default")[0].caption == "a <new1> cat"
     (said,) = folder_advice(tmp_path)
     assert said == (
-        "Of captions with several lines the first is taken, unless captions is set to any: "
-        "other.png."
+        "Of captions with several lines the first is taken, unless caption_lines is any: other.png."
     )
 
 

@@ -112,7 +112,7 @@ def test_settings_that_came_later_leave_the_fingerprints_of_old_jobs(inputs: Inp
     later = ("validation_pictures", "validation_every_steps", "early_stopping", "patience_steps")
 
     class Before:
-        validation_pictures, schedule, captions = 0, "constant", "first"
+        validation_pictures, schedule, caption_lines = 0, "constant", "first"
 
         def as_json(self) -> dict[str, Any]:
             return {k: v for k, v in config.as_json().items() if k not in (*later, *options)}

@@ -35,7 +35,7 @@ LATER_OPTIONS = {
     "--max-gradient-norm 0.5",
     *("--loss-weighting min-snr", "--min-snr-gamma 3", "--noise-offset 0.05"),
     *("--min-timestep 10", "--max-timestep 900"),
-    *("--captions any", "--shuffle-captions", "--keep-parts 2", "--caption-dropout 0.1"),
+    *("--caption-lines any", "--shuffle-captions", "--keep-parts 2", "--caption-dropout 0.1"),
     *("--plain-captions 0.2", "--class-prior 0.5"),
 }
 

@@ -33,7 +33,7 @@ def drawn(count: int = 400, wording: Wording = WORDING, **settings: object) -> C
 
 def test_the_first_caption_or_any() -> None:
     assert drawn() == {f"close up {TAGS}": 400}
-    both = drawn(captions="any")
+    both = drawn(caption_lines="any")
     assert both.keys() == {f"close up {TAGS}", "close up a <new1> cat asleep"}
     assert min(both.values()) > 150
 

@@ -124,7 +124,7 @@ def folder_advice(folder: Path) -> Iterator[str]:
         listing = _Listing.of(place)
         if several := [path.name for path in listing.pictures if len(listing.lines(path)) > 1]:
             yield (
-                f"Of captions with several lines the first is taken, unless captions is set to "
+                f"Of captions with several lines the first is taken, unless caption_lines is "
                 f"any: {some(several)}."
             )
         stems = {path.stem.lower() for path in listing.pictures}

@@ -28,7 +28,7 @@ class Wording:
 
 def varies(config: TrainConfig) -> bool:
     return bool(
-        config.captions == "any"
+        config.caption_lines == "any"
         or config.shuffle_captions
         or config.caption_dropout
         or config.plain_captions
@@ -44,7 +44,9 @@ def worded(wording: Wording, config: TrainConfig, rng: random.Random) -> str:
     if rng.random() < config.plain_captions:
         text = wording.plain
     else:
-        text = rng.choice(wording.captions) if config.captions == "any" else wording.captions[0]
+        text = (
+            rng.choice(wording.captions) if config.caption_lines == "any" else wording.captions[0]
+        )
         if config.shuffle_captions:
             text = _shuffled(text, config.keep_parts, rng)
     return f"{wording.prefix} {text}".strip()

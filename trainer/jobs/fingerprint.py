@@ -61,7 +61,7 @@ def training_fingerprint(
             digest.update(f"{len(images)} pictures".encode())
             for image in images:
                 digest.update(image.caption.encode())
-                if request.config.captions == "any":
+                if request.config.caption_lines == "any":
                     digest.update(repr(image.choices).encode())
                 if image.repeats > 1:  # nothing for one: jobs from before it was counted are found
                     digest.update(f"{image.repeats} times".encode())
