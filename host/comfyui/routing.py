@@ -9,7 +9,6 @@ clone of the model, or the model unloaded, never meets them.
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -34,8 +33,8 @@ from .marking import MarkingTextModel, Words
 from .models.text import encoder_names
 from .timed_clip import timed_clip
 from .tokenizer import with_concept_tokens
+from .unknown_words import executing_node, tell_node
 
-log = logging.getLogger("custom_diffusion")
 CONTEXT = "c_crossattn"  # where ComfyUI keeps a prompt's features among what a model is given
 
 
@@ -81,6 +80,7 @@ class Routing:
         self._routers: WeakKeyDictionary[Any, Router] = WeakKeyDictionary()
         self._changes: RowChanges | None = None
         self._hooked: set[Router] = set()
+        self._node = executing_node()
         self.hooks = ExitStack()
 
     @property
@@ -179,7 +179,9 @@ class Routing:
         guider.conds = conditions
         for concept, found in zip(self.concepts.values(), rows, strict=True):
             if not found.any():
-                log.info("No prompt has the words of %s: it is not drawn.", concept.describe())
+                tell_node(
+                    self._node, f"No prompt has the words of {concept.describe()}: it is not drawn."
+                )
         return RowChanges.of(list(self.routes.values()), rows)
 
     def _with_numbers(self, given: Mapping[str, Any], numbers: Iterator[Tensor]) -> dict[str, Any]:

@@ -15,19 +15,19 @@ from server import PromptServer
 from ...concept.prompts import unknown_words
 
 log = logging.getLogger("custom_diffusion")
-_TEACHING = {"ApplyKVDelta", "RouteConcepts"}
+_TEACHING = {"ApplyKVDelta", "RouteConcepts", "ApplyRegions", "CreateHookConcept"}
 """Nodes whose CLIP has learnt words: their tokenizers look for unknown ones themselves"""
 
 
 def tell_of_unknown(text: str, known: Iterable[str]) -> None:
     """On the node that is executed, for a prompt of a CLIP that knows these words."""
     words = list(known)
-    context = get_executing_context()
+    node_id = executing_node()
     for word in unknown_words(text, words):
         alike = [name for name in words if name.lower() == word.lower()]
         advice = f"Write {alike[0]}" if alike else "Apply the concept that has it"
-        _tell(
-            context.node_id if context else "",
+        tell_node(
+            node_id,
             f"{word} is no word of this CLIP, which knows {', '.join(words)}: it is read as "
             f"ordinary text. {advice}.",
         )
@@ -47,7 +47,7 @@ def _look_through(own_nodes: set[str], queued: dict[str, Any]) -> dict[str, Any]
     graph = graph if isinstance(graph, dict) else {}
     for node_id, words in _without_concepts(graph):
         if graph[node_id].get("class_type") not in own_nodes:
-            _tell(
+            tell_node(
                 node_id,
                 f"{', '.join(words)}: no concept is applied to the CLIP of this prompt, so it is "
                 f"read as ordinary text. Put the node Apply Concept before it.",
@@ -92,7 +92,14 @@ def _is_link(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
 
 
-def _tell(node_id: str, message: str) -> None:
+def executing_node() -> str:
+    """The id of the node that is executed now; empty where none is."""
+    context = get_executing_context()
+    return context.node_id if context else ""
+
+
+def tell_node(node_id: str, message: str) -> None:
+    """In the log, and as the text below a node."""
     log.warning("%s", message)
     server = getattr(PromptServer, "instance", None)
     if server and node_id:

@@ -14,7 +14,7 @@ from custom_diffusion.concept.concept import Concept
 from custom_diffusion.concept.file import read_concept, write_concept
 from custom_diffusion.merge.merging import merge_concepts
 from support.comfy_server import ComfyServer
-from support.graphs import Graph, node
+from support.graphs import Graph, draw, node
 from support.made_concepts import made_concept
 from support.websocket import watch
 
@@ -93,6 +93,27 @@ def test_prompts_without_a_concept_are_told_of(server: ComfyServer) -> None:
     assert shown.keys() == {"bare", "linked"}
     assert shown["bare"].startswith("<new1>: no concept is applied to the CLIP of this prompt")
     assert "<cat>" in shown["linked"]
+
+
+@pytest.mark.usefixtures("words")
+def test_a_routed_concept_that_no_prompt_names_is_told_of_on_its_node(server: ComfyServer) -> None:
+    """And a prompt of a CLIP that hooks or regions have taught is fine."""
+    graph = draw("a dog")
+    models = {"model": ["checkpoint", 0], "clip": ["checkpoint", 1]}
+    graph["concept"] = node(
+        "LoadConcept", concept_name="words.safetensors", rename_token="", class_noun=""
+    )
+    one = {"concepts": "1", "concepts.concept_1": ["concept", 0], "concepts.strength_1": 1.0}
+    graph["routed"] = node("RouteConcepts", **models, **one)
+    for name in ("positive", "negative"):
+        graph[name]["inputs"]["clip"] = ["routed", 1]
+    graph["sampler"]["inputs"]["model"] = ["routed", 0]
+    graph["hooks"] = node("CreateHookConcept", **models, concept=["concept", 0], strength=1.0)
+    graph["hooked"] = node("CLIPTextEncode", clip=["hooks", 0], text="a <new1> cat")
+    graph["shown"] = node("PreviewAny", source=["hooked", 0])
+    shown = texts_on_nodes(server, graph)
+    assert shown.keys() == {"routed"}
+    assert shown["routed"].startswith("No prompt has the words of <new1> cat")
 
 
 # Concepts of another text encoder
