@@ -24,6 +24,7 @@ from .events import CheckpointDue
 from .learning.class_prior import class_prompts, with_class_prior
 from .learning.network_weights import NetworkWeights
 from .learning.optimizer import averaged, make_optimizer
+from .learning.pivotal import check_word_steps, words_first
 from .learning.prompt_features import PromptFeatures
 from .learning.samples import Samples, loss_of
 from .learning.schedule import set_rates
@@ -78,6 +79,7 @@ class Learner:
             denoiser, earlier.deltas, further_layers, method.whole_network
         )
         rows = [row for tokens in self._learning_words.values() for row in tokens.values()]
+        check_word_steps(config, rows)
         self.parameters: list[Tensor] = [
             *self.projections.parameters(),
             *rows,
@@ -89,6 +91,7 @@ class Learner:
                 f"trigger word. Give one, '<new1>' for example, or choose another method."
             )
         self.optimizer = make_optimizer(config, self.parameters, rows)
+        self._after_words = [p for p in self.parameters if not any(p is row for row in rows)]
         self._text_mark = text_mark(text_encoder)
         self._base_hash = self.projections.base_hash  # of the network's own keys and values
 
@@ -135,6 +138,7 @@ class Learner:
     def step(self, number: int) -> None:
         """Step `number`, from 0 on: one update by the gradients that the parameters have."""
         set_rates(self.optimizer, self._config, number)
+        words_first(number, self._config, self._after_words)
         if self._config.max_gradient_norm:
             nn.utils.clip_grad_norm_(self.parameters, self._config.max_gradient_norm)
         self.optimizer.step()

@@ -80,6 +80,15 @@ class TrainOptions:
         least=0,
         most=2560,
     )
+    word_steps: int = setting(
+        0,
+        "For so many first steps only the trigger word learns, as in textual inversion; then the "
+        "rest starts from there. Set word_learning_rate too: 100 steps at 0.0005 to try. 0 starts "
+        "with everything.",
+        "options",
+        least=0,
+        most=10_000,
+    )
     attention_weight: float = setting(
         0.0,
         "How strongly the trigger word and its class noun are kept from looking beside the masks "

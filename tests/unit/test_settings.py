@@ -29,7 +29,7 @@ LATER_OPTIONS = {
     *("--seg-mix 0.3", "--seg-mix-smallest 0.5", "--seg-mix-largest 0.8"),
     "--card-gb 8",
     *("--more-resolutions 384,640", "--preview-seeds 1,2", "--preview-resolution 128"),
-    "--basis 2",
+    *("--basis 2", "--word-steps 1"),
     "--attention-weight 0.01",
     *("--word-learning-rate 0.001", "--schedule cosine", "--warmup-steps 10"),
     "--max-gradient-norm 0.5",
