@@ -101,11 +101,8 @@ def train(
             samples = learner.with_class_prior(samples, batch)
 
             # Gradients: of the UNet, then through the leaves of the text encoder.
-            loss = backward(
-                learner.loss_of,
-                replica.part(samples),
-                [*learner.parameters, *leaves.tensors()],
-            )
+            reached = [*learner.parameters, *leaves.tensors()]
+            loss = backward(learner.loss_of, replica.part(samples), reached)
             text.pass_on(leaves)
             loss = replica.add_up(loss, learner.parameters)
             _check_finite(loss, len(losses) + 1, config, denoiser, samples.context)
