@@ -129,7 +129,7 @@ class KeyValueProjections(ABC):
         sizes: Tensor | None = None,
     ) -> Tensor:
         """The network's prediction with its own keys and values, nothing learnt."""
-        nowhere = torch.zeros(context.shape[:2], device=context.device)
+        nowhere = torch.zeros(context.shape[:2])
         return self.predict(noisy_latents, timesteps, context, pooled, sizes, own=nowhere)
 
     def computed(self, path: str) -> Tensor:

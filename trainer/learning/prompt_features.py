@@ -20,7 +20,9 @@ class PromptText(NamedTuple):
     passing: Tensor | None
     """One where keys and values may pass gradients (b, n); None where all may"""
     own: Tensor | None
-    """One where keys and values change at all (b, n); None where all do"""
+    """One where keys and values change at all (b, n); None where all do. On the CPU: which rows
+    they are is asked at every step, and the answer would wait for all that a GPU has still to do.
+    """
 
     def as_leaves(self) -> PromptText:
         """The same numbers, as tensors that gradients stop at."""
@@ -77,7 +79,7 @@ class PromptFeatures:
         if self._cut != "own words":
             return None
         words = self._encoder.tokenize_words
-        own = torch.zeros(context.shape[:2], device=context.device)
+        own = torch.zeros(context.shape[:2])
         for row, prompt in zip(own, prompts, strict=True):
             ids = self._encoder.tokenize(prompt)
             for token, noun in self._subjects:
@@ -127,12 +129,12 @@ class PromptFeatures:
     def _passing_rows(self, prompts: Sequence[str], context: Tensor) -> Tensor | None:
         if self._cut == "none":
             return None
-        passing = torch.ones(context.shape[:2], device=context.device)
+        passing = torch.ones(context.shape[:2])
         passing[:, 0] = 0
         if self._cut in ("start and padding", "own words"):
             for row, prompt in zip(passing, prompts, strict=True):
                 row[len(self._encoder.tokenize(prompt)) :] = 0
-        return passing
+        return passing.to(context.device)  # once: each row by itself would be sent alone
 
 
 def _leaf(features: Tensor) -> Tensor:
