@@ -55,8 +55,8 @@ def add_to(commands: Any) -> None:
 def check_picture(output: Path) -> None:
     """Raises ConfigError for an ending that no picture can be saved with, and as `check_new`."""
     Image.init()
-    kind = Image.EXTENSION.get(output.suffix.lower(), "")
     try:
+        kind = Image.EXTENSION[output.suffix.lower() or "."]  # a plugin may have claimed no ending
         Image.new("RGB", (8, 8)).save(io.BytesIO(), kind)
     except (KeyError, OSError, ValueError) as error:
         raise ConfigError(

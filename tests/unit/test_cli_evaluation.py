@@ -182,7 +182,7 @@ def test_the_encoder_of_the_model_as_a_judge_is_warned_of(
     config = CLIPConfig(text_config=text.config.to_dict(), vision_config=vision, projection_dim=16)
     model = CLIPModel(config)
     rows = text.get_input_embeddings().weight
-    model.text_model.get_input_embeddings().weight.data.copy_(rows.data)
+    model.get_parameter("text_model.embeddings.token_embedding.weight").data.copy_(rows.data)
     model.save_pretrained(folder / "own")
     tiny_pipeline().tokenizer.save_pretrained(folder / "own")
     assert evaluate(folder, "straight", judge="own") == 0
