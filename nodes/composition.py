@@ -169,8 +169,16 @@ class ConceptRegion(io.ComfyNode):
                     "'box or mask'."
                 )
             return io.NodeOutput(Region(prompt, None, route, feather))
-        where = box(left, top, width, height) if mask is None else single_mask(mask)
-        return io.NodeOutput(Region(prompt, feathered(where, feather), route))
+        if mask is None:
+            where = box(left, top, width, height)
+            return io.NodeOutput(Region(prompt, feathered(where, feather), route))
+        where = single_mask(mask)
+        edges = f"{where.shape[1]} x {where.shape[0]}"
+        note = told(
+            f"The mask of {edges} pixels is scaled to the picture, whatever its size. Where their "
+            "shapes differ, it is stretched."
+        )
+        return io.NodeOutput(Region(prompt, feathered(where, feather), route), ui=note)
 
 
 class ApplyRegions(io.ComfyNode):

@@ -248,6 +248,17 @@ def test_in_a_workflow(server: ComfyServer, cat: Concept, dog: Concept) -> None:
         },
     )
     graph["region_2"]["inputs"]["place"] = "find it"
+    graph["region_1"]["inputs"]["mask"] = ["left half", 0]
+    graph |= {
+        "nothing": node("SolidMask", value=0.0, width=96, height=64),
+        "white": node("SolidMask", value=1.0, width=48, height=64),
+        "left half": node(
+            "MaskComposite",
+            destination=["nothing", 0],
+            source=["white", 0],
+            **{"x": 0, "y": 0, "operation": "add"},
+        ),
+    }
     graph["sampler"]["inputs"] |= {"model": ["placed", 0], "positive": ["placed", 2]}
     graph["negative"]["inputs"]["clip"] = ["placed", 1]
     del graph["positive"]
@@ -277,6 +288,7 @@ def test_in_a_workflow(server: ComfyServer, cat: Concept, dog: Concept) -> None:
     }
     outputs = server.run(graph)["outputs"]
     assert outputs["image"]["images"] and outputs["both"]["images"]
+    assert "96 x 64 pixels is scaled" in str(outputs["region_1"]["text"])
     (shown,) = outputs["placed"]["custom_diffusion"]
     table = [row[1:] for row in shown["table"][1:]]
     assert table == [["<new1> cat", "50%"], ["<new2> dog", "found"]]

@@ -21,7 +21,7 @@ from custom_diffusion.trainer.data.batches import Batches, Turns, step_randomnes
 from custom_diffusion.trainer.data.buckets import bucket_for, buckets, shared_out
 from custom_diffusion.trainer.data.captioned import CaptionedImage, Picture
 from custom_diffusion.trainer.data.contact_sheet import contact_sheet
-from custom_diffusion.trainer.data.latents import LatentBank, encode_views
+from custom_diffusion.trainer.data.latents import LatentBank, encode_views, kept_back
 from custom_diffusion.trainer.data.training_concept import TrainingConcept
 from custom_diffusion.trainer.events import Bucketed, CheckpointDue, Event, PreviewDrawn
 from custom_diffusion.trainer.loop import train
@@ -220,6 +220,25 @@ class TestSteps:
         assert sorted(place for place, _ in shared) == list(range(8))
         one = shared_out([SQUARE], {(256, 256): 9, (192, 320): 1})
         assert {frame for _, frame in one} == {(256, 256), (192, 320)}
+
+    def test_no_picture_of_the_class_is_cut_to_a_shape_that_no_step_draws(self) -> None:
+        """One shape is kept back for validation, another weighs nothing."""
+        taught = concept(SQUARE, SQUARE, WIDE, UPRIGHT, guards=4)
+        upright = replace(taught.images[3], weight=0)
+        taught = replace(taught, images=(*taught.images[:3], upright))
+        settings = next(
+            found
+            for seed in range(100)
+            if kept_back(found := config(seed=seed, validation_pictures=1), 4) == [2]
+        )
+        known = bank(taught, settings)
+        assert {views[0].frame for views in known.kept_back} == {(320, 192)}
+        assert [view.frame for view in known.regularization] == [(256, 256)] * 4
+        batches, drawn = Batches([known], settings), Counter[str]()
+        for step in range(8):
+            drawn.update(batches.of_step(step, *step_randomness(0, step)).prompts)
+        assert {name for name in drawn if "guard" in name} == {f"guard {n}" for n in range(4)}
+        contact_sheet(taught, settings)
 
     def test_several_resolutions_are_all_seen_equally_often(self) -> None:
         settings = config(more_resolutions="192, 384", views_per_image=2)

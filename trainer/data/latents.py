@@ -118,12 +118,7 @@ def encode_views(
         (encode(image.caption, regularization_view(image, frame, config)),)
         for image, frame in guards
     ]
-    back = kept_back(config, len(concept.images))
-    taught = [
-        place
-        for place, image in enumerate(concept.images)
-        if place not in back and image.weight > 0
-    ]
+    taught = taught_places(concept, config)
     if not taught:
         raise DataError(
             f"The weights of all pictures of the {concept.class_noun} that are not kept back are "
@@ -132,7 +127,7 @@ def encode_views(
     return LatentBank(
         _repeated([instances[n] for n in taught], [concept.images[n] for n in taught]),
         _repeated(regularization, [image for image, _ in guards]),
-        tuple(views for place in back for views in instances[place]),
+        tuple(views for n in kept_back(config, len(instances)) for views in instances[n]),
     )
 
 
@@ -146,16 +141,29 @@ def frames_of(size: tuple[int, int], config: TrainConfig) -> list[Frame]:
 def regularization_frames(
     concept: TrainingConcept, frames: Sequence[Sequence[Frame]], config: TrainConfig
 ) -> list[tuple[CaptionedImage, Frame]]:
-    """The regularization images and what each is cut to: the frames that the concept's own pictures
-    have, since a step needs them side by side.
+    """The regularization images and what each is cut to: the frames of the concept's own pictures
+    that steps draw, since a step needs both side by side.
     """
-    repeats = zip(frames, concept.images, strict=True)
     counts: Counter[Frame] = Counter()
-    for each, image in repeats:
-        counts.update({frame: image.repeats for frame in each})
+    for place in taught_places(concept, config):
+        for frame in frames[place]:
+            counts[frame] += concept.images[place].repeats
+    if not counts:  # refused when they are encoded
+        return []
     images = concept.regularization
     shared = shared_out([image.size() for image in images], counts) if images else []
     return [(images[place], frame) for place, frame in shared]
+
+
+def taught_places(concept: TrainingConcept, config: TrainConfig) -> list[int]:
+    """The places of the images that steps draw: all but those that are kept back or weigh nothing;
+    none where more are to be kept back than there are.
+    """
+    if config.validation_pictures >= len(concept.images):
+        return []
+    back = kept_back(config, len(concept.images))
+    pairs = enumerate(concept.images)
+    return [place for place, image in pairs if place not in back and image.weight > 0]
 
 
 def kept_back(config: TrainConfig, images: int) -> list[int]:

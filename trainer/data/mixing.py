@@ -24,7 +24,7 @@ from ..config import TrainConfig
 from .augmentation import View
 from .buckets import Frame
 from .captioned import GREY, CaptionedImage, Picture
-from .latents import EncodedView, LatentBank, kept_back
+from .latents import EncodedView, LatentBank, taught_places
 from .training_concept import TrainingConcept
 
 VIEWS = 48
@@ -137,11 +137,7 @@ def with_mixed(
 
 
 def _taught(concept: TrainingConcept, config: TrainConfig) -> list[CaptionedImage]:
-    if config.validation_pictures >= len(concept.images):  # refused when they are prepared
-        return []
-    back = kept_back(config, len(concept.images))
-    pairs = enumerate(concept.images)
-    return [image for place, image in pairs if place not in back and image.weight > 0]
+    return [concept.images[place] for place in taught_places(concept, config)]
 
 
 def _cut_out(picture: Picture, size: int) -> Picture:

@@ -72,16 +72,17 @@ def samples_of(
     words: WordPlaces | None = None,
 ) -> Samples:
     """A batch with noise (b, c, h, w) at its timesteps (b,), its text, and where its words are."""
-    latents, noise, timesteps, masks, sizes = (
-        tensor.to(denoiser.device)
-        for tensor in (batch.latents_bchw, noise, timesteps, batch.masks_bhw, batch.sizes)
-    )
-    weights = sample_weights(len(latents), batch.prior, config.prior_weight)
+    # Before the timesteps leave the CPU: to read them back would wait for the device.
+    weights = sample_weights(len(timesteps), batch.prior, config.prior_weight)
     if batch.balance is not None:
         weights = weights * batch.balance
     by_noise = loss_weights(config, timesteps, denoiser.alphas_cumprod, denoiser.prediction_type)
     if by_noise is not None:
         weights = weights * by_noise
+    latents, noise, timesteps, masks, sizes = (
+        tensor.to(denoiser.device)
+        for tensor in (batch.latents_bchw, noise, timesteps, batch.masks_bhw, batch.sizes)
+    )
     schedule, prediction_type = denoiser.alphas_cumprod, denoiser.prediction_type
     noisy = add_noise(latents, noise, timesteps, schedule)
     return Samples(

@@ -72,9 +72,11 @@ class Offer {
     if (!isPrompt(box)) return;
     const before = () => box.value.slice(0, box.selectionStart);
     if (!BEGUN.test(before())) return this.close();
-    // Asked when a word is begun, so that a concept that was just taught is there.
-    if (!this.known || before().endsWith("<")) this.known = (await concepts.list()).concepts;
-    const words = offers(this.known, before());
+    // Asked when a word is begun, so that a concept that was just taught is there. What is typed until
+    // the answer comes waits for the same one: a later answer would draw the list, and choose, again.
+    if (!this.asked || before().endsWith("<")) this.asked = concepts.list();
+    const { concepts: known } = await this.asked;
+    const words = offers(known, before());
     if (!words.length || document.activeElement !== box) return this.close();
     this.#open(box, words);
   }
