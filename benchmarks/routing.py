@@ -1,10 +1,10 @@
 """What a route costs a sampling step, and what regions and watching do.
 
 A step is ComfyUI's own prediction of both halves of guidance, with three routed concepts at six
-rows of 77, against the same step without; the network has the shapes of SD 1.5 or SDXL and random
-weights. With `--regions` as many vertical strips of the picture have a prompt and a concept of
-their own beside that; with `--watch` nothing is routed, and the attention of as many words is
-recorded. COMFYUI_PATH is the folder of ComfyUI.
+rows of 77 (four with as many regions), against the same step without; the network has the shapes of
+SD 1.5 or SDXL and random weights. With `--regions` as many vertical strips of the picture have a
+prompt and a concept of their own beside that; with `--watch` nothing is routed, and the attention
+of as many words is recorded. COMFYUI_PATH is the folder of ComfyUI.
 """
 
 import os
@@ -25,8 +25,9 @@ from custom_diffusion.concept.delta import LowRankDelta
 from custom_diffusion.concept.layers import FAMILIES, is_projection
 
 sys.path.append(os.environ["COMFYUI_PATH"])
-ROWS = {0: (2, 3), 1: (6, 7), 2: (10, 11)}
+ROWS = [(2, 3), (6, 7), (10, 11), (14, 15)]
 """Of each concept, in the positive prompt; the negative one has none."""
+FEWEST_CONCEPTS = 3
 EDGE = {"sd15": 64, "sdxl": 128}
 
 
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("--edge", type=int, help="of the latent; smaller ones show the cost more")
     parser.add_argument("--steps", type=int, default=1, help="of a sampling; prepared once")
     parser.add_argument("--bfloat16", action="store_true")
-    parser.add_argument("--regions", type=int, default=0, help="0 to 3")
+    parser.add_argument("--regions", type=int, choices=range(len(ROWS) + 1), default=0)
     parser.add_argument("--watch", type=int, default=0, help="words, 1 to 16, instead of routes")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -122,7 +123,8 @@ def main() -> None:
     from custom_diffusion.host.comfyui.regions import REGIONS, RegionalRouting, Said
     from custom_diffusion.host.comfyui.routing import Routing
 
-    routes = [Route(random_concept(model, family.name, n)) for n in ROWS]
+    concepts = max(FEWEST_CONCEPTS, arguments.regions)
+    routes = [Route(random_concept(model, family.name, n)) for n in range(concepts)]
     strips = [
         box(n / arguments.regions, 0, 1 / arguments.regions, 1) for n in range(arguments.regions)
     ]
@@ -130,7 +132,7 @@ def main() -> None:
     routed = routing.on(model)
     features = torch.randn(1, 77, family.context_width)
     own = {}
-    for key, rows in zip(routing.concepts, ROWS.values(), strict=True):
+    for key, rows in zip(routing.concepts, ROWS[:concepts], strict=True):
         own[key] = torch.zeros_like(features)
         own[key][:, list(rows)] = features[:, list(rows)]
     for key in list(own)[: len(strips)]:

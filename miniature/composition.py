@@ -29,6 +29,7 @@ from ..merge.merging import merge_concepts
 from ..pictures.tensors import to_chw
 from .by_place import look_at_halves
 from .cells import Row, markdown_table, options, run_command
+from .concepts import training_concept
 from .judge import Facts, bleeds, both_present, image_alignment, text_alignment
 from .laboratory import (
     PICTURES_A_SEED,
@@ -44,6 +45,7 @@ from .world import world_captions
 
 _CLASS_PICTURES = 16
 """For the drift, for each picture of a prompt"""
+SEG_MIX = 0.3
 TITLES = ("different shapes", "one shape")
 COLUMNS = {
     "both present": ("both_present", 2),
@@ -83,11 +85,22 @@ class Way:
     isolated_from: float | None = None
 
 
+@dataclass(frozen=True)
+class Otherwise:
+    """What the same pair learns otherwise."""
+
+    joint: Concept
+    mixed: Concept
+    """Joint with Seg-Mix; its pictures have masks."""
+    values_only: Sequence[Concept]
+    """Apart"""
+
+
 Ways = Mapping[str, Callable[[Sequence[str]], Way]]
 """What a way of composing is called, and how prompts are drawn"""
 
 
-def ways(apart: Sequence[Concept], joint: Concept | None, lab: Laboratory) -> Ways:
+def ways(apart: Sequence[Concept], otherwise: Otherwise | None, lab: Laboratory) -> Ways:
     """Those that this module compares; a new one is a line here."""
     found: dict[str, Callable[[Sequence[str]], Way]] = {
         "added": lambda prompts: Way(added(apart)),
@@ -104,9 +117,10 @@ def ways(apart: Sequence[Concept], joint: Concept | None, lab: Laboratory) -> Wa
             regions=regions_of(prompts, apart, True), isolated_from=ISOLATED_FROM
         ),
     }
-    if joint is not None:
-        found["joint, routed"] = lambda prompts: Way(routed=[joint])
-        # Joint with Seg-Mix, and `values only`, are added here.
+    if otherwise:
+        found["joint, routed"] = lambda prompts: Way(routed=[otherwise.joint])
+        found["joint with Seg-Mix, routed"] = lambda prompts: Way(routed=[otherwise.mixed])
+        found["values only, routed"] = lambda prompts: Way(routed=otherwise.values_only)
     return found
 
 
@@ -143,15 +157,15 @@ def run_cell(given: argparse.Namespace, number: int, seed: int) -> list[Row[Comp
     return list(_cell(Taught(lab, given.folder, number, seed), given.joint, given.shapes))
 
 
-def _cell(taught: Taught, with_joint: bool, titles: Sequence[str]) -> Iterator[Row[Composed]]:
+def _cell(taught: Taught, with_otherwise: bool, titles: Sequence[str]) -> Iterator[Row[Composed]]:
     lab, seed = taught.lab, taught.seed
     for title in titles:
         one_shape = title == TITLES[1]
         pair = taught.pair(one_shape)
         apart = taught.apart(one_shape)
-        joint = taught.joint() if with_joint and not one_shape else None
+        otherwise = taught.otherwise() if with_otherwise and not one_shape else None
         drift, _ = lab.class_drift(pair, None, seed)  # where nothing acts at the bare class
-        for name, way in ways(apart, joint, lab).items():
+        for name, way in ways(apart, otherwise, lab).items():
             yield title, name, judge(lab, pair, seed, way, drift, one_shape)
 
 
@@ -173,18 +187,30 @@ class Taught:
     def apart(self, one_shape: bool) -> list[Concept]:
         first, second = self.pair(one_shape)
         return [
-            self._kept("first", [first], CONFIG.steps),
-            self._kept("alike" if one_shape else "second", [second], CONFIG.steps),
+            self._kept("first", [first]),
+            self._kept("alike" if one_shape else "second", [second]),
         ]
 
-    def joint(self) -> Concept:
-        return self._kept("joint", self.pair(), 2 * CONFIG.steps)
+    def otherwise(self) -> Otherwise:
+        pair, steps = self.pair(), 2 * CONFIG.steps
+        masked = [
+            replace(one, training=training_concept(one.look, one.token, self.seed, masked=True))
+            for one in pair
+        ]
+        return Otherwise(
+            self._kept("joint", pair, steps=steps),
+            self._kept("mixed", masked, steps=steps, seg_mix=SEG_MIX),
+            [
+                self._kept(f"{name}-values", [one], method="values only")
+                for name, one in zip(("first", "second"), pair, strict=True)
+            ],
+        )
 
-    def _kept(self, name: str, subjects: Sequence[Subject], steps: int) -> Concept:
+    def _kept(self, name: str, subjects: Sequence[Subject], **changes: Any) -> Concept:
         file = self.folder and self.folder / f"{self.number}-{self.seed}-{name}.safetensors"
         if file and file.is_file():
             return read_concept(file)
-        concept = self.lab.teach(subjects, replace(CONFIG, seed=self.seed, steps=steps))
+        concept = self.lab.teach(subjects, replace(CONFIG, seed=self.seed, **changes))
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_concept(concept, file, torch.float32)
@@ -268,7 +294,7 @@ def main() -> None:
     more = argparse.ArgumentParser(add_help=False)
     more.add_argument("--pairs", type=int, dest="concepts", help="how many pairs")
     more.add_argument("--folder", type=Path, help="keep what is taught here, for another run")
-    more.add_argument("--joint", action="store_true", help="both taught together, too")
+    more.add_argument("--joint", action="store_true", help="both taught together, and values only")
     more.add_argument("--shapes", nargs="+", choices=TITLES, default=TITLES)
     more.add_argument("--pictures", type=int, default=3, help="of each of eight prompts")
     given = options(__doc__, concept_seed=600, seeds=3, more=[more])

@@ -7,7 +7,9 @@ Seeds 2n and 2n + 1 make a pair: different classes, and no colour in common.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
+from PIL import Image
 from torch import Tensor
 
 from ..pictures.tensors import to_hwc, to_picture
@@ -30,6 +32,8 @@ from .world import (
 
 INSTANCE_IMAGES = 8
 REGULARIZATION_IMAGES = 200
+_SEEN = 0.05
+"""From this difference on a pixel is an object's, not the background's"""
 
 
 def concept_look(seed: int) -> Look:
@@ -61,14 +65,38 @@ def concept_pictures(look: Look, count: int, seed: int, edge: int = PICTURE_EDGE
     return draw([random_scene(rng, [look]) for _ in range(count)], edge)
 
 
+def concept_masks(look: Look, count: int, seed: int, edge: int = PICTURE_EDGE) -> Tensor:
+    """Masks (count, 3, edge, edge) of the same pictures: white where the object is."""
+    rng = random.Random(f"pictures {seed}")
+    scenes = [random_scene(rng, [look]) for _ in range(count)]
+    # On the one background that no mark blends into.
+    scenes = [replace(scene, background="at night", tint=(0.0, 0.0, 0.0)) for scene in scenes]
+    grounds = [replace(scene, objects=()) for scene in scenes]
+    differs = (draw(scenes, edge) - draw(grounds, edge)).abs().amax(1, keepdim=True) > _SEEN
+    return differs.float().expand(-1, 3, -1, -1)
+
+
 def training_concept(
-    look: Look, token: str, seed: int, regularization: tuple[CaptionedImage, ...] = ()
+    look: Look,
+    token: str,
+    seed: int,
+    regularization: tuple[CaptionedImage, ...] = (),
+    masked: bool = False,
 ) -> TrainingConcept:
-    """What a user would bring: a few pictures of the concept, and the word for its class."""
+    """What a user would bring: a few pictures of the concept, masks or not, and the word for its
+    class.
+    """
     caption = instance_caption(token, look.shape)
     pictures = map(to_picture, to_hwc(concept_pictures(look, INSTANCE_IMAGES, seed)))
+    masks: list[Image.Image | None] = [None] * INSTANCE_IMAGES
+    if masked:
+        drawn = to_hwc(concept_masks(look, INSTANCE_IMAGES, seed))
+        masks = [to_picture(mask).convert("L") for mask in drawn]
     return TrainingConcept(
-        images=tuple(CaptionedImage(picture, caption) for picture in pictures),
+        images=tuple(
+            CaptionedImage(picture, caption, mask)
+            for picture, mask in zip(pictures, masks, strict=True)
+        ),
         class_noun=look.shape,
         token=token,
         regularization=regularization,

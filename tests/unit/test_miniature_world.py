@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -14,7 +15,12 @@ import torch
 import torch.nn.functional as F
 from custom_diffusion.host.open_clip.vocabulary import clip_tokenizer, read_tokenizer
 from custom_diffusion.miniature import world
-from custom_diffusion.miniature.concepts import concept_look, concept_style
+from custom_diffusion.miniature.concepts import (
+    concept_look,
+    concept_masks,
+    concept_pictures,
+    concept_style,
+)
 from custom_diffusion.miniature.drawing import draw
 from custom_diffusion.miniature.judge import Facts
 from custom_diffusion.miniature.model import CONTEXT_LENGTH
@@ -261,3 +267,16 @@ def test_captions_fall_into_the_same_pieces_as_with_clips_whole_vocabulary(tmp_p
         _, *ids, _ = ours(text)["input_ids"]
         assert ids and ours.unk_token_id not in ids
         assert ours.decode(ids).replace(" ", "") == text.lower().replace(" ", "")
+
+
+@pytest.mark.parametrize("seed", [1200, 7])
+def test_a_mask_is_white_where_the_object_is(seed: int) -> None:
+    look = concept_look(seed)
+    pictures = concept_pictures(look, 4, seed=1)
+    whole = concept_masks(replace(look, color=(1.0, 0.0, 1.0), pattern="plain", mark="none"), 4, 1)
+    masks = concept_masks(look, 4, seed=1)
+    assert torch.equal(masks, whole)  # whatever its colours and its mark
+    corners = pictures[:, :, 0, 0]
+    far = (pictures - corners[:, :, None, None]).abs().amax(1) > 0.12  # from the background
+    assert (masks[:, 0].bool() | ~far).all()
+    assert 0.02 < float(masks.mean()) < 0.5
