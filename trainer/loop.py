@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..concept.concept import Concept, alike_tokens
 from ..concept.errors import TrainingError
-from ..concept.text import TextEncoder
+from ..concept.text import TextEncoder, TextFeatures
 from ..diffusion.latents import LATENT_PIXELS
 from ..diffusion.protocols import Denoiser
 from ..diffusion.sampling import ddim_sample
@@ -179,11 +179,13 @@ def _sample(
     edge = (config.preview_resolution or config.resolution) // LATENT_PIXELS
     noise = torch.randn((1, batch.latents_bchw.shape[1], edge, edge), generator=fixed)
     with torch.no_grad():
-        text, _, own = learner.prompts.encode([prompt])
-        nothing, _, not_own = learner.prompts.encode([""])
-        both = None if own is None or not_own is None else torch.cat([own, not_own])
+        (context, pooled), _, own = learner.prompts.encode([prompt, ""])
+        text, nothing = (
+            TextFeatures(context[n : n + 1], None if pooled is None else pooled[n : n + 1])
+            for n in range(2)
+        )
         latents = ddim_sample(
-            partial(learner.projections.predict, own=both),
+            partial(learner.projections.predict, own=own),
             noise.to(denoiser.device),
             text,
             nothing,

@@ -15,6 +15,7 @@ from .data.captioned import check_readable
 from .data.latents import LatentBank, encode_views
 from .data.training_concept import TrainingConcept
 from .learning.optimizer import check_optimizer
+from .learning.prompt_features import MOST_CHUNKS
 from .learning.schedule import check_schedule
 from .learning.tokens import initial_embedding
 from .learning.weighting import check_timesteps
@@ -55,14 +56,14 @@ def prepare(
     _check_class_prior(config, earlier)
     check_timesteps(config)
     check_readable([*concept.images, *concept.regularization])
-    if concept.token:
-        _check_words(concept, config, text_encoder)
-        if config.caption_dropout and gradient_cut(config, earlier) == "own words":
-            raise ConfigError(
-                f"caption_dropout={config.caption_dropout:g} shows pictures without the trigger "
-                f"word, from which gradient_cut='own words' learns nothing. Set caption_dropout to "
-                f"0, or choose another gradient_cut; plain_captions keeps the trigger word."
-            )
+    _check_words(concept, config, text_encoder)
+    own_words = gradient_cut(config, earlier) == "own words"
+    if concept.token and config.caption_dropout and own_words:
+        raise ConfigError(
+            f"caption_dropout={config.caption_dropout:g} shows pictures without the trigger "
+            f"word, from which gradient_cut='own words' learns nothing. Set caption_dropout to "
+            f"0, or choose another gradient_cut; plain_captions keeps the trigger word."
+        )
     return encode_views(concept, latent_encoder, config, on_progress)
 
 
@@ -83,24 +84,21 @@ def _check_class_prior(config: TrainConfig, earlier: Concept | None) -> None:
 
 
 def _check_words(concept: TrainingConcept, config: TrainConfig, encoder: TextEncoder) -> None:
-    embedding = initial_embedding(encoder, concept.initializer)
-    words = encoder.with_tokens({name: {concept.token: row} for name, row in embedding.items()})
-    (token_id,) = words.tokenize_words(concept.token)
+    words = encoder
+    if concept.token:
+        embedding = initial_embedding(encoder, concept.initializer)
+        words = encoder.with_tokens({name: {concept.token: row} for name, row in embedding.items()})
     prefixes = PREFIXES if config.augment else ("",)
-    longest = max(prefixes, key=lambda prefix: len(words.tokenize_words(prefix)))
-    any_of_them = config.caption_lines == "any"
+    before = max(len(words.tokenize_words(prefix)) for prefix in prefixes)
+    most = MOST_CHUNKS * (words.context_length - 2)
     captions = [
         (image, caption)
-        for image in concept.images
-        for caption in (image.captions if any_of_them else (image.caption,))
+        for image in (*concept.images, *concept.regularization)
+        for caption in image.captions
     ]
     for image, caption in captions:
-        ids = words.tokenize_words(f"{longest} {caption}")
-        room = words.context_length - 2
-        behind = len(ids) if config.shuffle_captions else room  # any part may come last
-        if token_id not in ids[:room] or behind > room:
+        if (count := before + len(words.tokenize_words(caption))) > most:
             raise DataError(
-                f"The caption {caption!r} of {image.name} is too long: the trigger word "
-                f"{concept.token} lies beyond the {words.context_length} words that CLIP reads. "
-                f"Put it nearer to the start, or shorten the caption."
+                f"The caption {caption[:80]!r}... of {image.name} has {count} tokens; {most} are "
+                f"the most that are read. Shorten it."
             )

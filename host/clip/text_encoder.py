@@ -79,7 +79,9 @@ class ClipTextEncoder:
         ids: list[int] = []
         for piece in split_at_tokens(text, self._word_ids):
             known = self._word_ids.get(piece)
-            ids += known if known is not None else self._tokenizer(piece)["input_ids"][1:-1]
+            if known is None:  # a long one is divided later: no warning
+                known = self._tokenizer(piece, verbose=False)["input_ids"][1:-1]
+            ids += known
         return ids
 
     def pad(self, token_ids: Sequence[Sequence[int]]) -> Tensor:

@@ -117,6 +117,21 @@ def test_features_are_comfyuis(both: tuple[Any, Any]) -> None:
     assert largest < 1e-3
 
 
+def test_a_training_reads_long_captions_as_comfyui_does(both: tuple[Any, Any]) -> None:
+    from custom_diffusion.trainer.learning.prompt_features import PromptFeatures
+
+    clip, encoder = both
+    captions = ["a <one> cat", PLAIN * 6 + "<one> cat", "<one> cat " + PLAIN * 12]
+    for caption in captions:
+        ours = PromptFeatures(encoder, {"any": ["<one>"]}, "start").encode([caption]).features
+        with torch.inference_mode():
+            wanted, pooled = clip.encode_from_tokens(clip.tokenize(caption), return_pooled=True)
+        assert ours.context.shape == wanted.shape
+        assert (ours.context - wanted).norm() < 1e-3 * wanted.norm()
+        if ours.pooled is not None:
+            assert torch.allclose(ours.pooled, pooled.float(), atol=1e-3, rtol=1e-3)
+
+
 def test_prompts_of_several_lengths_are_as_long_as_each_other(both: tuple[Any, Any]) -> None:
     _, encoder = both
     prompts = [PLAIN * 10, "a cat", PLAIN * 6]

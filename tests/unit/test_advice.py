@@ -106,7 +106,7 @@ def test_repeats_make_no_more_pictures_of_few() -> None:
         (replace(GOOD, token="", regularization=()), "no regularization pictures"),
         (
             cats(*(scene(seed) for seed in range(4)), caption=f"{OWN}{', red' * 37}"),
-            "the rest of a longer caption is not learnt: picture 1, picture 2, picture 3 and 1",
+            "read in parts, as ComfyUI does: picture 1, picture 2, picture 3 and 1",
         ),
         *(
             (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,6 +75,24 @@ def test_it_is_the_distance_between_two_predictions(models: DiffusersModels) -> 
         torch.testing.assert_close(rest, weight.grad, atol=1e-5, rtol=1e-2)
         found.append(loss)
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_a_class_prompt_may_have_fewer_chunks(models: DiffusersModels) -> None:
+    """One trigger word more than 75 tokens: two chunks, of which the class prompt has one."""
+    long = "cat " * 75
+    batch = replace(BATCH, prompts=(f"<new1> {long}", *BATCH.prompts[1:]))
+    learner = Learner(CONFIG, [cat_concept()], None, models.denoiser, models.text_encoder)
+    text = learner.prompts.encode(batch.prompts).as_leaves()
+    drawn = drawn_noise(batch, torch.Generator().manual_seed(1), models.denoiser, CONFIG)
+    plain = samples_of(batch, *drawn, text, models.denoiser, CONFIG)
+    samples = learner.with_class_prior(plain, batch)
+    short = learner.prompts.encode([long, "far away cat"]).features.context
+    assert plain.context.shape[1] == 2 * short.shape[1] == 2 * 77
+    assert torch.equal(samples.context[3:], short.repeat(1, 2, 1))
+    assert samples.passing is not None and samples.passing.shape == samples.context.shape[:2]
+    with learner.learning():
+        backward = Backward(models.denoiser, 1, False, lambda *_: None)
+        assert backward(learner.loss_of, samples, learner.parameters) > 0
 
 
 def test_where_it_means_nothing_it_is_refused(models: DiffusersModels) -> None:

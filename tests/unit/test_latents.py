@@ -379,24 +379,23 @@ def test_a_token_that_the_text_encoder_knows_already_is_refused(models: Diffuser
 
 
 @pytest.mark.parametrize("augment", [True, False])
-def test_captions_are_refused_exactly_when_their_token_would_be_cut_off(
+def test_captions_are_refused_when_they_are_longer_than_any_chunks(
     models: DiffusersModels, augment: bool
 ) -> None:
-    """CLIP reads 77 pieces; with augmentation the words before the caption count as well."""
+    """With augmentation the words before the caption count as well; behind 75 tokens the trigger
+    word is read like everything else."""
     words = models.text_encoder.with_tokens({"clip_l": {"<new1>": torch.zeros(1, 768)}})
     longest = max(len(words.tokenize_words(p)) for p in PREFIXES) if augment else 0
-    fits = "cat " * (75 - 1 - longest) + "<new1>"
-    for caption in (fits, f"cat {fits}"):
-        long = replace(concept(), images=(CaptionedImage(picture(), caption),))
-        settings = config(augment=augment)
-        if caption == fits:
-            prepare(long, settings, AveragingEncoder(), models.text_encoder)
-            continue
-        with pytest.raises(DataError) as caught:
-            prepare(long, settings, UnusedEncoder(), models.text_encoder)
-        assert caption in str(caught.value)
-        assert "the trigger word <new1> lies beyond the 77 words" in str(caught.value)
-        assert "shorten the caption" in str(caught.value)
+    fits = "cat " * (8 * 75 - 1 - longest) + "<new1>"
+    settings = config(augment=augment)
+    long = replace(concept(), images=(CaptionedImage(picture(), fits),))
+    prepare(long, settings, AveragingEncoder(), models.text_encoder)
+    longer = CaptionedImage(picture(), f"cat {fits}")
+    guard = CaptionedImage(picture(), "cat " * (601 - longest))
+    guarded = replace(long, regularization=(guard,))
+    for wrong in (replace(long, images=(longer,)), guarded):
+        with pytest.raises(DataError, match="601 tokens; 600 are the most .* Shorten it"):
+            prepare(wrong, settings, UnusedEncoder(), models.text_encoder)
 
 
 def test_repeats_are_weights_and_a_picture_is_encoded_once() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from custom_diffusion.concept.text import TextFeatures
+from custom_diffusion.host.clip.chunks import encode_prompts
 from custom_diffusion.host.diffusers.lending import borrowed_models
 from custom_diffusion.trainer.config import GradientCut
 from custom_diffusion.trainer.learning.prompt_features import PromptFeatures
@@ -64,3 +65,37 @@ def test_padding_needs_no_gradients(
         assert wanted.any()
         assert (found - wanted).norm() < 1e-4 * wanted.norm()
     assert kept < 0.5 * kept_of_whole or TOO_LONG in prompts
+
+
+def test_long_prompts_are_read_in_chunks_as_a_host_does(
+    pipeline: StableDiffusionPipeline, xl_pipeline: StableDiffusionXLPipeline
+) -> None:
+    """Against the encoding that both hosts draw with; a subject that a chunk's end divides."""
+    divided = "dog " * 74 + f"{TOKEN} cat " + "bird " * 80
+    prompts = [*PROMPTS, divided, TOO_LONG]
+    for used in (pipeline, xl_pipeline):
+        with borrowed_models(used) as models:
+            encoder = models.text_encoder
+            row = encoder.vocabulary_row(encoder.piece_id("cat</w>"))
+            knowing = encoder.with_tokens({name: {TOKEN: row[name]} for name in row})
+            wanted = encode_prompts(knowing, prompts)
+            features = PromptFeatures(knowing, {"any": [TOKEN]}, "own words", [(TOKEN, "cat")])
+            found = features.encode(prompts)
+            one = features.encode(prompts[:1])
+        assert found.features.context.shape[1] == 6 * 77  # of one, two and three chunks
+        torch.testing.assert_close(found.features.context, wanted.context, rtol=1e-4, atol=1e-4)
+        if wanted.pooled is not None:
+            torch.testing.assert_close(found.features.pooled, wanted.pooled, rtol=1e-4, atol=1e-4)
+        assert torch.equal(one.features.context[0].repeat(6, 1), found.features.context[0])
+        assert found.own is not None and found.passing is not None
+        columns = (75, 78)  # the last of one chunk, and the first word of the next
+        assert found.own[3].nonzero().flatten().tolist() == [
+            number * 3 * 77 + column for number in range(2) for column in columns
+        ]
+        passing = found.passing[3].reshape(2, 3, 77)
+        assert not passing[..., 0].any()
+        assert passing.sum((0, 2)).tolist() == [2 * 76, 2 * 76, 2 * 7]
+        rows = features.word_rows(prompts, found.features.context)
+        assert rows.shape == (5, 2, 6 * 77)
+        assert rows[3, 0].nonzero().flatten().tolist() == [75, 75 + 3 * 77]
+        assert rows[3, 1].nonzero().flatten().tolist() == [78, 78 + 3 * 77]

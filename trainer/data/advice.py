@@ -21,7 +21,7 @@ BLURRED = 0.05
 pictures of one thing differ several times
 """
 _MOST_TOKENS = 75
-"""That CLIP reads, besides the start and the end"""
+"""That CLIP reads at once, besides the start and the end"""
 _PIECES = re.compile(r"[^\W\d_]+|\d|[^\w\s]+|_+")
 """CLIP splits a text at least so far: words, digits, and signs."""
 _SYNTAX = re.compile(r"\([^()]*:\s*-?[\d.]+\s*\)|\{[^{}]*\|[^{}]*\}|<lora:[^>]*>|__[\w/-]+__")
@@ -102,7 +102,10 @@ def _caption_advice(names: list[str], concept: TrainingConcept) -> Iterator[str]
         if found := _SYNTAX.search(image.caption):
             prompts.append(f"{found[0]!r} ({name})")
     if long:
-        yield f"CLIP reads 77 tokens, the rest of a longer caption is not learnt: {some(long)}."
+        yield (
+            f"CLIP reads {_MOST_TOKENS} tokens at once, so a longer caption is read in parts, as "
+            f"ComfyUI does: {some(long)}. Shorter ones are learnt better."
+        )
     if prompts:
         yield f"Captions have no weights or choices; this is learnt as it stands: {some(prompts)}."
 

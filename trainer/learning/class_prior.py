@@ -5,12 +5,13 @@ by pictures).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from .prompt_features import PromptText
+from .prompt_features import PromptText, lengthened
 from .samples import Samples
 
 
@@ -28,12 +29,15 @@ def with_class_prior(samples: Samples, text: PromptText, weight: float, count: i
     """A step's samples and behind them the first `count` of them once more, with their class
     prompts' text; `weight` times the mean of their losses is added to the step's.
     """
+    context = text.features.context
+    rows = math.lcm(samples.context.shape[1], context.shape[1])  # a class prompt may be shorter
+    samples = samples.lengthened(rows)
     first = samples[:count]
     again = replace(
         first,
-        context=text.features.context,
+        context=lengthened(context, rows),
         pooled=text.features.pooled,
-        passing=text.passing,
+        passing=None if text.passing is None else lengthened(text.passing, rows),
         masks_bhw=torch.ones_like(first.masks_bhw),
         weights=torch.full_like(first.weights, weight / count),
         word_rows=None if first.word_rows is None else torch.zeros_like(first.word_rows),

@@ -14,7 +14,7 @@ from ..config import TrainConfig
 from ..data.batches import Batch
 from .objective import sample_losses, sample_weights
 from .projections import KeyValueProjections
-from .prompt_features import PromptText
+from .prompt_features import PromptText, lengthened
 from .weighting import drawn_timesteps, loss_weights, offset
 from .word_attention import WordAttention, WordPlaces
 
@@ -46,6 +46,13 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.noisy_latents_bchw)
+
+    def lengthened(self, rows: int) -> Samples:
+        """With texts of so many rows, a multiple of what they have: the same ones again."""
+        along = {"context": 1, "passing": 1, "own": 1, "word_rows": 2}
+        values = {name: getattr(self, name) for name in along}
+        longer = {n: lengthened(v, rows, along[n]) for n, v in values.items() if v is not None}
+        return replace(self, **longer)
 
     def __getitem__(self, part: slice) -> Samples:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
