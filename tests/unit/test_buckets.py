@@ -281,7 +281,13 @@ class TestTraining:
     def test_a_run_over_several_shapes_says_so_previews_squares_and_goes_on(
         self, models: DiffusersModels
     ) -> None:
-        settings = config(resolution=128, batch_size=2, steps=6, preview_every_steps=3)
+        settings = config(
+            resolution=128,
+            batch_size=2,
+            steps=6,
+            preview_every_steps=3,
+            preview_prompts=f"a <new1> cat, {'red ' * 80}",  # two chunks beside an empty prompt
+        )
         events: list[Event] = []
         whole = self.run(models, settings, events, checkpoint_every_steps=3)
         (told,) = (event for event in events if isinstance(event, Bucketed))
